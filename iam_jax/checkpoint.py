@@ -1,0 +1,80 @@
+"""Checkpoints by Orbax: parameters, optimizer state, and the run's progress with its data position."""
+
+import logging
+from pathlib import Path
+
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import preservation_policy
+
+from iam_jax.errors import InputError
+
+
+class Checkpoints:
+    """The checkpoints of a working folder: the newest few and the best by a validation metric. A checkpoint appears under its step only
+    when it is complete."""
+
+    def __init__(self, workdir: Path, keep: int, metric: str, read_only: bool = False):
+        self.folder, self.metric = (workdir / "checkpoints").absolute(), metric
+        logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells every step of a save
+        if read_only and not self.folder.is_dir():
+            raise InputError(f"{workdir}: no checkpoints there; train first")
+        best = preservation_policy.BestN(get_metric_fn=lambda metrics: metrics[metric], n=1, keep_checkpoints_without_metrics=False)
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=preservation_policy.AnyPreservationPolicy([preservation_policy.LatestN(keep), best]),
+            best_fn=lambda metrics: metrics[metric],
+            enable_async_checkpointing=False,
+            cleanup_tmp_directories=not read_only,  # what an interrupted save left
+            read_only=read_only,
+        )
+        self._manager = ocp.CheckpointManager(self.folder, options=options, item_names=("params", "rest", "progress"))
+
+    def save(self, step: int, state: dict, progress: dict, metrics: dict | None) -> None:
+        """state: a dict with `params`; what else it holds is stored apart, so that evaluation and scoring read the parameters alone.
+        metrics: of the validation at this step, None without one."""
+        rest = {name: value for name, value in state.items() if name != "params"}
+        if step in self._manager.all_steps():
+            self._manager.delete(step)
+        args = ocp.args.Composite(
+            params=ocp.args.StandardSave(state["params"]), rest=ocp.args.StandardSave(rest), progress=ocp.args.JsonSave(progress)
+        )
+        self._manager.save(step, args=args, metrics=metrics, force=True)
+        self._manager.wait_until_finished()
+
+    def steps(self) -> list[int]:
+        return sorted(self._manager.all_steps())
+
+    def resolve(self, step: str) -> int:
+        """The step that "best", "last" or a number names. Raises InputError where there is none."""
+        steps = self.steps()
+        if not steps:
+            raise InputError(f"{self.folder}: no complete checkpoint")
+        if step == "last":
+            return steps[-1]
+        if step == "best":
+            best = self._manager.best_step()
+            return steps[-1] if best is None else best
+        if not step.isdigit() or int(step) not in steps:
+            raise InputError(f"--step={step}: {self.folder} has {', '.join(map(str, steps))} (or best, last)")
+        return int(step)
+
+    def progress(self, step: int) -> dict:
+        return self._manager.restore(step, args=ocp.args.Composite(progress=ocp.args.JsonRestore()))["progress"]
+
+    def restore_params(self, step: int, abstract: dict) -> dict:
+        """The parameters saved at `step`, in the shapes, types and shardings of `abstract`. Raises InputError where they differ."""
+        return self._restore(step, params=ocp.args.StandardRestore(abstract))["params"]
+
+    def restore(self, step: int, abstract: dict) -> dict:
+        """The whole state saved at `step`."""
+        rest = {name: value for name, value in abstract.items() if name != "params"}
+        saved = self._restore(step, params=ocp.args.StandardRestore(abstract["params"]), rest=ocp.args.StandardRestore(rest))
+        return {"params": saved["params"], **saved["rest"]}
+
+    def _restore(self, step: int, **items):
+        try:
+            return self._manager.restore(step, args=ocp.args.Composite(**items))
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{self.folder}/{step}: does not fit the config's model: {str(error).splitlines()[0]}") from error
+
+    def close(self) -> None:
+        self._manager.close()

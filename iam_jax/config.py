@@ -1,0 +1,357 @@
+"""The config: every field with its default and meaning, validated once, with the field's name in every error.
+
+A config file holds `get_config()`, which starts from `default_config()` and returns a locked `ConfigDict`; the command line overrides
+single fields (`--config.train.steps=200`). `resolve` turns it into the frozen dataclasses below, which is what the program reads.
+"""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+import ml_collections
+
+from iam_jax.errors import InputError
+from iam_jax.schedule import Schedule, parse_schedule
+
+CONFIG_FILE = "config.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class SyntheticConfig:
+    users: int = 2000
+    items: int = 800
+    events_per_user: float = 12.0  # mean
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    source: str = "table"  # table | ml1m | amazon | synthetic
+    path: str = ""  # folder with interactions.* and items.*, or with the original archives; empty: download (ml1m, amazon)
+    category: str = ""  # amazon only: "2014/Toys_and_Games", "2018/Arts_Crafts_and_Sewing", …
+    cache: str = ""  # folder of prepared data; empty: $XDG_CACHE_HOME/iam_jax or ~/.cache/iam_jax
+    text: str = "{title}"  # template that turns an item's columns into its text
+    untitled: str = "error"  # an item without text: error | drop (the item and its events) | id (its id is its text)
+    k_core: int = 0  # users and items with fewer events are removed, to the fixed point; 0: off
+    last_n: int = 0  # keep each user's last n events; 0: all
+    split: str = "leave_one_out"  # leave_one_out | temporal
+    t1: str = ""  # temporal: train < t1 <= validation < t2 <= test, written like the table's timestamps
+    t2: str = ""
+    tokenizer: str = "bpe"  # bpe (byte-level, trained on the catalogue's text) | id (one token per item) | path of a tokenizer.json
+    vocabulary: int = 8192  # size of a trained BPE vocabulary at most
+    item_tokens: int = 16  # text tokens kept of an item, its boundary token not counted
+    prompt: str = ""  # text before the first item of every history
+    row_tokens: int = 512  # token slots in a row; several users share one
+    context_items: int = 4  # untargeted items to the left, at least, where a long history is cut into windows
+    shuffled_titles: bool = False  # control: texts permuted among the items
+    synthetic: SyntheticConfig = SyntheticConfig()
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    schedule: str = "(intra inter)*2"  # relations full | intra | inter | intra_both, `*n` repeats a relation or a (group)
+    width: int = 64
+    heads: int = 4
+    kv_heads: int = 0  # 0: as many as heads
+    head_size: int = 0  # 0: width / heads
+    mlp: str = "gated"  # gated | plain
+    mlp_width: int = 0  # 0: 3 x width (gated), 4 x width (plain)
+    activation: str = "silu"  # silu | gelu | relu
+    norm: str = "rms"  # rms | layer
+    norm_epsilon: float = 1e-6
+    positions: str = "rotary"  # rotary | learned
+    inter_positions: str = "token"  # rotary positions of inter layers: token | item (the item's number)
+    rope_theta: float = 10000.0
+    bias: bool = False  # in the attention and MLP projections
+    qk_norm: bool = False
+    self_key: bool = False  # inter layers: a token also sees itself
+    dropout: float = 0.1
+    dtype: str = "float32"  # of the computation: float32 | bfloat16 (parameters are float32)
+    tie_items: bool = False  # the item table is the token embedding (tokenizer "id" only), states are not projected
+    tie_tokens: bool = True  # the token objective's output embedding is the input embedding
+    scan: bool = True  # lax.scan over the schedule's repeats: compiles faster, computes the same
+    remat: bool = False  # recompute a layer's activations in the backward pass
+
+
+@dataclasses.dataclass(frozen=True)
+class ObjectiveConfig:
+    item: float = 1.0  # weight of the item objective
+    token: float = 0.0  # weight of the next-token objective
+    vectors: str = "table"  # an item's vector: table | text | both (their sum)
+    text_layers: str = "leading"  # a text vector comes after the leading intra layers | all layers
+    softmax: str = "auto"  # full | sampled | cached | auto: full for tables, sampled with text
+    negatives: int = 512  # sampled: drawn negatives per step, beside the batch's own targets
+    negatives_power: float = 1.0  # they are drawn proportionally to (training events of the item) ** power
+    refresh_steps: int = 100  # cached: steps between two refreshes of the cached text vectors
+    chunk: int = 2048  # positions whose logits exist at one time
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    learning_rate: float = 1e-3
+    warmup_steps: int = 100
+    decay_steps: int = 10000  # cosine from the end of the warm-up to step decay_steps, whatever train.steps is; 0: constant
+    final_scale: float = 0.1  # learning rate after the decay, relative to its peak
+    b1: float = 0.9
+    b2: float = 0.98
+    epsilon: float = 1e-8
+    weight_decay: float = 0.01  # on matrices, not on vectors and scales
+    clip_norm: float = 1.0  # 0: off
+    accumulate: int = 1  # micro-batches per step; must divide train.batch_rows
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    steps: int = 10000
+    batch_rows: int = 16
+    seed: int = 0
+    eval_every: int = 500  # steps between two validations
+    save_every: int = 500  # steps between two checkpoints, besides those at validations
+    keep: int = 2  # newest checkpoints kept, besides the best
+    patience: int = 0  # stop after so many validations without a better one; 0: off
+    max_minutes: float = 0.0  # stop training after so many minutes of training, evaluation included; 0: off
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    data: int = -1  # -1: the devices that remain
+    fsdp: int = 1
+    tensor: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    ks: tuple[int, ...] = (1, 5, 10, 20, 50)
+    metric: str = "ndcg@10"  # selects the best step, on validation
+    filter_seen: bool = True  # the items of the history are no candidates
+    batch_rows: int = 32
+    chunk_items: int = 8192  # catalogue items scored at one time
+    validation_users: int = 0  # users of the validations during training (a fixed random subset); 0: all
+    baselines: bool = True  # popularity and last-item transitions beside the model
+    resamples: int = 1000  # of the bootstrap over users
+    seed: int = 0  # of the bootstrap and of the subset above
+
+
+@dataclasses.dataclass(frozen=True)
+class LogConfig:
+    every: int = 50  # steps between two lines of metrics.jsonl
+    tensorboard: bool = True
+    progress: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig = TrainConfig()
+    mesh: MeshConfig = MeshConfig()
+    eval: EvalConfig = EvalConfig()
+    log: LogConfig = LogConfig()
+
+    @property
+    def schedule(self) -> Schedule:
+        return parse_schedule(self.model.schedule, field="model.schedule")
+
+    @property
+    def uses_text(self) -> bool:
+        """Whether item vectors come from the items' text, in part or whole."""
+        return self.objective.vectors != "table"
+
+    @property
+    def softmax(self) -> str:
+        """objective.softmax with `auto` decided."""
+        if self.objective.softmax != "auto":
+            return self.objective.softmax
+        return "sampled" if self.uses_text else "full"
+
+
+# What may change between two runs of one working folder. `data.path` and `data.cache` say where, not what: the split's hash is compared instead.
+FREE_FIELDS = ("eval.", "score.", "log.", "mesh.", "data.path", "data.cache", "train.max_minutes", "train.keep", "model.scan", "model.remat")
+
+
+def default_config() -> ml_collections.ConfigDict:
+    """A locked ConfigDict with every field at its default."""
+    return ml_collections.ConfigDict(dataclasses.asdict(Config()))
+
+
+def get_config(workdir: str) -> ml_collections.ConfigDict:
+    """The config a working folder was made by (this module is itself a config file: `--config=config.py:WORKDIR`)."""
+    return ml_collections.ConfigDict(_tuples(json.loads(read_config_text(workdir))))
+
+
+def read_config_text(workdir: str | os.PathLike) -> str:
+    path = Path(workdir) / CONFIG_FILE
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: no readable config of a run ({getattr(error, 'strerror', None) or error})") from error
+
+
+def resolve(config: ml_collections.ConfigDict) -> Config:
+    """Dataclasses from a ConfigDict, checked. Raises InputError naming the field."""
+    resolved = _from_dict(Config, config.to_dict(), "")
+    _check(resolved)
+    return resolved
+
+
+def to_json(config: Config) -> str:
+    return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+
+
+def check_same_run(workdir: str | os.PathLike, config: Config) -> None:
+    """Refuses a working folder that another config made; the error names the keys that differ."""
+    if not (Path(workdir) / CONFIG_FILE).exists():
+        return
+    saved, wanted = _flatten(json.loads(read_config_text(workdir))), _flatten(json.loads(to_json(config)))
+    differing = [
+        f"{key} ({saved.get(key, 'absent')!r} there, {wanted.get(key, 'absent')!r} here)"
+        for key in sorted(saved.keys() | wanted.keys())
+        if not key.startswith(FREE_FIELDS)
+        and saved.get(key) != wanted.get(key)
+        and not (key == "train.steps" and key in saved and wanted[key] >= saved[key])
+    ]
+    if differing:
+        raise InputError(f"{workdir} was made by another config: {'; '.join(differing)}. Choose another --workdir.")
+
+
+def _flatten(tree: dict, prefix: str = "") -> dict:
+    flat = {}
+    for key, value in tree.items():
+        flat.update(_flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
+    return flat
+
+
+def _tuples(tree: dict) -> dict:
+    return {k: _tuples(v) if isinstance(v, dict) else tuple(v) if isinstance(v, list) else v for k, v in tree.items()}
+
+
+def _from_dict(cls, values: dict, prefix: str):
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    for name in values:
+        if name not in fields:
+            raise InputError(f"config.{prefix}{name} is not a config field; config.{prefix or '*'} has {', '.join(fields)}")
+    built = {}
+    for name, field in fields.items():
+        if name not in values:
+            raise InputError(f"config.{prefix}{name} is missing (start from iam_jax.config.default_config())")
+        value, default = values[name], getattr(cls(), name)
+        if dataclasses.is_dataclass(default):
+            if not isinstance(value, dict):
+                raise InputError(f"config.{prefix}{name} must be a section, not {value!r}")
+            built[name] = _from_dict(type(default), value, f"{prefix}{name}.")
+            continue
+        if isinstance(default, tuple) and isinstance(value, (list, tuple)):
+            value = tuple(value)
+        if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        if type(value) is not type(default):
+            raise InputError(f"config.{prefix}{name} must be of type {type(default).__name__}, not {value!r}")
+        built[name] = value
+    return cls(**built)
+
+
+def _check(config: Config) -> None:
+    data, model, objective, optimizer, train, evaluation = (
+        config.data, config.model, config.objective, config.optimizer, config.train, config.eval,
+    )  # fmt: skip
+
+    def require(condition: bool, field: str, message: str) -> None:
+        if not condition:
+            section, _, name = field.rpartition(".")
+            value = config
+            for part in [*filter(None, section.split(".")), name]:
+                value = getattr(value, part)
+            raise InputError(f"config.{field} = {value!r}: {message}")
+
+    def choice(field: str, value: str, *options: str) -> None:
+        require(value in options, field, f"must be one of {', '.join(options)}")
+
+    choice("data.source", data.source, "table", "ml1m", "amazon", "synthetic")
+    choice("data.untitled", data.untitled, "error", "drop", "id")
+    choice("data.split", data.split, "leave_one_out", "temporal")
+    require(data.source != "table" or bool(data.path), "data.path", "the folder that holds interactions.* and items.*")
+    require(data.source != "amazon" or bool(data.category or data.path), "data.category", "which one? For example 2014/Toys_and_Games")
+    for field, value in (("k_core", data.k_core), ("last_n", data.last_n)):
+        require(value >= 0, f"data.{field}", "must be 0 or more")
+    if data.split == "temporal":
+        require(bool(data.t1), "data.t1", "a temporal split needs both times")
+        require(bool(data.t2), "data.t2", "a temporal split needs both times")
+    require(data.vocabulary >= 256, "data.vocabulary", "a byte-level BPE has at least 256 tokens")
+    require(data.item_tokens >= 1, "data.item_tokens", "must be 1 or more")
+    require(data.context_items >= 1, "data.context_items", "must be 1 or more: a target is predicted from the item before it")
+    require(data.row_tokens >= 2, "data.row_tokens", "must be 2 or more")
+    for field in ("users", "items"):
+        require(getattr(data.synthetic, field) >= 10, f"data.synthetic.{field}", "must be 10 or more")
+    require(data.synthetic.events_per_user >= 3, "data.synthetic.events_per_user", "must be 3 or more")
+    by_id = data.tokenizer == "id"
+    require(not (by_id and data.prompt), "data.prompt", "needs text tokens, and data.tokenizer is 'id'")
+
+    schedule = config.schedule
+    require(model.width >= 1, "model.width", "must be 1 or more")
+    require(model.heads >= 1, "model.heads", "must be 1 or more")
+    require(model.head_size > 0 or model.width % model.heads == 0, "model.heads", f"must divide model.width = {model.width}")
+    head_size = model.head_size or model.width // model.heads
+    require(model.positions != "rotary" or head_size % 2 == 0, "model.head_size", f"rotary positions need an even one, not {head_size}")
+    require(model.kv_heads >= 0 and model.heads % (model.kv_heads or 1) == 0, "model.kv_heads", f"must divide model.heads = {model.heads}")
+    choice("model.mlp", model.mlp, "gated", "plain")
+    choice("model.activation", model.activation, "silu", "gelu", "relu")
+    choice("model.norm", model.norm, "rms", "layer")
+    choice("model.positions", model.positions, "rotary", "learned")
+    choice("model.inter_positions", model.inter_positions, "token", "item")
+    choice("model.dtype", model.dtype, "float32", "bfloat16")
+    require(model.inter_positions == "token" or model.positions == "rotary", "model.inter_positions", "'item' needs rotary positions")
+    require(0 <= model.dropout < 1, "model.dropout", "must be in [0, 1)")
+    require(not model.tie_items or by_id, "model.tie_items", "needs data.tokenizer = 'id'")
+    require(not model.tie_items or objective.vectors == "table", "model.tie_items", "needs objective.vectors = 'table'")
+
+    choice("objective.vectors", objective.vectors, "table", "text", "both")
+    choice("objective.text_layers", objective.text_layers, "leading", "all")
+    choice("objective.softmax", objective.softmax, "auto", "full", "sampled", "cached")
+    require(objective.item > 0, "objective.item", "must be above 0: items are ranked by it")
+    require(objective.token >= 0, "objective.token", "must be 0 or more")
+    require(not (by_id and objective.token), "objective.token", "needs text tokens, and data.tokenizer is 'id'")
+    require(not (by_id and config.uses_text), "objective.vectors", "vectors from text need text tokens, and data.tokenizer is 'id'")
+    require(not (objective.token and "intra_both" in schedule.relations), "objective.token", "intra_both sees the token to be predicted")
+    require(
+        not config.uses_text or objective.text_layers == "all" or schedule.leading_intra > 0,
+        "objective.text_layers",
+        "'leading' needs a schedule that begins with intra layers",
+    )
+    require(objective.softmax != "cached" or config.uses_text, "objective.softmax", "'cached' needs objective.vectors = 'text' or 'both'")
+    require(objective.negatives >= 0, "objective.negatives", "must be 0 or more")
+    require(0 <= objective.negatives_power <= 2, "objective.negatives_power", "must be in [0, 2]")
+    for field in ("refresh_steps", "chunk"):
+        require(getattr(objective, field) >= 1, f"objective.{field}", "must be 1 or more")
+
+    require(optimizer.learning_rate > 0, "optimizer.learning_rate", "must be above 0")
+    for field in ("warmup_steps", "decay_steps", "weight_decay", "clip_norm", "final_scale"):
+        require(getattr(optimizer, field) >= 0, f"optimizer.{field}", "must be 0 or more")
+    require(
+        optimizer.decay_steps == 0 or optimizer.decay_steps > optimizer.warmup_steps,
+        "optimizer.decay_steps",
+        f"must be 0 or above optimizer.warmup_steps = {optimizer.warmup_steps}",
+    )
+    for field in ("b1", "b2"):
+        require(0 <= getattr(optimizer, field) < 1, f"optimizer.{field}", "must be in [0, 1)")
+    require(optimizer.epsilon > 0, "optimizer.epsilon", "must be above 0")
+    require(optimizer.accumulate >= 1, "optimizer.accumulate", "must be 1 or more")
+    for field in ("steps", "batch_rows", "eval_every", "save_every", "keep"):
+        require(getattr(train, field) >= 1, f"train.{field}", "must be 1 or more")
+    require(train.patience >= 0, "train.patience", "must be 0 or more")
+    require(train.max_minutes >= 0, "train.max_minutes", "must be 0 or more")
+    require(0 <= train.seed < 2**31, "train.seed", "must be in [0, 2**31)")
+    require(train.batch_rows % optimizer.accumulate == 0, "train.batch_rows", f"optimizer.accumulate = {optimizer.accumulate} must divide it")
+
+    for field in ("data", "fsdp", "tensor"):
+        size = getattr(config.mesh, field)
+        require(size >= 1 or (size == -1 and field == "data"), f"mesh.{field}", "must be 1 or more (mesh.data also -1)")
+    require(bool(evaluation.ks) and all(isinstance(k, int) and k >= 1 for k in evaluation.ks), "eval.ks", "cut-offs of 1 or more")
+    names = [f"{name}@{k}" for name in ("hr", "precision", "ndcg", "mrr") for k in evaluation.ks]
+    choice("eval.metric", evaluation.metric, *names)
+    for field in ("batch_rows", "chunk_items", "resamples"):
+        require(getattr(evaluation, field) >= 1, f"eval.{field}", "must be 1 or more")
+    require(evaluation.validation_users >= 0, "eval.validation_users", "must be 0 or more")
+    require(config.log.every >= 1, "log.every", "must be 1 or more")

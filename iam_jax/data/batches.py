@@ -1,0 +1,191 @@
+"""Histories packed into rows, and rows into batches: batch k is a pure function of (seed, k), so a data position is one integer."""
+
+import bisect
+import dataclasses
+
+import grain
+import numpy as np
+
+from iam_jax.data.catalogue import Catalogue
+from iam_jax.data.splits import Events
+
+# Every batch is a dict of int32 arrays. B rows, T token slots, M targets a row at most.
+#   token_BT, user_BT (1, 2, … in the row; 0 is padding), group_BT (item number inside the user; 0 is the prompt), position_BT (inside the user)
+#   target_at_BM: slot of the state that predicts the target; target_BM: the item, -1 for none; label_BT: the next token where it is a
+#   target, else -1; segment_BM: which segment of the plan the target belongs to
+Batch = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Segments:
+    """Stretches of users' histories, each to be packed whole into one row: the input is events start:stop, the targets first:last."""
+
+    start: np.ndarray  # [n] int64, first event of the input
+    stop: np.ndarray  # [n] int64, one after its last
+    first: np.ndarray  # [n] int64, first target event
+    last: np.ndarray  # [n] int64, one after the last target event
+
+    def __len__(self) -> int:
+        return len(self.start)
+
+
+def training_segments(events: Events, catalogue: Catalogue, row_tokens: int, context_items: int, whole_text: bool) -> Segments:
+    """Every training event is a target once, except a user's first (that one too if a prompt precedes it). A history longer than a row
+    is cut between items into windows whose first target has at least `context_items` items to its left. With `whole_text` (the token
+    objective) the targets' own tokens are input too."""
+    lengths = catalogue.lengths
+    capacity = row_tokens - int(lengths[-1])
+    before = np.concatenate([[0], np.cumsum(lengths[:-1][events.item])])  # tokens before each event
+    begin, end = events.offsets[:-1], events.train_ends
+    first = begin if catalogue.prompt else begin + 1
+    has_target = first < end
+    begin, first, end = begin[has_target], first[has_target], end[has_target]
+    input_end = end if whole_text else end - 1
+    fits = before[input_end] - before[begin] <= capacity
+    parts = [(begin[fits], input_end[fits], first[fits], end[fits])]
+    for user in np.flatnonzero(~fits):
+        target, windows = first[user], []
+        while target < end[user]:
+            start = max(begin[user], target - context_items) if windows else begin[user]
+            stop = int(np.searchsorted(before, before[start] + capacity, side="right")) - 1  # the input that fits is start:stop
+            last = min(end[user], stop if whole_text else stop + 1)
+            windows.append((start, last if whole_text else last - 1, target, last))
+            target = last
+        parts.append(tuple(np.array(column) for column in zip(*windows, strict=True)))
+    return Segments(*(np.concatenate(columns).astype(np.int64) for columns in zip(*parts, strict=True)))
+
+
+def evaluation_segments(events: Events, catalogue: Catalogue, row_tokens: int, targets: np.ndarray) -> Segments:
+    """One segment per target [n]: as many of the most recent items before it as fit in a row."""
+    lengths = catalogue.lengths
+    before = np.concatenate([[0], np.cumsum(lengths[:-1][events.item])])
+    begin = events.offsets[np.searchsorted(events.offsets, targets, side="right") - 1]
+    start = np.searchsorted(before, before[targets] - (row_tokens - int(lengths[-1])), side="left")
+    return Segments(np.maximum(begin, start), targets, targets, targets + 1)
+
+
+def pack(sizes: np.ndarray, capacity: int, rng: np.random.Generator | None = None, open_rows: int = 256) -> list[np.ndarray]:
+    """Best fit over a bounded number of open rows, in random order (or, without `rng`, in the order given). Returns the indices in
+    each row; every index once, and no row above `capacity`."""
+    order = rng.permutation(len(sizes)) if rng is not None else np.arange(len(sizes))
+    rows: list[list[int]] = []
+    space: list[tuple[int, int]] = []  # (free slots, row), sorted
+    smallest = int(sizes.min(initial=capacity))
+    for index, size in zip(order.tolist(), sizes[order].tolist(), strict=True):
+        at = bisect.bisect_left(space, (size, -1))
+        if at == len(space):
+            rows.append([])
+            free, row = capacity, len(rows) - 1
+        else:
+            free, row = space.pop(at)
+        rows[row].append(index)
+        if free - size >= smallest:
+            bisect.insort(space, (free - size, row))
+            if len(space) > open_rows:
+                space.pop(0)  # the fullest
+    return [np.array(row) for row in rows]
+
+
+class Rows:
+    """Random access to packed rows: what Grain reads."""
+
+    def __init__(self, events: Events, catalogue: Catalogue, segments: Segments, row_tokens: int, rng: np.random.Generator | None = None):
+        self.events, self.catalogue, self.segments, self.row_tokens = events, catalogue, segments, row_tokens
+        self._lengths = catalogue.lengths
+        before = np.concatenate([[0], np.cumsum(self._lengths[:-1][events.item])])
+        self.sizes = before[segments.stop] - before[segments.start] + self._lengths[-1]  # [n] tokens
+        self.rows = pack(self.sizes, row_tokens, rng)
+        counts = segments.last - segments.first
+        per_row = np.array([counts[row].sum() for row in self.rows])
+        self.targets_per_row = int(per_row.max(initial=1))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def fill(self) -> float:
+        """Real tokens per row slot."""
+        return float(self.sizes.sum() / (max(len(self.rows), 1) * self.row_tokens))
+
+    @property
+    def targets(self) -> int:
+        return int((self.segments.last - self.segments.first).sum())
+
+    def __getitem__(self, row: int) -> Batch:
+        T, catalogue, segments = self.row_tokens, self.catalogue, self.segments
+        index = self.rows[row]
+        start, stop, first, last = segments.start[index], segments.stop[index], segments.first[index], segments.last[index]
+        prompt = int(catalogue.prompt)
+        # One entry per group: each segment's prompt, if there is one, then its items.
+        groups = stop - start + prompt
+        segment_of = np.repeat(np.arange(len(index)), groups)
+        number = _count_up(groups)
+        event = start[segment_of] + number - prompt
+        item = np.where(number >= prompt, self.events.item[np.maximum(event, 0)], catalogue.items)  # the prompt is entry I
+        length = self._lengths[item]
+        ends = np.cumsum(length)
+        slots = int(ends[-1])
+        group_of = np.repeat(np.arange(len(item)), length)
+        within = np.arange(slots) - (ends - length)[group_of]
+        segment_start = (ends - length)[np.cumsum(groups) - groups]
+
+        out = {name: np.zeros(T, np.int32) for name in ("token", "user", "group", "position")}
+        out["token"][:slots] = catalogue.tokens[catalogue.offsets[item][group_of] + within]
+        out["user"][:slots] = segment_of[group_of] + 1
+        out["group"][:slots] = (number + (1 - prompt))[group_of]
+        out["position"][:slots] = np.arange(slots) - segment_start[segment_of[group_of]]
+
+        # The state that predicts event e is the last of the group before it.
+        counts = last - first
+        target_segment = np.repeat(np.arange(len(index)), counts)
+        target = first[target_segment] + _count_up(counts)
+        group_before = (np.cumsum(groups) - groups)[target_segment] + (target - start[target_segment]) + prompt - 1
+        M = self.targets_per_row
+        for name, values in (("target_at", ends[group_before] - 1), ("target", self.events.item[target]), ("segment", index[target_segment])):
+            out[name] = np.full(M, -1, np.int32)
+            out[name][: len(values)] = values
+        out["target_at"] = np.maximum(out["target_at"], 0)
+
+        # Token labels: slot t predicts token t + 1 where that token belongs to a target event of the same user.
+        out["label"] = np.full(T, -1, np.int32)
+        is_target = (number >= prompt) & (event >= first[segment_of]) & (event < last[segment_of])
+        labelled = is_target[group_of][1:] & (segment_of[group_of][1:] == segment_of[group_of][:-1])
+        out["label"][: slots - 1][labelled] = out["token"][1:slots][labelled]
+        return out
+
+
+def _count_up(counts: np.ndarray) -> np.ndarray:
+    """[3, 2] -> [0, 1, 2, 0, 1]"""
+    return np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+
+
+def training_rows(events: Events, catalogue: Catalogue, row_tokens: int, context_items: int, whole_text: bool, seed: int) -> Rows:
+    segments = training_segments(events, catalogue, row_tokens, context_items, whole_text)
+    return Rows(events, catalogue, segments, row_tokens, np.random.default_rng([seed, 0]))
+
+
+def training_batches(rows: Rows, batch_rows: int, seed: int, start: int = 0) -> "grain.DatasetIterator[Batch]":
+    """An endless iterator over batches start, start + 1, …: rows newly shuffled every epoch, each row once an epoch."""
+    dataset = grain.MapDataset.source(rows).shuffle(seed=seed).repeat().batch(batch_rows)
+    return iter(dataset[start:].to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)))
+
+
+def evaluation_batches(rows: Rows, batch_rows: int) -> "grain.DatasetIterator[Batch]":
+    """All rows once, in order; the last batch is filled up with empty rows so that every batch has the same shape."""
+    padded = grain.MapDataset.source(_Padded(rows, -len(rows) % batch_rows))
+    return iter(padded.batch(batch_rows).to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)))
+
+
+class _Padded:
+    def __init__(self, rows: Rows, more: int):
+        self.rows, self.more = rows, more
+
+    def __len__(self) -> int:
+        return len(self.rows) + self.more
+
+    def __getitem__(self, row: int) -> Batch:
+        if row < len(self.rows):
+            return self.rows[row]
+        empty = {name: np.zeros(self.rows.row_tokens, np.int32) for name in ("token", "user", "group", "position")}
+        nothing = np.full(self.rows.targets_per_row, -1, np.int32)
+        return empty | {"target_at": nothing * 0, "target": nothing, "segment": nothing, "label": np.full(self.rows.row_tokens, -1, np.int32)}

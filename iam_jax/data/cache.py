@@ -1,0 +1,42 @@
+"""Folders of prepared data: complete or absent, never half-written."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from iam_jax.errors import InputError
+
+
+def cache_root(configured: str) -> Path:
+    """`configured` (config.data.cache), or the user's cache folder."""
+    if configured:
+        return Path(configured).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "iam_jax"
+
+
+def cached_folder(folder: Path, make: Callable[[], Callable[[Path], None]]) -> Path:
+    """`folder`, made first if it is not there.
+
+    `make` computes (bad input is found out before anything is written) and returns a writer, which fills a temporary neighbour that is
+    then renamed. When two processes make the same, the first one's result stays.
+    """
+    if folder.is_dir():
+        return folder
+    write = make()
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    except OSError as error:
+        raise InputError(f"{folder.parent}: cannot write prepared data there ({error.strerror}); see config.data.cache") from error
+    try:
+        write(temporary)
+        try:
+            temporary.rename(folder)
+        except OSError:
+            if not folder.is_dir():
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder

@@ -1,0 +1,140 @@
+"""The catalogue: every item's text and tokens.
+
+An item is its text's tokens followed by one boundary token, whose final state is the item's state. With one id token per item
+(`data.tokenizer = "id"`) the id is the boundary token.
+"""
+
+import dataclasses
+import hashlib
+import html
+import json
+import string
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+
+from iam_jax.config import DataConfig
+from iam_jax.data import tokenizer as tokens_lib
+from iam_jax.data.cache import cached_folder
+from iam_jax.errors import InputError
+
+_VERSION = 1  # of the cached files
+
+
+@dataclasses.dataclass(frozen=True)
+class Catalogue:
+    """Tokens of I items, and of the prompt as entry I."""
+
+    tokens: np.ndarray  # [sum of lengths] int32; each item's end with its boundary token, the prompt's do not
+    offsets: np.ndarray  # [I + 2] int64: item i's tokens are offsets[i]:offsets[i + 1]
+    vocabulary: int  # token ids are below it
+    truncated: int  # items whose text was longer than data.item_tokens
+    tokenizer_json: str  # "" for id tokens
+
+    @property
+    def items(self) -> int:
+        return len(self.offsets) - 2
+
+    @property
+    def sha256(self) -> str:
+        """Of what the model reads: two catalogues with the same hash are the same to it."""
+        return hashlib.sha256(self.tokens.tobytes() + self.offsets.tobytes()).hexdigest()
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """[I + 1] int64, the prompt's last (0 without a prompt)."""
+        return np.diff(self.offsets)
+
+    @property
+    def prompt(self) -> bool:
+        return self.lengths[-1] > 0
+
+    def padded(self) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids [I, longest item] int32 (zeros behind the boundary token) and lengths [I] int32."""
+        lengths = self.lengths[:-1]
+        padded = np.zeros((self.items, int(lengths.max())), np.int32)
+        padded[np.arange(padded.shape[1]) < lengths[:, None]] = self.tokens[: self.offsets[-2]]
+        return padded, lengths.astype(np.int32)
+
+
+def item_texts(items: pl.DataFrame, config: DataConfig) -> list[str]:
+    """The template filled in: HTML entities unescaped, white space collapsed; "" where all of its columns are empty. Raises InputError for a
+    template that names a column the table lacks."""
+    parts = list(_parse(config.text))
+    columns = [name for _, name in parts if name is not None]
+    for name in columns:
+        if name not in items.columns:
+            raise InputError(f"config.data.text = {config.text!r} uses {{{name}}}; the items table has {', '.join(items.columns)}")
+    if not columns:
+        raise InputError(f"config.data.text = {config.text!r} uses no column; the items table has {', '.join(items.columns)}")
+    clean = {name: [" ".join(html.unescape(value or "").split()) for value in items[name].to_list()] for name in set(columns)}
+    texts = []
+    for row in range(items.height):
+        if any(clean[name][row] for name in columns):
+            texts.append("".join(literal + (clean[name][row] if name is not None else "") for literal, name in parts).strip())
+        else:
+            texts.append("")
+    return texts
+
+
+def _parse(template: str):
+    try:
+        for literal, name, spec, conversion in string.Formatter().parse(template):
+            if name == "" or spec or conversion:
+                raise ValueError("fields are written {column}")
+            yield literal, name
+    except ValueError as error:
+        raise InputError(f"config.data.text = {template!r} is no template: {error}") from error
+
+
+def has_text(items: pl.DataFrame, config: DataConfig) -> np.ndarray:
+    """[rows] bool: which items have text by the template; all of them where ids stand in, or are the tokens."""
+    if config.untitled == "id" or config.tokenizer == "id":
+        return np.ones(items.height, bool)
+    return np.array([bool(text) for text in item_texts(items, config)], bool)
+
+
+def make_catalogue(items: pl.DataFrame, config: DataConfig, cache: Path) -> Catalogue:
+    """Tokenises the items, in the order given; kept in `cache` under the hash of the texts and the tokenizer's settings."""
+    if config.tokenizer == "id":
+        ids = np.arange(items.height, dtype=np.int32)
+        return Catalogue(ids, np.append(np.arange(items.height + 1), items.height), items.height, 0, "")
+    texts = item_texts(items, config)
+    if config.untitled == "id":
+        texts = [text or item for text, item in zip(texts, items["item"].to_list(), strict=True)]
+    if config.shuffled_titles:
+        texts = [texts[i] for i in np.random.default_rng(0).permutation(len(texts))]
+    given = None
+    if config.tokenizer != "bpe":
+        given = tokens_lib.load_tokenizer(config.tokenizer)
+    identity = [_VERSION, config.vocabulary if given is None else given.to_str(), config.item_tokens, config.prompt]
+    digest = hashlib.sha256(json.dumps([identity, texts]).encode()).hexdigest()
+
+    def make():
+        tokenizer = given or tokens_lib.train_bpe(sorted(texts), config.vocabulary)  # sorted: whatever the order of the items
+        ids = tokens_lib.encode(tokenizer, texts)
+        empty = [item for item, tokens in zip(items["item"], ids, strict=True) if not tokens]
+        if empty:
+            raise InputError(f"config.data.tokenizer = {config.tokenizer!r} makes no token of the text of {len(empty):,} items (item {empty[0]!r})")
+        boundary = tokenizer.get_vocab_size(with_added_tokens=True)
+        kept = [tokens[: config.item_tokens] + [boundary] for tokens in ids]
+        prompt = tokens_lib.encode(tokenizer, [config.prompt])[0] if config.prompt else []
+        truncated = sum(len(tokens) > config.item_tokens for tokens in ids)
+
+        def write(folder: Path) -> None:
+            np.save(folder / "tokens.npy", np.fromiter((t for tokens in [*kept, prompt] for t in tokens), np.int32))
+            np.save(folder / "offsets.npy", np.cumsum([0, *map(len, kept), len(prompt)], dtype=np.int64))
+            (folder / "catalogue.json").write_text(json.dumps({"vocabulary": boundary + 1, "truncated": truncated}))
+            (folder / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
+
+        return write
+
+    folder = cached_folder(cache / f"catalogue-{digest[:32]}", make)
+    facts = json.loads((folder / "catalogue.json").read_text())
+    return Catalogue(
+        tokens=np.load(folder / "tokens.npy"),
+        offsets=np.load(folder / "offsets.npy"),
+        tokenizer_json=(folder / "tokenizer.json").read_text(encoding="utf-8"),
+        **facts,
+    )

@@ -1,0 +1,100 @@
+"""From a source to what training and evaluation read: events, catalogue, split hash. Prepared data is kept, keyed by the content of the
+source and by every setting that shapes it."""
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+
+from iam_jax.config import DataConfig
+from iam_jax.data import table
+from iam_jax.data.cache import cache_root, cached_folder
+from iam_jax.data.catalogue import Catalogue, has_text, make_catalogue
+from iam_jax.data.splits import Events, Split, as_strings, make_split
+from iam_jax.errors import InputError
+
+_VERSION = 1  # of the cached files
+_ARRAYS = ("item", "offsets", "timestamp", "label")  # of Events
+_SPLIT_FIELDS = ("untitled", "k_core", "last_n", "split", "t1", "t2", "text")  # of DataConfig: what shapes a split
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    split: Split
+    catalogue: Catalogue
+
+    @property
+    def events(self) -> Events:
+        return self.split.events
+
+
+def prepare(config: DataConfig) -> Prepared:
+    """Reads, checks, filters, orders, splits and tokenises. Raises InputError for whatever is wrong with the data."""
+    cache = cache_root(config.cache)
+    split = _cached_split(config, cache)
+    catalogue = make_catalogue(split.items, config, cache)
+    longest = int(catalogue.lengths.max(initial=0))
+    needed = int(catalogue.lengths[-1]) + (config.context_items + 1) * longest
+    if needed > config.row_tokens:
+        raise InputError(
+            f"config.data.row_tokens = {config.row_tokens} is too small: the prompt and {config.context_items} + 1 items "
+            f"(config.data.context_items) of up to {longest} tokens need {needed}"
+        )
+    return Prepared(split, catalogue)
+
+
+def _is_tables(path: str) -> bool:
+    return bool(path) and any(Path(path).glob("interactions.*"))
+
+
+def _load(config: DataConfig) -> table.Tables:
+    if config.source == "synthetic":
+        from iam_jax.data import synthetic
+
+        return synthetic.generate(**dataclasses.asdict(config.synthetic)).tables()
+    if config.source == "table" or _is_tables(config.path):
+        return table.read_tables(config.path, check_unknown_items=config.untitled != "drop")
+    if config.source == "ml1m":
+        from iam_jax.data import movielens
+
+        return movielens.load(config.path)
+    from iam_jax.data import amazon
+
+    return amazon.load(config.path, config.category)
+
+
+def _cached_split(config: DataConfig, cache: Path) -> Split:
+    """A cache hit needs no parsing: tables are recognised by the hash of their bytes, the others by what made them."""
+    settings = [_VERSION, {field: getattr(config, field) for field in _SPLIT_FIELDS}, config.tokenizer == "id"]
+    tables = None
+    if config.source == "synthetic":
+        identity = ["synthetic", dataclasses.asdict(config.synthetic)]
+    elif config.source == "table" or _is_tables(config.path):
+        identity = ["table", table.fingerprint_tables(config.path)]
+    else:
+        tables = _load(config)
+        identity = [config.source, tables.fingerprint]
+    digest = hashlib.sha256(json.dumps([settings, identity]).encode()).hexdigest()
+
+    def make():
+        split = make_split(tables or _load(config), config, lambda items: has_text(items, config))
+
+        def write(folder: Path) -> None:
+            for name in _ARRAYS:
+                np.save(folder / f"{name}.npy", getattr(split.events, name))
+            pl.DataFrame({"user": pl.Series(split.events.user_ids.tolist(), dtype=pl.String)}).write_parquet(folder / "users.parquet")
+            split.items.write_parquet(folder / "items.parquet")
+            (folder / "split.json").write_text(json.dumps({"sha256": split.sha256, "notes": split.notes}), encoding="utf-8")
+
+        return write
+
+    folder = cached_folder(cache / f"split-{digest[:32]}", make)
+    items = pl.read_parquet(folder / "items.parquet")
+    users = pl.read_parquet(folder / "users.parquet")["user"]
+    arrays = {name: np.load(folder / f"{name}.npy") for name in _ARRAYS}
+    events = Events(user_ids=as_strings(users), item_ids=as_strings(items["item"]), **arrays)
+    facts = json.loads((folder / "split.json").read_text(encoding="utf-8"))
+    return Split(events, items, facts["sha256"], tuple(facts["notes"]))

@@ -1,0 +1,218 @@
+"""Events in order, filtered and split: what every model is trained and evaluated on.
+
+Order within a user: timestamp, then the hex SHA-256 of "{user}\\t{item}". An order taken from the file would leak: in the Amazon sets
+a third to a half of consecutive events tie, and files list ties by item.
+"""
+
+import dataclasses
+import hashlib
+from collections.abc import Callable
+
+import numpy as np
+import polars as pl
+
+from iam_jax.config import DataConfig
+from iam_jax.data.table import Tables, canonical_timestamps, parse_timestamps
+from iam_jax.errors import InputError
+
+TRAIN, VALIDATION, TEST = 0, 1, 2
+LABELS = ("train", "validation", "test")
+
+
+@dataclasses.dataclass(frozen=True)
+class Events:
+    """All events, sorted by (user, time, tie hash). A target is the index of an event; its history is that user's events before it."""
+
+    user_ids: np.ndarray  # [U] str, sorted
+    item_ids: np.ndarray  # [I] str, sorted: the candidates
+    item: np.ndarray  # [E] int32, index into item_ids
+    offsets: np.ndarray  # [U + 1] int64: user u's events are offsets[u]:offsets[u + 1]
+    timestamp: np.ndarray  # [E] int64 (also microseconds since 1970) or float64
+    label: np.ndarray  # [E] uint8: TRAIN, VALIDATION or TEST, non-decreasing within a user
+
+    @property
+    def user(self) -> np.ndarray:
+        """[E] int32, index into user_ids."""
+        return np.repeat(np.arange(len(self.user_ids), dtype=np.int32), np.diff(self.offsets))
+
+    @property
+    def train_ends(self) -> np.ndarray:
+        """[U] int64, the event after each user's last training event."""
+        return self.offsets[:-1] + np.add.reduceat(np.append(self.label == TRAIN, False), self.offsets[:-1]) * (np.diff(self.offsets) > 0)
+
+    @property
+    def train_counts(self) -> np.ndarray:
+        """[I] int64, training events of each item."""
+        return np.bincount(self.item[self.label == TRAIN], minlength=len(self.item_ids))
+
+    def targets(self, label: int) -> np.ndarray:
+        """[n] int64, the events with that label that have a history."""
+        has_history = np.ones(len(self.item), bool)
+        has_history[self.offsets[:-1][np.diff(self.offsets) > 0]] = False
+        return np.flatnonzero((self.label == label) & has_history)
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """The events, the table of the items that survived (in the order of events.item_ids), and what was done to them."""
+
+    events: Events
+    items: pl.DataFrame
+    sha256: str
+    notes: tuple[str, ...]  # printed: what was read, and what each filter removed
+
+
+def make_split(tables: Tables, config: DataConfig, has_text: Callable[[pl.DataFrame], np.ndarray]) -> Split:
+    """Filters, orders and splits. `has_text` says of each row of the items table whether its text is not empty (item ids as text count as
+    text). Raises InputError naming the file, the column and the first offending rows."""
+    interactions, items = tables.interactions, tables.items.sort("item")
+    notes = [f"read {interactions.height:,} interactions ({tables.interactions_name}) and {items.height:,} items ({tables.items_name})"]
+    user_ids = interactions["user"].unique().sort()
+    user = _codes(interactions["user"], user_ids)
+    item = _codes(interactions["item"], items["item"])  # -1: not in the items table (sources with `drop` only)
+    keep = item >= 0
+    if not keep.all():
+        notes.append(f"removed {np.count_nonzero(~keep):,} interactions with items that are not in the items table")
+    titled = has_text(items)
+    if not titled.all():
+        if config.untitled == "error":
+            first = ", ".join(repr(i) for i in items["item"].filter(pl.Series(~titled)).head(3))
+            raise InputError(
+                f"{tables.items_name}: {np.count_nonzero(~titled):,} items have no text by the template {config.text!r} "
+                f"(item {first}); see config.data.untitled = error | drop | id"
+            )
+        before = np.count_nonzero(keep)
+        keep[keep] = titled[item[keep]]
+        removed = before - np.count_nonzero(keep)
+        notes.append(f"removed {np.count_nonzero(~titled):,} items without text, and their {removed:,} interactions")
+    user, item = user[keep], item[keep]
+    time_kind = interactions["timestamp"].dtype
+    timestamp = interactions["timestamp"]
+    timestamp = (timestamp.dt.epoch("us") if time_kind == pl.Datetime else timestamp).to_numpy()[keep]
+    del interactions, tables
+    surviving = titled.copy()
+
+    if config.k_core:
+        alive = _k_core(user, item, config.k_core, len(user_ids), items.height)
+        if not alive.any():
+            raise InputError(f"config.data.k_core = {config.k_core} leaves nothing of {len(user):,} interactions")
+        notes.append(
+            f"{config.k_core}-core removed {np.count_nonzero(~alive):,} interactions, "
+            f"{len(np.unique(user)) - len(np.unique(user[alive])):,} users and "
+            f"{np.count_nonzero(surviving) - len(np.unique(item[alive])):,} items"
+        )
+        user, item, timestamp = user[alive], item[alive], timestamp[alive]
+        surviving = np.bincount(item, minlength=items.height) > 0
+    if not len(user):
+        raise InputError("no interaction is left after the filters")
+
+    order = _order(user, item, timestamp, user_ids, items["item"])
+    user, item, timestamp = user[order], item[order], timestamp[order]
+    del order
+    if config.last_n:
+        counts = np.bincount(user, minlength=len(user_ids))
+        rank_from_end = np.cumsum(counts)[user] - np.arange(len(user))  # 1: the last
+        last = rank_from_end <= config.last_n
+        if not last.all():
+            notes.append(f"data.last_n = {config.last_n} removed {np.count_nonzero(~last):,} interactions")
+        user, item, timestamp = user[last], item[last], timestamp[last]
+
+    present = np.bincount(user, minlength=len(user_ids)) > 0
+    user_ids = user_ids.filter(pl.Series(present))
+    user = (np.cumsum(present) - 1)[user]
+    items = items.filter(pl.Series(surviving))
+    item = (np.cumsum(surviving) - 1)[item].astype(np.int32)
+    offsets = np.concatenate([[0], np.cumsum(np.bincount(user, minlength=len(user_ids)))]).astype(np.int64)
+    label = _leave_one_out(offsets) if config.split == "leave_one_out" else _temporal(timestamp, time_kind, config)
+    if not (label == TRAIN).any():
+        raise InputError("the split leaves no training event" + (f" before config.data.t1 = {config.t1!r}" if config.t1 else ""))
+    notes.append(
+        f"{len(user_ids):,} users, {items.height:,} items, {len(item):,} events: "
+        + ", ".join(f"{np.count_nonzero(label == i):,} {name}" for i, name in enumerate(LABELS))
+    )
+    digest = _sha256(user, item, timestamp, label, user_ids, items["item"], time_kind)
+    events = Events(as_strings(user_ids), as_strings(items["item"]), item, offsets, timestamp, label)
+    for i in (VALIDATION, TEST):
+        left_out = np.count_nonzero(label == i) - len(events.targets(i))
+        if left_out:
+            notes.append(f"{left_out:,} {LABELS[i]} events have no history and are left out")
+    return Split(events, items, digest, tuple(notes))
+
+
+def as_strings(series: pl.Series) -> np.ndarray:
+    """[n] numpy strings of variable width."""
+    return series.to_numpy().astype(np.dtypes.StringDType())
+
+
+def _codes(values: pl.Series, ids: pl.Series) -> np.ndarray:
+    """[n] int32: where each value stands in `ids`, -1 for nowhere."""
+    lookup = pl.DataFrame({"id": ids, "code": np.arange(len(ids), dtype=np.int32)})
+    joined = values.to_frame("id").join(lookup, on="id", how="left", maintain_order="left")
+    return joined["code"].fill_null(-1).to_numpy()
+
+
+def _k_core(user: np.ndarray, item: np.ndarray, k: int, users: int, items: int) -> np.ndarray:
+    """[n] bool: the events left when users and items with fewer than k events are removed until none is."""
+    alive = np.ones(len(user), bool)
+    while True:
+        enough_user = np.bincount(user[alive], minlength=users) >= k
+        enough_item = np.bincount(item[alive], minlength=items) >= k
+        still = alive & enough_user[user] & enough_item[item]
+        if np.array_equal(still, alive):
+            return alive
+        alive = still
+
+
+def _order(user: np.ndarray, item: np.ndarray, timestamp: np.ndarray, user_ids: pl.Series, item_ids: pl.Series) -> np.ndarray:
+    order = pl.DataFrame({"user": user, "time": timestamp}).select(pl.arg_sort_by("user", "time", maintain_order=True)).to_series().to_numpy()
+    sorted_user, sorted_time = user[order], timestamp[order]
+    same = (sorted_user[1:] == sorted_user[:-1]) & (sorted_time[1:] == sorted_time[:-1])
+    tied = np.flatnonzero(np.append(same, False) | np.append(False, same))  # in blocks of equal (user, time)
+    block = np.cumsum(~np.append(False, same))[tied]
+    digest = np.empty((len(tied), 4), np.uint64)
+    for start in range(0, len(tied), 1_000_000):  # ids become Python strings: a part at a time bounds the memory
+        rows = order[tied[start : start + 1_000_000]]
+        users, items = user_ids.gather(user[rows]).to_list(), item_ids.gather(item[rows]).to_list()
+        text = b"".join([hashlib.sha256(f"{u}\t{i}".encode()).digest() for u, i in zip(users, items, strict=True)])
+        digest[start : start + len(rows)] = np.frombuffer(text, ">u8").reshape(-1, 4)  # big-endian words order like the hex text
+    by_hash = np.lexsort((digest[:, 3], digest[:, 2], digest[:, 1], digest[:, 0], block))
+    order = order.copy()
+    order[tied] = order[tied][by_hash]
+    return order
+
+
+def _leave_one_out(offsets: np.ndarray) -> np.ndarray:
+    label = np.zeros(offsets[-1], np.uint8)
+    ends = offsets[1:][np.diff(offsets) >= 3]
+    label[ends - 2], label[ends - 1] = VALIDATION, TEST
+    return label
+
+
+def _temporal(timestamp: np.ndarray, time_kind: pl.DataType, config: DataConfig) -> np.ndarray:
+    bounds = []
+    for field, text in (("t1", config.t1), ("t2", config.t2)):
+        bound = parse_timestamps(pl.Series("timestamp", [text]), f"config.data.{field}")
+        if (bound.dtype == pl.Datetime) != (time_kind == pl.Datetime):
+            raise InputError(f"config.data.{field} = {text!r} is not written like the table's timestamps ({time_kind})")
+        bounds.append((bound.dt.epoch("us") if time_kind == pl.Datetime else bound)[0])
+    if not bounds[0] < bounds[1]:
+        raise InputError(f"config.data.t1 = {config.t1!r} must be before config.data.t2 = {config.t2!r}")
+    return ((timestamp >= bounds[0]).astype(np.uint8) + (timestamp >= bounds[1])).astype(np.uint8)
+
+
+def _sha256(user, item, timestamp, label, user_ids: pl.Series, item_ids: pl.Series, time_kind: pl.DataType) -> str:
+    """SHA-256 of the lines "split\\tuser\\titem\\ttimestamp\\n", sorted bytewise."""
+    digest = hashlib.sha256()
+    for name in sorted(LABELS):  # the split's name leads the line, so the parts can be sorted one by one
+        part = np.flatnonzero(label == LABELS.index(name))
+        times = pl.Series(timestamp[part])
+        times = times.cast(pl.Datetime("us", "UTC")) if time_kind == pl.Datetime else times
+        lines = pl.select(
+            pl.concat_str(
+                pl.lit(name), user_ids.gather(user[part]), item_ids.gather(item[part]), canonical_timestamps(times) + "\n", separator="\t"
+            )
+        ).to_series()
+        lines = lines.sort()
+        for start in range(0, len(lines), 1_000_000):
+            digest.update("".join(lines[start : start + 1_000_000].to_list()).encode())
+    return digest.hexdigest()

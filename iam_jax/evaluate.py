@@ -1,0 +1,221 @@
+"""The jitted ranking evaluator: every target against the whole catalogue (README, "Evaluation protocol").
+
+Axes: X targets scored at one time, C items of a chunk, J chunks, I items, E item vectors, S seen items.
+"""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import polars as pl
+from tqdm import tqdm
+
+from iam_jax import baselines, metrics
+from iam_jax.config import Config
+from iam_jax.data.batches import Rows, evaluation_batches, evaluation_segments
+from iam_jax.data.prepare import Prepared
+from iam_jax.data.splits import LABELS, TEST, VALIDATION, Events
+from iam_jax.files import write_atomically
+from iam_jax.model import Model, Params
+from iam_jax.objective import Items, item_vectors
+from iam_jax.sharding import shard_batch
+
+_SCORES = 1 << 24  # scores that exist at one time: 64 MiB
+
+Ranks = tuple[np.ndarray, np.ndarray]
+
+
+def rank_chunked(h_XE: jax.Array, v_IE: jax.Array, target_X: jax.Array, seen_XS: jax.Array, chunk: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Rank, ties and whether all scores are finite, of each target among the items.
+
+    rank = 1 + the candidates that score higher, ties = the other candidates that score the same. seen_XS: distinct items that are no
+    candidates, the target not among them, -1 for none. The target's score is taken from the catalogue's own scores: computed apart,
+    the last bits could differ.
+    """
+    I, E = v_IE.shape  # noqa: E741
+    chunks = math.ceil(I / chunk)
+    chunk = math.ceil(I / chunks)
+    v_JCE = jnp.pad(v_IE, ((0, chunks * chunk - I), (0, 0))).reshape(chunks, chunk, E)
+    scores_JXC = jax.lax.map(lambda v_CE: jnp.einsum("XE,CE->XC", h_XE, v_CE, precision="highest"), v_JCE)
+    real_JC = (jnp.arange(chunks * chunk) < I).reshape(chunks, chunk)
+    x = jnp.arange(len(target_X))
+    own_X = scores_JXC[target_X // chunk, x, target_X % chunk]
+    above_X = ((scores_JXC > own_X[:, None]) & real_JC[:, None]).sum((0, 2))
+    equal_X = ((scores_JXC == own_X[:, None]) & real_JC[:, None]).sum((0, 2)) - 1
+    finite = (jnp.isfinite(scores_JXC) | ~real_JC[:, None]).all((0, 2))
+    safe_XS = jnp.maximum(seen_XS, 0)
+    seen_scores_XS = scores_JXC[safe_XS // chunk, x[:, None], safe_XS % chunk]
+    above_X -= ((seen_scores_XS > own_X[:, None]) & (seen_XS >= 0)).sum(1)
+    equal_X -= ((seen_scores_XS == own_X[:, None]) & (seen_XS >= 0)).sum(1)
+    return 1 + above_X, equal_X, finite
+
+
+class Evaluator:
+    """Ranks target events by a model. Compiled functions are kept, so that one evaluator serves a whole training run."""
+
+    def __init__(self, model: Model, config: Config, prepared: Prepared, items: Items, mesh: jax.sharding.Mesh):
+        self.config, self.prepared, self.items, self.mesh = config, prepared, items, mesh
+        self._rows: dict[bytes, Rows] = {}
+        chunk = config.eval.chunk_items
+
+        @jax.jit
+        def history_vectors(params: Params, batch: dict) -> jax.Array:
+            recommender = model.bind(params)
+            x_BTD = recommender.states(batch)
+            return recommender.project(jnp.take_along_axis(x_BTD, batch["target_at"][..., None], axis=1))
+
+        self._history_vectors = history_vectors
+        self._item_vectors = jax.jit(lambda params, items: item_vectors(model.bind(params), config, items))
+        self._rank = jax.jit(lambda h, v, target, seen: rank_chunked(h, v, target, seen, chunk))
+
+    def history_vectors(self, params: Params, targets: np.ndarray, poll: Callable[[], None], label: str) -> np.ndarray:
+        """[n, E] float32: the projected state from which each target event is predicted."""
+        key = targets.tobytes()
+        if key not in self._rows:
+            segments = evaluation_segments(self.prepared.events, self.prepared.catalogue, self.config.data.row_tokens, targets)
+            self._rows[key] = Rows(self.prepared.events, self.prepared.catalogue, segments, self.config.data.row_tokens)
+        rows = self._rows[key]
+        batches = math.ceil(len(rows) / self.config.eval.batch_rows)
+        out = None
+        for batch in self._progress(evaluation_batches(rows, self.config.eval.batch_rows), batches, f"{label}: histories"):
+            poll()
+            h = np.asarray(self._history_vectors(params, shard_batch(self.mesh, batch)))
+            out = np.zeros((len(targets), h.shape[-1]), np.float32) if out is None else out
+            there = batch["segment"] >= 0
+            out[batch["segment"][there]] = h[there]
+        return out if out is not None else np.zeros((0, 1), np.float32)
+
+    def rank(self, params: Params, targets: np.ndarray, poll: Callable[[], None] = lambda: None, label: str = "evaluation") -> Ranks:
+        """Rank [n] and ties [n] of the target events. Raises FloatingPointError on a score that is not finite."""
+        events = self.prepared.events
+        h_nE = self.history_vectors(params, targets, poll, label)
+        v_IE = self._item_vectors(params, self.items)
+        X = max(8, min(1024, _SCORES // len(events.item_ids)))
+        rank, ties = np.zeros(len(targets), np.int64), np.zeros(len(targets), np.int64)
+        for start in self._progress(range(0, len(targets), X), math.ceil(len(targets) / X), f"{label}: ranking"):
+            poll()
+            part = targets[start : start + X]
+            target = events.item[part]
+            seen = _padded_seen(events, part, X) if self.config.eval.filter_seen else np.full((X, 1), -1, np.int32)
+            h = np.pad(h_nE[start : start + X], ((0, X - len(part)), (0, 0)))
+            results = self._rank(h, v_IE, np.pad(target, (0, X - len(part))), seen)
+            got_rank, got_ties, finite = (np.asarray(result)[: len(part)] for result in results)
+            if not finite.all():
+                user = events.user_ids[baselines.users_of(events, part[np.argmin(finite)])]
+                raise FloatingPointError(f"a score of user {user!r} is not finite")
+            rank[start : start + X], ties[start : start + X] = got_rank, got_ties
+        return rank, ties
+
+    def _progress(self, iterable, total: int, label: str):
+        return tqdm(iterable, label, total, leave=False, disable=not self.config.log.progress or total < 4, mininterval=1)
+
+
+def _padded_seen(events: Events, targets: np.ndarray, rows: int) -> np.ndarray:
+    """[rows, S] int32, -1 for none: the distinct items before each target except its own; S is a power of two, so that few shapes are
+    compiled."""
+    row, item = baselines._others(*baselines.histories(events, targets), events.item[targets], len(events.item_ids))
+    counts = np.bincount(row, minlength=rows)
+    width = max(16, 1 << int(counts.max(initial=1) - 1).bit_length())
+    seen = np.full((rows, width), -1, np.int32)
+    seen[row, np.arange(len(row)) - (np.cumsum(counts) - counts)[row]] = item
+    return seen
+
+
+def validation_subset(events: Events, config: Config) -> np.ndarray:
+    """The targets that select the best step: all of validation, or those of a fixed random subset of users."""
+    targets = events.targets(VALIDATION)
+    users = baselines.users_of(events, targets)
+    if config.eval.validation_users and config.eval.validation_users < len(np.unique(users)):
+        chosen = np.random.default_rng(config.eval.seed).choice(np.unique(users), config.eval.validation_users, replace=False)
+        targets = targets[np.isin(users, chosen)]
+    return targets
+
+
+def summarize(prepared: Prepared, config: Config, targets: np.ndarray, ranks: Ranks) -> dict:
+    events = prepared.events
+    cold = events.train_counts[events.item[targets]] == 0
+    users = baselines.users_of(events, targets)
+    return metrics.summarize(users, *ranks, cold, config.eval.ks, config.eval.resamples, config.eval.seed)
+
+
+def protocol(prepared: Prepared, config: Config) -> dict:
+    return {
+        "split": config.data.split,
+        "filter_seen": config.eval.filter_seen,
+        "candidates": len(prepared.events.item_ids),
+        "k_core": config.data.k_core,
+        "ks": list(config.eval.ks),
+        "context_items": config.data.context_items,
+    }
+
+
+def evaluate_all(
+    evaluator: Evaluator, params: Params, step: int, workdir: Path, oracle: baselines.Scorer | None = None, poll: Callable[[], None] = lambda: None
+) -> dict:
+    """Ranks validation and test by the model and the baselines; writes `evaluation.json` and `ranks.parquet`, prints the table."""
+    prepared, config = evaluator.prepared, evaluator.config
+    events = prepared.events
+    scorers: dict[str, baselines.Scorer] = {}
+    if config.eval.baselines:
+        scorers = {"popularity": baselines.popularity(events), "last_item": baselines.last_item_transitions(events)}
+    if oracle is not None:
+        scorers["oracle"] = oracle
+    results: dict[str, dict] = {"model": {}} | {name: {} for name in scorers}
+    frames = []
+    for label in (VALIDATION, TEST):
+        targets = events.targets(label)
+        if not len(targets):
+            continue
+        ranks = evaluator.rank(params, targets, poll, LABELS[label])
+        results["model"][LABELS[label]] = summarize(prepared, config, targets, ranks)
+        frames.append(_frame(events, label, targets, ranks))
+        for name, scorer in scorers.items():
+            poll()
+            ranks = baselines.evaluate(scorer, events, targets, config.eval.filter_seen)
+            results[name][LABELS[label]] = summarize(prepared, config, targets, ranks)
+    evaluation = {
+        "split_sha256": prepared.split.sha256,
+        "protocol": protocol(prepared, config),
+        "step": step,
+        "results": results,
+    }
+    if frames:
+        write_atomically(workdir / "ranks.parquet", pl.concat(frames).write_parquet)
+    text = json.dumps(evaluation, indent=2) + "\n"
+    write_atomically(workdir / "evaluation.json", lambda path: path.write_text(text, encoding="utf-8"))
+    print(format_results(evaluation), flush=True)
+    return evaluation
+
+
+def format_results(evaluation: dict) -> str:
+    """The printed table: test where there is one."""
+    results = evaluation["results"]
+    split = LABELS[TEST] if LABELS[TEST] in results["model"] else LABELS[VALIDATION]
+    rows = {name: summary[split] for name, summary in results.items() if split in summary}
+    if not rows:
+        return "no event to evaluate: no user has a validation or test event"
+    first = next(iter(rows.values()))
+    ks = evaluation["protocol"]["ks"]
+    shown = [k for k in (10, 50) if k in ks] or ks[:2]
+    names = [f"{name}@{k}" for k in shown for name in ("hr", "ndcg")]
+    title = f"{split}: {first['users']:,} users, {first['events']:,} events, {evaluation['protocol']['candidates']:,} candidates, step {evaluation['step']:,}"
+    return f"{title}\n{metrics.format_table(rows, names, names[:2])}"
+
+
+def _frame(events: Events, label: int, targets: np.ndarray, ranks: Ranks) -> pl.DataFrame:
+    cold = events.train_counts[events.item[targets]] == 0
+    return pl.DataFrame(
+        {
+            "split": [LABELS[label]] * len(targets),
+            "user": pl.Series(events.user_ids[baselines.users_of(events, targets)].tolist(), dtype=pl.String),
+            "timestamp": events.timestamp[targets],
+            "target": pl.Series(events.item_ids[events.item[targets]].tolist(), dtype=pl.String),
+            "rank": ranks[0],
+            "ties": ranks[1],
+            "cold": cold,
+        }
+    )

@@ -1,0 +1,121 @@
+"""The command line: flags to one mode.
+
+    python -m iam_jax.main --config=FILE [--workdir=DIR] [--mode=train|evaluate] [--step=N|best|last] [--config.section.key=value ...]
+
+Exit codes: 0 done; 2 bad input, flag or config; 4 stopped on non-finite training; 75 stopped by Ctrl-C or SIGTERM with everything saved.
+"""
+
+import time
+
+_START = time.time()
+
+import dataclasses  # noqa: E402
+import os  # noqa: E402
+import signal  # noqa: E402
+import sys  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+if __name__ == "__main__":  # nothing to save during the imports
+    for _number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(_number, lambda *_: os._exit(75))
+
+from absl import app, flags  # noqa: E402
+from ml_collections import config_flags  # noqa: E402
+
+from iam_jax import config as config_lib  # noqa: E402
+from iam_jax.errors import InputError, NonFiniteError  # noqa: E402
+from iam_jax.interrupt import Signals  # noqa: E402
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file; may be left out where --workdir holds a run's config.")
+_WORKDIR = flags.DEFINE_string("workdir", "", "Working folder of the run; runs/<the config's name> by default.")
+_MODE = flags.DEFINE_enum("mode", "train", ["train", "evaluate"], "train (then evaluate) | evaluate a checkpoint.")
+_STEP = flags.DEFINE_string("step", "best", "Checkpoint that --mode=evaluate reads: a step, best or last.")
+
+
+def run(signals: Signals) -> None:
+    config_file = _config_file().partition(":")[0]
+    config = config_lib.resolve(_CONFIG.value)
+    workdir = Path(_WORKDIR.value or Path("runs") / Path(config_file).stem)
+    training = _MODE.value == "train"
+    if not training and not (workdir / config_lib.CONFIG_FILE).exists():
+        raise InputError(f"--workdir={workdir}: no run there to evaluate")
+    config_lib.check_same_run(workdir, config)
+
+    from iam_jax.data.prepare import prepare  # the heavy imports come after the cheap checks
+
+    prepared = prepare(config.data)
+    for note in prepared.split.notes:
+        print(note)
+    print(f"split {prepared.split.sha256}")
+    if prepared.catalogue.truncated:
+        print(f"{prepared.catalogue.truncated:,} items have more than {config.data.item_tokens} text tokens and are truncated")
+    print(f"data ready in {time.time() - _START:.1f} s", flush=True)
+
+    import jax
+
+    from iam_jax.checkpoint import Checkpoints
+    from iam_jax.evaluate import Evaluator, evaluate_all
+    from iam_jax.train import make_run, open_workdir, train
+
+    this = make_run(config, prepared)
+    open_workdir(workdir, config, prepared, create=training)
+    with jax.set_mesh(this.mesh):
+        evaluator = Evaluator(this.model, config, prepared, this.items, this.mesh)
+        if training:
+            checkpoints = train(this, workdir, evaluator, signals)
+        else:
+            checkpoints = Checkpoints(workdir, config.train.keep, config.eval.metric, read_only=True)
+        step = checkpoints.resolve("best" if training else _STEP.value)
+        params = checkpoints.restore_params(step, this.abstract_params)
+        checkpoints.close()
+        oracle = None
+        if config.data.source == "synthetic":
+            from iam_jax.data import synthetic
+
+            oracle = synthetic.generate(**dataclasses.asdict(config.data.synthetic)).oracle().scores
+        evaluate_all(evaluator, params, step, workdir, oracle, signals.poll)
+    print(f"wrote {workdir / 'evaluation.json'} and {workdir / 'ranks.parquet'}")
+
+
+def _config_file() -> str:
+    return config_flags.get_config_filename(flags.FLAGS["config"]) or ""
+
+
+def _parse(argv: list[str]) -> list[str]:
+    """absl's own parser, its errors told in one line and with exit code 2."""
+    given = [argument.lstrip("-") for argument in argv[1:]]
+    workdirs = [argument.partition("=")[2] for argument in given if argument.startswith("workdir=")]
+    if not any(argument == "config" or argument.startswith("config=") for argument in given) and workdirs:
+        argv = [argv[0], f"--config={config_lib.__file__}:{workdirs[-1]}", *argv[1:]]
+    try:
+        rest = flags.FLAGS(argv)
+        if len(rest) > 1:
+            raise InputError(f"{rest[1]!r} is no flag")
+        if not _config_file():
+            raise InputError("--config=FILE is missing (or --workdir of a run)")
+        if not isinstance(getattr(_CONFIG.value, "data", None), config_lib.ml_collections.ConfigDict):
+            raise InputError(f"--config={_config_file()}: no config file with a get_config() that starts from default_config()")
+        return rest
+    except (flags.Error, InputError, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _main(_: list[str]) -> None:
+    signals = Signals()
+    signals.install()
+    try:
+        run(signals)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except (NonFiniteError, FloatingPointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(4)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        sys.exit(75)
+
+
+if __name__ == "__main__":
+    app.run(_main, flags_parser=_parse)

@@ -1,0 +1,37 @@
+"""The model as plain functions over plain pytrees; only this package knows Flax."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+from flax import nnx
+
+from iam_jax.config import Config
+from iam_jax.model.heads import Recommender
+
+Params = dict
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """`init(key)` makes the parameters, a nested dict of float32 arrays named after their axes; `bind(params)` a Recommender."""
+
+    init: Callable[[jax.Array], Params]
+    bind: Callable[[Params], Recommender]
+
+    def shapes(self) -> Params:
+        """The parameters' shapes and types, without allocating them."""
+        return jax.eval_shape(self.init, jax.random.key(0))
+
+
+def make_model(config: Config, vocabulary: int, items: int) -> Model:
+    """vocabulary: token ids, boundary included; items: rows of the item table."""
+
+    def build(key: jax.Array) -> Recommender:
+        return Recommender(config, vocabulary, items, nnx.Rngs(params=key))
+
+    def init(key: jax.Array) -> Params:
+        return nnx.to_pure_dict(nnx.split(build(key))[1])
+
+    graph = nnx.split(nnx.eval_shape(lambda: build(jax.random.key(0))))[0]
+    return Model(init, lambda params: nnx.merge(graph, params))

@@ -1,0 +1,55 @@
+"""From states to item scores and token logits: the recommender is the decoder with its heads."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from iam_jax.config import Config
+from iam_jax.model.decoder import Decoder, Norm, weight
+
+
+class Recommender(nnx.Module):
+    """Scores are products of projected history states h_XE and item vectors v_CE, both float32."""
+
+    def __init__(self, config: Config, vocabulary: int, items: int, rngs: nnx.Rngs):
+        model, D = config.model, config.model.width
+        self.config = config
+        self.decoder = Decoder(model, config.schedule, vocabulary, config.data.row_tokens, rngs)
+        if not model.tie_items:
+            self.state_DE = weight(rngs, (D, D), D)
+            if config.objective.vectors != "text":
+                self.table_IE = weight(rngs, (items, D), D)
+        if config.uses_text:
+            # A projection of its own: without it a user's first item state would equal its own vector.
+            self.text_norm = Norm(model, D)
+            self.text_DE = weight(rngs, (D, D), D, D**-0.5)  # vectors of the size of a table row
+        if config.objective.token and not model.tie_tokens:
+            self.output_VD = weight(rngs, (vocabulary, D), D)
+
+    def states(self, batch: dict, key: jax.Array | None = None) -> jax.Array:
+        """x_BTD float32 after the final norm, of `token`, `user`, `group`, `position` [B, T]."""
+        x_BTD = self.decoder(batch["token"], batch["user"], batch["group"], batch["position"], key=key)
+        return self.decoder.final_norm(x_BTD.astype(jnp.float32))
+
+    def project(self, x_XD: jax.Array) -> jax.Array:
+        return x_XD if self.config.model.tie_items else x_XD @ self.state_DE[...]
+
+    def table(self, trained_I: jax.Array) -> jax.Array:
+        """v_IE; the rows of items without a training event are zero."""
+        table_IE = self.decoder.embedding_VD if self.config.model.tie_items else self.table_IE
+        return jnp.where(trained_I[:, None], table_IE[...], 0)
+
+    def text_vectors(self, token_CT: jax.Array, length_C: jax.Array, key: jax.Array | None = None) -> jax.Array:
+        """v_CE from the items' text: the boundary state of each item alone, without a prompt, after the leading intra layers or all
+        of them. token_CT: ids, behind the boundary token anything; length_C: tokens, boundary included."""
+        t = jnp.broadcast_to(jnp.arange(token_CT.shape[1]), token_CT.shape)
+        real_CT = (t < length_C[:, None]).astype(jnp.int32)
+        leading = self.config.objective.text_layers == "leading"
+        layers = self.config.schedule.leading_intra if leading else None
+        x_CTD = self.decoder(token_CT, real_CT, real_CT, t, key=key, layers=layers)
+        x_CD = jnp.take_along_axis(x_CTD, (length_C - 1)[:, None, None], axis=1)[:, 0].astype(jnp.float32)
+        return self.text_norm(x_CD) @ self.text_DE[...]
+
+    def output_embedding(self) -> jax.Array:
+        """e_VD: the token objective's logits are x_XD e_VD^T."""
+        return (self.decoder.embedding_VD if self.config.model.tie_tokens else self.output_VD)[...]

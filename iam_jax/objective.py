@@ -1,0 +1,179 @@
+"""What training minimises: the item objective (softmax over items) and the token objective (next token), both as sums and counts.
+
+Axes: X positions of any kind, M targets of a row, C candidates, I items, E item vectors, D model, V vocabulary, T token slots.
+"""
+
+import dataclasses
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from iam_jax.config import Config
+from iam_jax.data.batches import Segments
+from iam_jax.data.catalogue import Catalogue
+from iam_jax.data.splits import Events
+from iam_jax.model.heads import Recommender
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=("token_IT", "length_I", "trained_I", "target_share_I", "drawn_share_I"), meta_fields=())
+@dataclasses.dataclass(frozen=True)
+class Items:
+    """What the objective knows of the catalogue, on the device."""
+
+    token_IT: jax.Array  # int32 text tokens, padded
+    length_I: jax.Array  # int32
+    trained_I: jax.Array  # bool: has a training event; the others are no negatives, and their table rows count as zero
+    target_share_I: jax.Array  # float32: share of the training targets, the proposal that puts items into a batch as targets
+    drawn_share_I: jax.Array  # float32: the proposal of the drawn negatives, over items with training events
+
+
+def make_items(catalogue: Catalogue, events: Events, segments: Segments, config: Config) -> Items:
+    """segments: the training segments, whose targets are counted."""
+    token, length = catalogue.padded()
+    trained = events.train_counts
+    is_target = np.zeros(len(events.item) + 1, np.int64)
+    np.add.at(is_target, segments.first, 1)
+    np.add.at(is_target, segments.last, -1)
+    targets = np.bincount(events.item[np.cumsum(is_target[:-1]) > 0], minlength=catalogue.items)
+    drawn = np.where(trained > 0, trained.astype(np.float64) ** config.objective.negatives_power, 0)
+    return Items(
+        jnp.asarray(token),
+        jnp.asarray(length),
+        jnp.asarray(trained > 0),
+        jnp.asarray(targets / max(targets.sum(), 1), jnp.float32),
+        jnp.asarray(drawn / drawn.sum(), jnp.float32),
+    )
+
+
+def cross_entropy(h_XE: jax.Array, v_CE: jax.Array, label_X: jax.Array, *, allowed_C: jax.Array | None = None, chunk: int = 2048) -> jax.Array:
+    """Sum of -log softmax(h v^T)[label] over the positions with a label >= 0, in float32. At most `chunk` positions' logits exist at
+    one time, in the backward pass too. allowed_C: candidates that take part."""
+
+    @jax.checkpoint
+    def part(h_xE, label_x):
+        logits_xC = jnp.einsum("xE,CE->xC", h_xE, v_CE, preferred_element_type=jnp.float32)
+        if allowed_C is not None:
+            logits_xC = jnp.where(allowed_C, logits_xC, -jnp.inf)
+        picked_x = jnp.take_along_axis(logits_xC, jnp.maximum(label_x, 0)[:, None], axis=1)[:, 0]
+        return jnp.where(label_x >= 0, jax.nn.logsumexp(logits_xC, axis=1) - picked_x, 0).sum()
+
+    parts = math.ceil(len(label_X) / chunk)
+    if parts == 1:
+        return part(h_XE, label_X)
+    size = math.ceil(len(label_X) / parts)
+    missing = parts * size - len(label_X)
+    h = jnp.pad(h_XE, ((0, missing), (0, 0))).reshape(parts, size, -1)
+    label = jnp.pad(label_X, (0, missing), constant_values=-1).reshape(parts, size)
+    return jax.lax.map(lambda xs: part(*xs), (h, label)).sum()
+
+
+def sampled_cross_entropy(
+    h_XE: jax.Array, target_X: jax.Array, candidate_C: jax.Array, v_CE: jax.Array, vt_XE: jax.Array, log_expected_C: jax.Array, chunk: int = 2048
+) -> jax.Array:
+    """Sum over the positions with a target >= 0 of -log(e^s_y / (e^s_y + sum over sampled c != y of e^s_c / E_c)).
+
+    E_c is how often item c is expected among the candidates, so that the denominator's expectation is that of the full softmax (log-q
+    correction, Bengio and Senécal 2008). Candidates that equal the target are left out; candidate_C is -1 for none. vt_XE: vectors of the
+    targets."""
+
+    @jax.checkpoint
+    def part(h_xE, target_x, vt_xE):
+        positive_x = (h_xE * vt_xE).sum(-1)
+        logits_xC = jnp.einsum("xE,CE->xC", h_xE, v_CE) - log_expected_C
+        negative_xC = (candidate_C >= 0) & (candidate_C != target_x[:, None])
+        logits_xC = jnp.where(negative_xC, logits_xC, -jnp.inf)
+        total_x = jax.nn.logsumexp(jnp.concatenate([positive_x[:, None], logits_xC], axis=1), axis=1)
+        return jnp.where(target_x >= 0, total_x - positive_x, 0).sum()
+
+    parts = math.ceil(len(target_X) / chunk)
+    if parts == 1:
+        return part(h_XE, target_X, vt_XE)
+    size = math.ceil(len(target_X) / parts)
+    missing = parts * size - len(target_X)
+    h, vt = (jnp.pad(y, ((0, missing), (0, 0))).reshape(parts, size, -1) for y in (h_XE, vt_XE))
+    target = jnp.pad(target_X, (0, missing), constant_values=-1).reshape(parts, size)
+    return jax.lax.map(lambda xs: part(*xs), (h, target, vt)).sum()
+
+
+def all_text_vectors(model: Recommender, items: Items, chunk: int = 1024, key: jax.Array | None = None) -> jax.Array:
+    """v_IE of every item's text, `chunk` items at a time."""
+    I, T = items.token_IT.shape  # noqa: E741
+    parts = math.ceil(I / chunk)
+    size = math.ceil(I / parts)
+    missing = parts * size - I
+    token = jnp.pad(items.token_IT, ((0, missing), (0, 0))).reshape(parts, size, T)
+    length = jnp.pad(items.length_I, (0, missing), constant_values=1).reshape(parts, size)
+    keys = None if key is None else jax.random.split(key, parts)
+    vectors = jax.lax.map(jax.checkpoint(lambda xs: model.text_vectors(*xs)), (token, length, keys))
+    return vectors.reshape(parts * size, -1)[:I]
+
+
+def item_vectors(model: Recommender, config: Config, items: Items) -> jax.Array:
+    """v_IE of the whole catalogue as ranking uses them: table, text or their sum."""
+    if not config.uses_text:
+        return model.table(items.trained_I)
+    text_IE = all_text_vectors(model, items)
+    return text_IE if config.objective.vectors == "text" else text_IE + model.table(items.trained_I)
+
+
+def losses(model: Recommender, config: Config, items: Items, batch: dict, key: jax.Array | None, cache_IE: jax.Array | None) -> dict:
+    """Sums `item` and `token` of the two objectives over the batch's targets; the means over `item_count` and `token_count` are nats.
+    key: of dropout and of the drawn negatives; None for neither dropout nor draws (then the softmax must be full or cached)."""
+    keys = (None,) * 3 if key is None else tuple(jax.random.split(key, 3))
+    x_BTD = model.states(batch, keys[0])
+    x_BMD = jnp.take_along_axis(x_BTD, batch["target_at"][..., None], axis=1)
+    h_XE = model.project(x_BMD.reshape(-1, x_BMD.shape[-1]))
+    target_X = batch["target"].reshape(-1)
+    sums = {"item": _item_loss(model, config, items, h_XE, target_X, keys[1], keys[2], cache_IE)}
+    if config.objective.token:
+        x_XD, label_X = x_BTD.reshape(-1, x_BTD.shape[-1]), batch["label"].reshape(-1)
+        sums["token"] = cross_entropy(x_XD, model.output_embedding(), label_X, chunk=config.objective.chunk)
+    return sums
+
+
+def counts(batch: dict) -> dict:
+    """How many targets of each objective a batch holds."""
+    return {"item": (batch["target"] >= 0).sum(), "token": (batch["label"] >= 0).sum()}
+
+
+def _item_loss(model, config: Config, items: Items, h_XE, target_X, text_key, draw_key, cache_IE):
+    objective, chunk = config.objective, config.objective.chunk
+    with_table = objective.vectors != "text"
+    if config.softmax == "full":
+        if config.uses_text:
+            v_IE = all_text_vectors(model, items, key=text_key) + (model.table(items.trained_I) if with_table else 0)
+        else:
+            v_IE = model.table(items.trained_I)
+        return cross_entropy(h_XE, v_IE, target_X, allowed_C=items.trained_I, chunk=chunk)
+
+    safe_X = jnp.maximum(target_X, 0)
+    if config.softmax == "cached":
+        # The targets' own vectors are fresh, as positives and as each other's negatives; so the text learns from them.
+        fresh_XE = model.text_vectors(items.token_IT[safe_X], items.length_I[safe_X], text_key)
+        place_X = jnp.where(target_X >= 0, target_X, cache_IE.shape[0])
+        v_IE = jax.lax.stop_gradient(cache_IE).at[place_X].set(fresh_XE, mode="drop")
+        if with_table:
+            v_IE = v_IE + model.table(items.trained_I)
+        return cross_entropy(h_XE, v_IE, target_X, allowed_C=items.trained_I, chunk=chunk)
+
+    drawn_C = draw(draw_key, items.drawn_share_I, objective.negatives)
+    candidate_C = jnp.concatenate([target_X, drawn_C])
+    safe_C = jnp.maximum(candidate_C, 0)
+    v_CE = 0
+    if config.uses_text:
+        v_CE = model.text_vectors(items.token_IT[safe_C], items.length_I[safe_C], text_key)
+    if with_table:
+        v_CE = v_CE + model.table(items.trained_I)[safe_C]
+    expected_I = (target_X >= 0).sum() * items.target_share_I + objective.negatives * items.drawn_share_I
+    log_expected_C = jnp.log(jnp.maximum(expected_I[safe_C], 1e-30))
+    return sampled_cross_entropy(h_XE, target_X, candidate_C, v_CE, v_CE[: len(target_X)], log_expected_C, chunk)
+
+
+def draw(key: jax.Array, share_I: jax.Array, count: int) -> jax.Array:
+    """`count` items drawn with replacement, item i with probability share_I[i]."""
+    cumulative_I = jnp.cumsum(share_I)
+    at = jax.random.uniform(key, (count,)) * cumulative_I[-1]
+    return jnp.minimum(jnp.searchsorted(cumulative_I, at, side="right"), len(share_I) - 1).astype(jnp.int32)

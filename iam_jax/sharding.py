@@ -1,0 +1,59 @@
+"""The device mesh, and one table from the axes in parameter names to mesh axes."""
+
+import re
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from iam_jax.config import MeshConfig
+from iam_jax.errors import InputError
+
+# D model, E item vectors: sharded by fsdp. N heads, F feed-forward, V vocabulary, I items: by tensor. K key-value heads may be too few.
+AXES = {"D": "fsdp", "N": "tensor", "F": "tensor", "V": "tensor", "I": "tensor"}
+BATCH = PartitionSpec(("data", "fsdp"))
+
+_NAME = re.compile(r"_([A-Z]+)$")
+
+
+def make_mesh(config: MeshConfig) -> Mesh:
+    devices = jax.device_count()
+    rest = config.fsdp * config.tensor
+    data = config.data if config.data > 0 else devices // rest
+    if data * rest != devices:
+        raise InputError(f"config.mesh: data x fsdp x tensor = {data} x {config.fsdp} x {config.tensor}, but there are {devices} devices")
+    return jax.make_mesh((data, config.fsdp, config.tensor), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+
+
+def axes_of(path: tuple) -> str:
+    """The axis letters at the end of a parameter's name, without the leading R of a stack: "DNH" for query_DNH; "" for `scale`."""
+    match = _NAME.search(jax.tree_util.keystr(path[-1:], simple=True))
+    return match[1] if match else ""
+
+
+def param_sharding(mesh: Mesh, tree):
+    """A NamedSharding for every leaf: by the letters in the name of the parameter it belongs to (optimizer states share their
+    parameter's name), replicated where there are none or where the size does not divide."""
+
+    def leaf(path, x):
+        axes = axes_of(path)
+        if not axes or x.ndim < len(axes):
+            return NamedSharding(mesh, PartitionSpec())
+        names: list[str | None] = [None] * (x.ndim - len(axes))  # stacked repeats
+        for letter, size in zip(axes, x.shape[x.ndim - len(axes) :], strict=True):
+            name = AXES.get(letter)
+            taken = name in names or name is None or size % mesh.shape[name]
+            names.append(None if taken else name)
+        return NamedSharding(mesh, PartitionSpec(*names))
+
+    return jax.tree_util.tree_map_with_path(leaf, tree)
+
+
+def shard_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+    """Rows over the data and fsdp axes; replicated where they do not divide."""
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+
+    def place(x: np.ndarray) -> jax.Array:
+        return jax.device_put(x, NamedSharding(mesh, BATCH if x.shape[0] % parts == 0 else PartitionSpec()))
+
+    return jax.tree.map(place, batch)

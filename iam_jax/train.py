@@ -1,0 +1,276 @@
+"""A training run, told from top to bottom."""
+
+import dataclasses
+import json
+import math
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from iam_jax import objective
+from iam_jax.checkpoint import Checkpoints
+from iam_jax.config import CONFIG_FILE, Config, check_same_run, to_json
+from iam_jax.data.batches import Rows, training_batches, training_rows
+from iam_jax.data.prepare import Prepared
+from iam_jax.errors import InputError, NonFiniteError
+from iam_jax.evaluate import Evaluator, summarize, validation_subset
+from iam_jax.files import write_atomically
+from iam_jax.interrupt import Signals
+from iam_jax.logs import MetricsLog, progress_bar
+from iam_jax.model import Model, make_model
+from iam_jax.optimizer import learning_rate, make_optimizer
+from iam_jax.sharding import make_mesh, param_sharding, shard_batch
+
+
+@dataclasses.dataclass
+class Progress:
+    """Where a run stands, besides its parameters: saved with every checkpoint."""
+
+    step: int = 0
+    next_batch: int = 0  # the data position
+    validated: int = 0  # step of the last validation
+    best: float | None = None
+    best_step: int | None = None
+    since_best: int = 0  # validations without a better one
+    minutes: float = 0.0
+    tokens: int = 0  # real tokens seen
+    targets: int = 0
+    window: dict = dataclasses.field(default_factory=dict)  # sums since the last line of metrics.jsonl
+    stopped: str = ""  # why training ended before train.steps
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What training and evaluation share, made once."""
+
+    config: Config
+    prepared: Prepared
+    mesh: jax.sharding.Mesh
+    model: Model
+    rows: Rows
+    items: objective.Items
+
+    @property
+    def abstract_params(self) -> dict:
+        shapes = self.model.shapes()
+        return jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, param_sharding(self.mesh, shapes)
+        )
+
+
+def make_run(config: Config, prepared: Prepared) -> Run:
+    catalogue, data = prepared.catalogue, config.data
+    rows = training_rows(
+        prepared.events, catalogue, data.row_tokens, data.context_items, whole_text=config.objective.token > 0, seed=config.train.seed
+    )
+    if not rows.targets:
+        raise InputError("there is nothing to train on: no user has two training events")
+    model = make_model(config, catalogue.vocabulary, catalogue.items)
+    items = objective.make_items(catalogue, prepared.events, rows.segments, config)
+    return Run(config, prepared, make_mesh(config.mesh), model, rows, items)
+
+
+def open_workdir(workdir: Path, config: Config, prepared: Prepared, create: bool) -> None:
+    """Creates the working folder, or checks that this config and this data made it."""
+    identity = {"split_sha256": prepared.split.sha256, "catalogue_sha256": prepared.catalogue.sha256}
+    if (workdir / CONFIG_FILE).exists():
+        check_same_run(workdir, config)
+        try:
+            saved = json.loads((workdir / "data.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise InputError(f"{workdir / 'data.json'}: cannot be read ({error})") from error
+        for name, value in identity.items():
+            if saved.get(name) != value:
+                raise InputError(f"{workdir} was made from other data: its {name} is {saved.get(name)}, this data's {value}")
+    elif workdir.is_dir() and any(workdir.iterdir()):
+        raise InputError(f"{workdir} is not empty and holds no {CONFIG_FILE}: not a working folder of a run")
+    if not create:
+        return
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--workdir={workdir}: {error.strerror}") from error
+    files = {"data.json": json.dumps(identity, indent=2) + "\n", "tokenizer.json": prepared.catalogue.tokenizer_json, CONFIG_FILE: to_json(config)}
+    for name, text in files.items():  # the config last: it marks the folder as complete
+        if text:
+            write_atomically(workdir / name, lambda path, text=text: path.write_text(text, encoding="utf-8"))
+
+
+def make_train_step(run: Run):
+    """(state, batch, items, step, cache) -> (state, metrics), jitted, the state's buffers donated. A batch is split into
+    optimizer.accumulate micro-batches whose gradients add up to that of the whole."""
+    config, model = run.config, run.model
+    optimizer, schedule = make_optimizer(config.optimizer), learning_rate(config.optimizer)
+    parts = config.optimizer.accumulate
+    weights = {"item": config.objective.item, "token": config.objective.token}
+
+    def train_step(state: dict, batch: dict, items: objective.Items, step: jax.Array):
+        params, cache = state["params"], state.get("cache")
+        # rbg: threefry's dropout masks take longer than the layers on a CPU
+        key = jax.random.fold_in(jax.random.key(config.train.seed, impl="rbg"), step)
+        count = objective.counts(batch)
+
+        def loss(params, micro, key):
+            sums = objective.losses(model.bind(params), config, items, micro, key, cache)
+            return sum(weights[name] * value / jnp.maximum(count[name], 1) for name, value in sums.items()), sums
+
+        gradient = jax.value_and_grad(loss, has_aux=True)
+        if parts == 1:
+            (_, sums), grads = gradient(params, batch, key)
+        else:
+            micros = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), batch)
+
+            def add(total, xs):
+                (_, sums), grads = gradient(params, *xs)
+                return jax.tree.map(jnp.add, total, (sums, grads)), None
+
+            names = [name for name, weight in weights.items() if weight]
+            zero = ({name: jnp.zeros(()) for name in names}, jax.tree.map(jnp.zeros_like, params))
+            (sums, grads), _ = jax.lax.scan(add, zero, (micros, jax.random.split(key, parts)))
+        updates, opt_state = optimizer.update(grads, state["optimizer"], params)
+        metrics = {f"{name}_sum": value for name, value in sums.items()} | {f"{name}_count": count[name] for name in sums}
+        metrics |= {"gradient_norm": optax.global_norm(grads), "learning_rate": schedule(step)}
+        return state | {"params": optax.apply_updates(params, updates), "optimizer": opt_state}, metrics
+
+    return jax.jit(train_step, donate_argnums=0)
+
+
+def init_state(run: Run) -> dict:
+    """Parameters, optimizer state and (objective.softmax = "cached") the text vectors' cache, created on their shards."""
+    config = run.config
+
+    def init(key: jax.Array) -> dict:
+        params = run.model.init(key)
+        state = {"params": params, "optimizer": make_optimizer(config.optimizer).init(params)}
+        if config.softmax == "cached":
+            state["cache"] = jnp.zeros((run.prepared.catalogue.items, config.model.width))
+        return state
+
+    key = jax.random.key(config.train.seed)
+    shardings = param_sharding(run.mesh, jax.eval_shape(init, key))
+    return jax.jit(init, out_shardings=shardings)(key)
+
+
+def train(run: Run, workdir: Path, evaluator: Evaluator, signals: Signals) -> Checkpoints:
+    """Trains to train.steps, or goes on where the working folder's newest checkpoint stands. Raises Stop when interrupted (all saved)
+    and NonFiniteError when a loss or gradient is not finite (the last good checkpoint stays)."""
+    config = run.config
+    cfg, metric = config.train, config.eval.metric
+    checkpoints = Checkpoints(workdir, cfg.keep, metric)
+
+    # ---- state: from the newest checkpoint, else from scratch
+    state, progress = init_state(run), Progress()
+    saved_step = -1
+    if steps := checkpoints.steps():
+        saved_step = steps[-1]
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+        state, progress = checkpoints.restore(saved_step, abstract), Progress(**checkpoints.progress(saved_step))
+        print(f"continuing from step {progress.step:,}", flush=True)
+    parameters = sum(math.prod(x.shape) for x in jax.tree.leaves(state["params"]))
+    print(
+        f"{parameters:,} parameters; {run.rows.targets:,} targets in {len(run.rows):,} rows of {config.data.row_tokens} slots "
+        f"({run.rows.fill:.1%} real tokens), {len(run.rows) / cfg.batch_rows:.1f} batches an epoch",
+        flush=True,
+    )
+    if progress.stopped.startswith("train.max_minutes") and (not cfg.max_minutes or cfg.max_minutes > progress.minutes):
+        progress.stopped = ""
+    if progress.stopped or (progress.step >= cfg.steps and progress.validated == progress.step):
+        return checkpoints
+
+    # ---- the loop: validate, save, next batch, step, log the step before
+    train_step = make_train_step(run)
+    refresh = jax.jit(lambda params, items: objective.all_text_vectors(run.model.bind(params), items))
+    validation = validation_subset(run.prepared.events, config)
+    log = MetricsLog(workdir, progress.step, config.log)
+    batches = training_batches(run.rows, cfg.batch_rows, cfg.seed, progress.next_batch)
+    bar = progress_bar(config.log, cfg.steps, progress.step)
+    pending: tuple[int, dict, dict] | None = None
+    clock, window_clock = time.monotonic(), time.monotonic()
+
+    def settle() -> None:
+        """Reads the metrics of the step dispatched last; only now does the host wait for the device."""
+        nonlocal pending, window_clock
+        if pending is None:
+            return
+        (step, values, host), pending = pending, None
+        values = {name: float(value) for name, value in jax.device_get(values).items()}
+        bad = [name for name, value in values.items() if not math.isfinite(value)]
+        if bad:
+            raise NonFiniteError(f"step {step}: {', '.join(bad)} not finite; the last good checkpoint is step {saved_step}")
+        for name, value in (values | host | {"steps": 1}).items():
+            progress.window[name] = progress.window.get(name, 0) + value
+        if step % config.log.every and step != cfg.steps:
+            return
+        window, progress.window = progress.window, {}
+        seconds, window_clock = time.monotonic() - window_clock, time.monotonic()
+        line = {
+            f"{name}_loss": window[f"{name}_sum"] / max(window[f"{name}_count"], 1) for name in ("item", "token") if f"{name}_sum" in window
+        }
+        line |= {
+            "gradient_norm": window["gradient_norm"] / window["steps"],
+            "learning_rate": values["learning_rate"],
+            "epoch": step * cfg.batch_rows / len(run.rows),
+            "tokens_per_second": window["tokens"] / max(seconds, 1e-9),
+            "targets_per_second": window["item_count"] / max(seconds, 1e-9),
+        }
+        log.write(step, line)
+        bar.set_postfix_str(f"loss {line['item_loss']:.3f}, {line['tokens_per_second']:,.0f} tokens/s")
+
+    def validate() -> dict:
+        ranks = evaluator.rank(state["params"], validation, label="validation")
+        return summarize(run.prepared, config, validation, ranks)
+
+    with signals.deferred():
+        try:
+            while True:
+                step = progress.step
+                out_of_time = cfg.max_minutes and progress.minutes + (time.monotonic() - clock) / 60 >= cfg.max_minutes
+                ending = step >= cfg.steps or bool(out_of_time) or signals.requested
+                validating = len(validation) > 0 and not signals.requested and step > progress.validated
+                validating &= step >= cfg.steps or bool(out_of_time) or step % cfg.eval_every == 0
+                metrics = None
+                if validating or ending or (step > saved_step and step > 0 and step % cfg.save_every == 0):
+                    settle()
+                    if validating:
+                        metrics = validate()
+                        value, progress.validated = metrics[metric], step
+                        better = progress.best is None or value > progress.best
+                        progress.best, progress.best_step = (value, step) if better else (progress.best, progress.best_step)
+                        progress.since_best = 0 if better else progress.since_best + 1
+                        log.write(step, {f"validation/{name}": metrics[name] for name in metrics if "@" in name and not name.endswith("_ci")})
+                        bar.write(f"step {step:,}: validation {metric} {value:.4f}{' (best)' if better else ''}")
+                        window_clock = time.monotonic()
+                        if cfg.patience and progress.since_best >= cfg.patience:
+                            progress.stopped = f"no better {metric} in {cfg.patience} validations"
+                    if out_of_time and step < cfg.steps:
+                        progress.stopped = f"train.max_minutes = {cfg.max_minutes:g}"
+                    if step > saved_step or validating:  # interrupted before its validation, a checkpoint gets its metrics now
+                        now = time.monotonic()
+                        progress.minutes, clock = progress.minutes + (now - clock) / 60, now
+                        chosen = None if metrics is None else {metric: metrics[metric]}
+                        checkpoints.save(step, state, dataclasses.asdict(progress), chosen)
+                        saved_step = step
+                    if signals.requested or ending or progress.stopped:
+                        break
+                if config.softmax == "cached" and step % config.objective.refresh_steps == 0:
+                    state["cache"] = refresh(state["params"], run.items)
+                batch = next(batches)
+                host = {"tokens": int((batch["user"] > 0).sum())}
+                state, values = train_step(state, shard_batch(run.mesh, batch), run.items, np.int32(step))
+                settle()
+                progress.step = progress.next_batch = step + 1
+                progress.tokens += host["tokens"]
+                progress.targets += int((batch["target"] >= 0).sum())
+                pending = (step + 1, values, host)
+                bar.update()
+        finally:
+            bar.close()
+            log.close()
+    if progress.stopped:
+        print(f"training ended at step {progress.step:,}: {progress.stopped}", flush=True)
+    signals.poll()
+    return checkpoints

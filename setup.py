@@ -1,0 +1,37 @@
+"""Installs iam_jax. Each dependency states, in one line, what it does for the project."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="iam_jax",
+    version="0.1.0",
+    description="Item-aware attention for language-model recommenders, in JAX and Flax",
+    long_description=open("README.md", encoding="utf-8").read(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["iam_jax", "iam_jax.*"]),
+    install_requires=[
+        "jax>=0.10,<0.14",
+        "flax>=0.12.8,<0.14",  # NNX modules
+        "optax>=0.2.5,<0.4",
+        "orbax-checkpoint>=0.11.30,<1",
+        "numpy>=2.0,<3",
+        "absl-py>=2.2,<3",  # the command line
+        "ml_collections>=1.1,<2",  # config files and their command-line overrides
+        "grain>=0.2.12,<0.4",  # batches by random access, so that a data position is one integer
+        "polars>=1.20,<3",  # reads, checks and sorts tables of millions of rows
+        "tokenizers>=0.21,<1",  # byte-level BPE, and any tokenizer.json, without torch
+        "safetensors>=0.5,<1",  # weights of existing LLMs without torch
+        "tensorflow-datasets>=4.9.9,<5",  # downloads and prepares the public data sets
+        "array_record>=0.6,<1",  # the file format that tensorflow-datasets reads without TensorFlow
+        "importlib_resources>=6",  # tensorflow-datasets imports it without declaring it
+        "tensorboardX>=2.6.2,<3",  # TensorBoard events without TensorFlow
+        "tqdm>=4.66,<5",  # progress bars
+    ],
+    extras_require={
+        "cuda": ["jax[cuda13]>=0.10,<0.14"],
+        "tpu": ["jax[tpu]>=0.10,<0.14"],
+        "test": ["pytest>=8,<10", "pytest-xdist>=3.6,<4", "hypothesis>=6.100,<7", "ruff>=0.9,<1"],
+    },
+)

@@ -1,0 +1,206 @@
+import dataclasses
+import hashlib
+import itertools
+import pathlib
+import time
+
+import numpy as np
+import polars as pl
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from iam_jax import baselines
+from iam_jax.baselines import evaluate, last_item_transitions, popularity, rank_scores
+from iam_jax.metrics import ranking_metrics
+
+DATA = pathlib.Path(__file__).parents[2] / "shared" / "data"
+TRAIN, VALIDATION, TEST = 0, 1, 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Events:
+    """The fields of splits.Events that the baselines read."""
+
+    user_ids: np.ndarray
+    item_ids: np.ndarray
+    item: np.ndarray
+    offsets: np.ndarray
+    timestamp: np.ndarray
+    label: np.ndarray
+
+
+def events_of(histories, items, held_out=2):
+    """One list of items per user; the last two events of users with three or more are validation and test."""
+
+    def labels(n):
+        return [TRAIN] * (n - held_out) + [VALIDATION, TEST][:held_out] if n > held_out else [TRAIN] * n
+
+    lengths = [len(h) for h in histories]
+    return Events(
+        user_ids=np.array([f"u{u}" for u in range(len(histories))], object),
+        item_ids=np.array([f"i{i}" for i in range(items)], object),
+        item=np.array([i for h in histories for i in h], np.int32),
+        offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+        timestamp=np.concatenate([np.arange(n) for n in [*lengths, 0]]).astype(np.int64),
+        label=np.array([x for n in lengths for x in labels(n)], np.uint8),
+    )
+
+
+def slow_rank(score, target, history, filter_seen):
+    others = [i for i in range(len(score)) if i != target and not (filter_seen and i in history)]
+    return 1 + sum(score[i] > score[target] for i in others), sum(score[i] == score[target] for i in others)
+
+
+def history_of(events, target):
+    user = max(u for u in range(len(events.user_ids)) if events.offsets[u] <= target)
+    return events.item[events.offsets[user] : target].tolist()
+
+
+def slow_scores(kind, histories, events):
+    """{target: scores} by counting with dictionaries; Markov scores are (count, popularity) pairs."""
+    items, train = len(events.item_ids), {}
+    for user, history in enumerate(histories):
+        begin = events.offsets[user]
+        train[user] = [i for k, i in enumerate(history) if events.label[begin + k] == TRAIN]
+    popular = [sum(h.count(i) for h in train.values()) for i in range(items)]
+    scores = {}
+    for user, history in enumerate(histories):
+        for k in range(len(history)):
+            pairs = [(a, b) for h in train.values() for a, b in itertools.pairwise(h)]
+            count = [pairs.count((history[k - 1], i)) if k else 0 for i in range(items)]
+            scores[events.offsets[user] + k] = popular if kind == "popularity" else list(zip(count, popular, strict=True))
+    return scores
+
+
+@st.composite
+def catalogues(draw):
+    items = draw(st.integers(2, 7))
+    return items, draw(st.lists(st.lists(st.integers(0, items - 1), min_size=1, max_size=7), min_size=1, max_size=6))
+
+
+@settings(max_examples=60, deadline=None)
+@given(catalogues(), st.booleans(), st.sampled_from(["popularity", "markov"]))
+def test_counts_against_dictionaries(catalogue, filter_seen, kind):
+    """Repeated items, users with one event, items nobody has, every event as target."""
+    items, histories = catalogue
+    events = events_of(histories, items)
+    scorer = popularity(events) if kind == "popularity" else last_item_transitions(events)
+    targets = np.arange(len(events.item))
+    rank, ties = evaluate(scorer, events, targets, filter_seen)
+    dense = evaluate(scorer.__call__, events, targets, filter_seen)  # a bound method has no `ranks`: the dense path
+    scores = slow_scores(kind, histories, events)
+    expected = [slow_rank(scores[e], events.item[e], history_of(events, e), filter_seen) for e in targets]
+    assert list(zip(rank, ties, strict=True)) == expected
+    assert list(zip(*dense, strict=True)) == expected
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10**6), st.booleans(), st.sampled_from([np.int64, np.float64, np.float32]))
+def test_rank_scores_against_a_loop(seed, filter_seen, dtype):
+    rng = np.random.default_rng(seed)
+    n, items = rng.integers(1, 6), rng.integers(1, 9)
+    scores = rng.integers(0, 4, size=(n, items)).astype(dtype)
+    target = rng.integers(items, size=n)
+    seen = [rng.integers(items, size=rng.integers(0, 8)) for _ in range(n)]  # with repeats, and sometimes the target
+    pairs = np.repeat(np.arange(n), [len(s) for s in seen]), np.concatenate(seen)
+    rank, ties = rank_scores(scores, target, pairs if filter_seen else None)
+    assert rank.dtype == ties.dtype == np.int64
+    for k in range(n):
+        assert (rank[k], ties[k]) == slow_rank(scores[k], target[k], set(seen[k].tolist()), filter_seen)
+
+
+def test_by_hand():
+    # Training events: 0 1 | 0 1 | 0 2; popularity: 0: 3, 1: 2, 2: 1, 3: 0. After 0 come 1 twice and 2 once.
+    events = events_of([[0, 1, 2, 0], [0, 1, 3, 3], [0, 2, 0, 1]], 4)
+    assert popularity(events).base.tolist() == [3, 2, 1, 0]
+    scores = last_item_transitions(events)(events, np.array([0, 1, 2, 11]))
+    assert scores.tolist() == [[3, 2, 1, 0], [3, 2 * 4 + 2, 1 * 4 + 1, 0], [3, 2, 1, 0], [3, 10, 5, 0]]
+    test = np.array([3, 7, 11])
+    # user 0 returns to 0 after 0 1 2: seen 1 and 2 are out, 0 (seen, but the target) beats 3.
+    # user 1 repeats 3 after 0 1 3: every other candidate but 2 is seen.
+    rank, ties = evaluate(popularity(events), events, test)
+    assert rank.tolist() == [1, 2, 1] and ties.tolist() == [0, 0, 0]
+    rank, _ = evaluate(popularity(events), events, test, filter_seen=False)
+    assert rank.tolist() == [1, 4, 2]
+
+
+def test_a_transition_does_not_cross_users_or_the_training_period():
+    events = events_of([[0, 1], [2, 3, 4, 5]], 6)
+    scorer = last_item_transitions(events)
+    pairs = {(int(a), int(b)) for a in range(6) for b in scorer.item[scorer.offsets[a] : scorer.offsets[a + 1]]}
+    assert pairs == {(0, 1), (2, 3)}  # not 1→2 (two users), 3→4 or 4→5 (held out)
+
+
+def test_the_last_item_may_be_a_validation_event():
+    """1→2 is known from user 0's training; user 1 has 1 only as its validation event."""
+    events = events_of([[1, 2, 0, 0], [3, 1, 2]], 5)
+    rank, _ = evaluate(last_item_transitions(events), events, np.array([6]))
+    assert rank.tolist() == [1]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_score_that_is_not_finite_is_an_error(value):
+    scores = np.zeros((2, 3))
+    scores[1, 2] = value
+    with pytest.raises(ValueError, match="item 2 in row 1"):
+        rank_scores(scores, np.array([0, 0]))
+
+
+def test_chunks_and_progress(monkeypatch):
+    rng = np.random.default_rng(3)
+    events = events_of([rng.integers(50, size=rng.integers(1, 20)).tolist() for _ in range(40)], 50)
+    targets = rng.permutation(len(events.item))
+    table = rng.integers(0, 9, size=(len(events.item), 50))
+
+    def scorer(_, chunk):
+        assert len(chunk) * 50 <= baselines._BLOCK
+        return table[chunk]
+
+    whole = evaluate(scorer, events, targets), evaluate(last_item_transitions(events), events, targets)
+    monkeypatch.setattr(baselines, "_BLOCK", 350)
+    monkeypatch.setattr(baselines, "_CHUNK", 9)
+    done = []
+    parts = evaluate(scorer, events, targets, progress=done.append), evaluate(last_item_transitions(events), events, targets)
+    np.testing.assert_array_equal(whole, parts)
+    assert sum(done) == len(targets) and done[0] == 7
+
+
+def test_no_targets_and_no_training_events():
+    events = events_of([[0, 1, 2]], 4)
+    events = dataclasses.replace(events, label=np.full(3, TEST, np.uint8))
+    empty = evaluate(popularity(events), events, np.zeros(0, np.int64))
+    assert empty[0].shape == empty[1].shape == (0,)
+    for scorer in (popularity(events), last_item_transitions(events)):
+        rank, ties = evaluate(scorer, events, np.arange(3))
+        assert rank.tolist() == [1, 1, 1] and ties.tolist() == [3, 2, 1]
+
+
+def leave_one_out(folder):
+    """Events of a table, ordered by time and then by the hash of user and item: written apart from the package's own split."""
+    rows = pl.read_csv(folder / "interactions.tsv.gz", separator="\t", infer_schema_length=0)
+    keyed = sorted(
+        (u, float(t), hashlib.sha256(f"{u}\t{i}".encode()).hexdigest(), i)
+        for u, i, t in zip(rows["user"], rows["item"], rows["timestamp"], strict=True)
+    )
+    items = sorted(pl.read_csv(folder / "items.tsv.gz", separator="\t", infer_schema_length=0, quote_char=None)["item"])
+    index, histories = {item: k for k, item in enumerate(items)}, {}
+    for user, _, _, item in keyed:
+        histories.setdefault(user, []).append(index[item])
+    return events_of(list(histories.values()), len(items))
+
+
+@pytest.mark.skipif(not (DATA / "amazon2014-toys").is_dir(), reason="the Amazon Toys tables are not beside this checkout")
+def test_toys():
+    events = leave_one_out(DATA / "amazon2014-toys")
+    assert (len(events.user_ids), len(events.item_ids), len(events.item)) == (19124, 11758, 165247)
+    targets = events.offsets[1:] - 1
+    begin = time.perf_counter()
+    scorers = {"popularity": popularity(events), "markov": last_item_transitions(events)}
+    ranks = {name: evaluate(scorer, events, targets) for name, scorer in scorers.items()}
+    assert time.perf_counter() - begin < 30
+    ndcg = {name: ranking_metrics(*pair)["ndcg@10"].mean() for name, pair in ranks.items()}
+    assert 0.003 < ndcg["popularity"] < 0.015 and 3 * ndcg["popularity"] < ndcg["markov"] < 0.06
+    few = targets[::40]
+    for name, scorer in scorers.items():
+        np.testing.assert_array_equal(np.array(ranks[name])[:, ::40], evaluate(scorer.__call__, events, few))

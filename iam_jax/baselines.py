@@ -71,12 +71,12 @@ def evaluate(
     """
     targets, items = np.asarray(targets, np.int64), len(events.item_ids)
     rank, ties = np.ones(len(targets), np.int64), np.zeros(len(targets), np.int64)
-    sparse = hasattr(scorer, "ranks")
-    step = _CHUNK if sparse else max(1, _BLOCK // max(1, items))
+    ranks = getattr(scorer, "ranks", None)
+    step = _CHUNK if ranks else max(1, _BLOCK // max(1, items))
     for start in range(0, len(targets), step):
         chunk = targets[start : start + step]
-        if sparse:
-            got = scorer.ranks(events, chunk, filter_seen)
+        if ranks:
+            got = ranks(events, chunk, filter_seen)
         else:
             seen = histories(events, chunk) if filter_seen else None
             got = rank_scores(scorer(events, chunk), events.item[chunk], seen)

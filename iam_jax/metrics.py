@@ -42,7 +42,7 @@ def ranking_metrics(rank: np.ndarray, ties: np.ndarray, ks: Sequence[int] = KS) 
     gains = {"hr": np.ones(len(position)), "ndcg": 1 / np.log2(position + 1), "mrr": 1 / position}
     sums = {name: np.concatenate([[0.0], np.cumsum(gain)]) for name, gain in gains.items()}  # sums[r] = g(1) + … + g(r)
 
-    metrics = {}
+    metrics: dict[str, np.ndarray] = {}
     for k in ks:
         before, last = np.minimum(rank - 1, k), np.minimum(rank + ties, k)
         hr, ndcg, mrr = ((sums[name][last] - sums[name][before]) / (ties + 1) for name in ("hr", "ndcg", "mrr"))

@@ -72,7 +72,7 @@ def server(tmp_path):
 
 def test_parse_ratings():
     assert list(movielens.parse_ratings(["1::20::5::978300760\n", "6040::3::3.5::0\r\n"])) == [
-        ("1", "20", 5.0, 978300760)[:2] + (978300760, 5.0),
+        ("1", "20", 978300760, 5.0),
         ("6040", "3", 0, 3.5),
     ]
 
@@ -147,7 +147,7 @@ def test_interrupted_preparation_leaves_nothing(tmp_path, monkeypatch, error):
         raise error("stop")
 
     write_zip(tmp_path / "zip")
-    with monkeypatch.context() as patch, pytest.raises(error, match="^stop$"):
+    with monkeypatch.context() as patch, pytest.raises(error, match=r"^stop$"):
         patch.setattr(movielens, "parse_movies", breaks)
         movielens.load(tmp_path / "zip", tmp_path / "tfds")
     assert not [path for path in (tmp_path / "tfds").rglob("*") if path.is_file()]

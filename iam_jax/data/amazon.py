@@ -153,7 +153,8 @@ def parse_metadata(
     texts: dict[str, tuple[str, str, str]] = {}
     counts |= {"repeated_metadata": 0, "script_titles": 0}
     for number, line in enumerate(lines, 1):
-        if (found := _ASIN.search(line)) and found[1].decode(errors="replace") not in wanted:
+        found = _ASIN.findall(line)
+        if found and not any(item.decode(errors="replace") in wanted for item in found):
             continue
         try:
             record = parse_record(line)

@@ -9,15 +9,17 @@ def get_config():
     config.data.row_tokens = 256
     config.data.vocabulary = 1024
     config.data.context_items = 8
-    config.model.schedule = "(intra inter)*2"
+    config.model.schedule = "intra inter"
     config.model.width = 64
     config.model.heads = 4
+    config.model.dropout = 0.0
     config.objective.vectors = "text"
-    config.objective.softmax = "full"
-    config.train.steps = 300
-    config.train.batch_rows = 16
-    config.train.eval_every = 100
-    config.optimizer.decay_steps = 300
-    config.optimizer.warmup_steps = 30
+    config.objective.negatives = 128
     config.optimizer.learning_rate = 3e-3
+    config.optimizer.warmup_steps = 50
+    config.optimizer.decay_steps = 600
+    config.train.steps = 600
+    config.train.batch_rows = 8
+    config.train.eval_every = 200
+    config.train.save_every = 200
     return config

@@ -18,10 +18,10 @@ class Checkpoints:
         logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells every step of a save
         if read_only and not self.folder.is_dir():
             raise InputError(f"{workdir}: no checkpoints there; train first")
-        best = preservation_policy.BestN(get_metric_fn=lambda metrics: metrics[metric], n=1, keep_checkpoints_without_metrics=False)
+        best = preservation_policy.BestN(get_metric_fn=self._quality, n=1, keep_checkpoints_without_metrics=False)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=preservation_policy.AnyPreservationPolicy([preservation_policy.LatestN(keep), best]),
-            best_fn=lambda metrics: metrics[metric],
+            best_fn=self._quality,
             enable_async_checkpointing=False,
             cleanup_tmp_directories=not read_only,  # what an interrupted save left
             read_only=read_only,
@@ -37,8 +37,15 @@ class Checkpoints:
         args = ocp.args.Composite(
             params=ocp.args.StandardSave(state["params"]), rest=ocp.args.StandardSave(rest), progress=ocp.args.JsonSave(progress)
         )
+        metrics = None if metrics is None else {**metrics, "step": step}
         self._manager.save(step, args=args, metrics=metrics, force=True)
         self._manager.wait_until_finished()
+
+    def _quality(self, metrics: dict) -> tuple[float, int]:
+        """Orders checkpoints from worst to best; of equals the first is the best."""
+        if self.metric not in metrics:
+            raise InputError(f"config.eval.metric = {self.metric!r} was not measured when {self.folder} was written: {', '.join(metrics)}")
+        return metrics[self.metric], -metrics["step"]
 
     def steps(self) -> list[int]:
         return sorted(self._manager.all_steps())
@@ -51,11 +58,16 @@ class Checkpoints:
         if step == "last":
             return steps[-1]
         if step == "best":
-            best = self._manager.best_step()
-            return steps[-1] if best is None else best
+            best = self.best()
+            return steps[-1] if best is None else best[0]
         if not step.isdigit() or int(step) not in steps:
             raise InputError(f"--step={step}: {self.folder} has {', '.join(map(str, steps))} (or best, last)")
         return int(step)
+
+    def best(self) -> tuple[int, float] | None:
+        """The best step and its validation metric; None without a validation. Raises InputError where validations lack the metric."""
+        step = self._manager.best_step()
+        return None if step is None else (step, self._manager.metrics(step)[self.metric])
 
     def progress(self, step: int) -> dict:
         return self._manager.restore(step, args=ocp.args.Composite(progress=ocp.args.JsonRestore()))["progress"]

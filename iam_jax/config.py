@@ -68,6 +68,7 @@ class ModelConfig:
     self_key: bool = False  # inter layers: a token also sees itself
     dropout: float = 0.1
     dtype: str = "float32"  # of the computation: float32 | bfloat16 (parameters are float32)
+    scale_embedding: bool = True  # token embeddings times sqrt(width), as in the original Transformer
     tie_items: bool = False  # the item table is the token embedding (tokenizer "id" only), states are not projected
     tie_tokens: bool = True  # the token objective's output embedding is the input embedding
     scan: bool = True  # lax.scan over the schedule's repeats: compiles faster, computes the same
@@ -174,19 +175,22 @@ FREE_FIELDS = ("eval.", "score.", "log.", "mesh.", "data.path", "data.cache", "t
 
 def default_config() -> ml_collections.ConfigDict:
     """A locked ConfigDict with every field at its default."""
-    return ml_collections.ConfigDict(dataclasses.asdict(Config()))
+    return ml_collections.ConfigDict(dataclasses.asdict(Config())).lock()
 
 
 def get_config(workdir: str) -> ml_collections.ConfigDict:
     """The config a working folder was made by (this module is itself a config file: `--config=config.py:WORKDIR`)."""
-    return ml_collections.ConfigDict(_tuples(json.loads(read_config_text(workdir))))
+    return ml_collections.ConfigDict(_tuples(_read_saved(workdir))).lock()
 
 
-def read_config_text(workdir: str | os.PathLike) -> str:
+def _read_saved(workdir: str | os.PathLike) -> dict:
     path = Path(workdir) / CONFIG_FILE
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(saved, dict):
+            raise ValueError("not a JSON object")
+        return saved
+    except (OSError, ValueError) as error:  # text that is not UTF-8 or not JSON is a ValueError
         raise InputError(f"{path}: no readable config of a run ({getattr(error, 'strerror', None) or error})") from error
 
 
@@ -205,7 +209,7 @@ def check_same_run(workdir: str | os.PathLike, config: Config) -> None:
     """Refuses a working folder that another config made; the error names the keys that differ."""
     if not (Path(workdir) / CONFIG_FILE).exists():
         return
-    saved, wanted = _flatten(json.loads(read_config_text(workdir))), _flatten(json.loads(to_json(config)))
+    saved, wanted = _flatten(_read_saved(workdir)), _flatten(json.loads(to_json(config)))
     differing = [
         f"{key} ({saved.get(key, 'absent')!r} there, {wanted.get(key, 'absent')!r} here)"
         for key in sorted(saved.keys() | wanted.keys())
@@ -286,16 +290,21 @@ def _check(config: Config) -> None:
     for field in ("users", "items"):
         require(getattr(data.synthetic, field) >= 10, f"data.synthetic.{field}", "must be 10 or more")
     require(data.synthetic.events_per_user >= 3, "data.synthetic.events_per_user", "must be 3 or more")
+    require(data.synthetic.seed >= 0, "data.synthetic.seed", "must be 0 or more")
     by_id = data.tokenizer == "id"
     require(not (by_id and data.prompt), "data.prompt", "needs text tokens, and data.tokenizer is 'id'")
 
     schedule = config.schedule
     require(model.width >= 1, "model.width", "must be 1 or more")
     require(model.heads >= 1, "model.heads", "must be 1 or more")
+    require(model.head_size >= 0, "model.head_size", "must be 0 or more")
     require(model.head_size > 0 or model.width % model.heads == 0, "model.heads", f"must divide model.width = {model.width}")
     head_size = model.head_size or model.width // model.heads
     require(model.positions != "rotary" or head_size % 2 == 0, "model.head_size", f"rotary positions need an even one, not {head_size}")
     require(model.kv_heads >= 0 and model.heads % (model.kv_heads or 1) == 0, "model.kv_heads", f"must divide model.heads = {model.heads}")
+    require(model.mlp_width >= 0, "model.mlp_width", "must be 0 or more")
+    for field in ("norm_epsilon", "rope_theta"):
+        require(getattr(model, field) > 0, f"model.{field}", "must be above 0")
     choice("model.mlp", model.mlp, "gated", "plain")
     choice("model.activation", model.activation, "silu", "gelu", "relu")
     choice("model.norm", model.norm, "rms", "layer")
@@ -353,5 +362,6 @@ def _check(config: Config) -> None:
     choice("eval.metric", evaluation.metric, *names)
     for field in ("batch_rows", "chunk_items", "resamples"):
         require(getattr(evaluation, field) >= 1, f"eval.{field}", "must be 1 or more")
-    require(evaluation.validation_users >= 0, "eval.validation_users", "must be 0 or more")
+    for field in ("validation_users", "seed"):
+        require(getattr(evaluation, field) >= 0, f"eval.{field}", "must be 0 or more")
     require(config.log.every >= 1, "log.every", "must be 1 or more")

@@ -24,14 +24,14 @@ class MetricsLog:
         if config.tensorboard:
             from tensorboardX import SummaryWriter
 
-            self._writer = SummaryWriter(str(workdir / "tensorboard"), purge_step=step or None)
+            self._writer = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)  # what an interrupted run told of later steps
 
     def write(self, step: int, values: dict[str, float]) -> None:
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
         if self._writer is not None:
             for name, value in values.items():
-                self._writer.add_scalar(name, value, step)
+                self._writer.add_scalar(name.replace("@", "_"), value, step)  # TensorBoard allows no "@"
 
     def close(self) -> None:
         self._file.close()

@@ -10,16 +10,18 @@ import time
 _START = time.time()
 
 import dataclasses  # noqa: E402
+import difflib  # noqa: E402
 import os  # noqa: E402
 import signal  # noqa: E402
 import sys  # noqa: E402
 from pathlib import Path  # noqa: E402
+from typing import NoReturn  # noqa: E402
 
 if __name__ == "__main__":  # nothing to save during the imports
     for _number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(_number, lambda *_: os._exit(75))
 
-from absl import app, flags  # noqa: E402
+from absl import app, flags, logging  # noqa: E402
 from ml_collections import config_flags  # noqa: E402
 
 from iam_jax import config as config_lib  # noqa: E402
@@ -58,7 +60,9 @@ def run(signals: Signals) -> None:
     from iam_jax.train import make_run, open_workdir, train
 
     this = make_run(config, prepared)
-    open_workdir(workdir, config, prepared, create=training)
+    with signals.deferred():  # a folder with some of its files would be refused afterwards
+        open_workdir(workdir, config, prepared, create=training)
+    signals.poll()
     with jax.set_mesh(this.mesh):
         evaluator = Evaluator(this.model, config, prepared, this.items, this.mesh)
         if training:
@@ -83,22 +87,58 @@ def _config_file() -> str:
 
 def _parse(argv: list[str]) -> list[str]:
     """absl's own parser, its errors told in one line and with exit code 2."""
-    given = [argument.lstrip("-") for argument in argv[1:]]
-    workdirs = [argument.partition("=")[2] for argument in given if argument.startswith("workdir=")]
-    if not any(argument == "config" or argument.startswith("config=") for argument in given) and workdirs:
-        argv = [argv[0], f"--config={config_lib.__file__}:{workdirs[-1]}", *argv[1:]]
+    file, workdir = _given(argv, "config"), _given(argv, "workdir")
+    if file is None and workdir:
+        argv = [argv[0], f"--config={config_lib.__file__}:{workdir}", *argv[1:]]
     try:
+        if file and not Path(file.partition(":")[0]).is_file():
+            raise InputError(f"--config={file}: no such file")
+        _check_names(argv)
         rest = flags.FLAGS(argv)
         if len(rest) > 1:
             raise InputError(f"{rest[1]!r} is no flag")
-        if not _config_file():
+        if not file and not workdir:
             raise InputError("--config=FILE is missing (or --workdir of a run)")
         if not isinstance(getattr(_CONFIG.value, "data", None), config_lib.ml_collections.ConfigDict):
             raise InputError(f"--config={_config_file()}: no config file with a get_config() that starts from default_config()")
+        if flags.FLAGS["verbosity"].using_default_value:
+            flags.FLAGS.verbosity = logging.WARNING  # absl would raise it to INFO
         return rest
-    except (flags.Error, InputError, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+    except SystemExit:  # --help, which absl ends with 1
+        sys.exit(0)
+    except (flags.Error, InputError) as error:
+        text = str(error).strip()
+        if "Traceback (most recent call last)" in text:  # ml_collections' way to tell of what a config file raised
+            text = f"--config={file}: " * bool(file) + text.splitlines()[-1].removeprefix("iam_jax.errors.InputError: ")
+        _fail(text, 2)
+    except Exception as error:  # a config file is a program: anything may be wrong with it
+        _fail(f"--config={file or workdir}: {type(error).__name__}: {error}", 2)
+
+
+def _given(argv: list[str], name: str) -> str | None:
+    """The value of --name=value or --name value, before absl parses it."""
+    found = None
+    for argument, following in zip(argv, [*argv[1:], ""], strict=True):
+        flag, equals, value = argument.partition("=")
+        if flag in (f"-{name}", f"--{name}"):
+            found = value if equals else following
+    return found
+
+
+def _check_names(argv: list[str]) -> None:
+    """ml_collections tells the last part of an unknown name only."""
+    sections = config_lib.default_config().to_dict()
+    known = [f"--config.{section}.{name}" for section in sections for name in sections[section]]
+    known += [f"--config.data.synthetic.{name}" for name in sections["data"]["synthetic"]]
+    for name in (argument.partition("=")[0].partition("[")[0] for argument in argv[1:]):
+        if name.startswith("--config.") and name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            raise InputError(f"{name} is not a config field{f'; did you mean {close[0]}?' if close else ''}")
+
+
+def _fail(error: Exception | str, code: int) -> NoReturn:
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    sys.exit(code)
 
 
 def _main(_: list[str]) -> None:
@@ -107,11 +147,9 @@ def _main(_: list[str]) -> None:
     try:
         run(signals)
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        _fail(error, 2)
     except (NonFiniteError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(4)
+        _fail(error, 4)
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)
         sys.exit(75)

@@ -18,7 +18,10 @@ from iam_jax.data.splits import Events
 from iam_jax.model.heads import Recommender
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=("token_IT", "length_I", "trained_I", "target_share_I", "drawn_share_I"), meta_fields=())
+_ARRAYS = ("token_IT", "length_I", "trained_I", "target_share_I", "drawn_share_I", "drawn_until_I")  # of Items
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=_ARRAYS, meta_fields=())
 @dataclasses.dataclass(frozen=True)
 class Items:
     """What the objective knows of the catalogue, on the device."""
@@ -28,6 +31,7 @@ class Items:
     trained_I: jax.Array  # bool: has a training event; the others are no negatives, and their table rows count as zero
     target_share_I: jax.Array  # float32: share of the training targets, the proposal that puts items into a batch as targets
     drawn_share_I: jax.Array  # float32: the proposal of the drawn negatives, over items with training events
+    drawn_until_I: jax.Array  # uint32: the same, summed up, in units of 2^-31
 
 
 def make_items(catalogue: Catalogue, events: Events, segments: Segments, config: Config) -> Items:
@@ -45,7 +49,15 @@ def make_items(catalogue: Catalogue, events: Events, segments: Segments, config:
         jnp.asarray(trained > 0),
         jnp.asarray(targets / max(targets.sum(), 1), jnp.float32),
         jnp.asarray(drawn / drawn.sum(), jnp.float32),
+        jnp.asarray(summed_up(drawn)),
     )
+
+
+def summed_up(weight_I: np.ndarray) -> np.ndarray:
+    """uint32, what `draw` draws from: item i is drawn in proportion to weight_I[i]."""
+    # In integers: a float32 sum gives items without weight a chance (5e-5 in all of 300,000 items), and others a wrong one.
+    total_I = np.cumsum(weight_I, dtype=np.float64)
+    return np.rint(total_I / total_I[-1] * 2**31).astype(np.uint32)
 
 
 def cross_entropy(h_XE: jax.Array, v_CE: jax.Array, label_X: jax.Array, *, allowed_C: jax.Array | None = None, chunk: int = 2048) -> jax.Array:
@@ -159,7 +171,7 @@ def _item_loss(model, config: Config, items: Items, h_XE, target_X, text_key, dr
             v_IE = v_IE + model.table(items.trained_I)
         return cross_entropy(h_XE, v_IE, target_X, allowed_C=items.trained_I, chunk=chunk)
 
-    drawn_C = draw(draw_key, items.drawn_share_I, objective.negatives)
+    drawn_C = draw(draw_key, items.drawn_until_I, objective.negatives)
     candidate_C = jnp.concatenate([target_X, drawn_C])
     safe_C = jnp.maximum(candidate_C, 0)
     v_CE = 0
@@ -167,13 +179,12 @@ def _item_loss(model, config: Config, items: Items, h_XE, target_X, text_key, dr
         v_CE = model.text_vectors(items.token_IT[safe_C], items.length_I[safe_C], text_key)
     if with_table:
         v_CE = v_CE + model.table(items.trained_I)[safe_C]
-    expected_I = (target_X >= 0).sum() * items.target_share_I + objective.negatives * items.drawn_share_I
+    others = jnp.maximum((target_X >= 0).sum() - 1, 0)  # the position's own target is none of its negatives
+    expected_I = others * items.target_share_I + objective.negatives * items.drawn_share_I
     log_expected_C = jnp.log(jnp.maximum(expected_I[safe_C], 1e-30))
     return sampled_cross_entropy(h_XE, target_X, candidate_C, v_CE, v_CE[: len(target_X)], log_expected_C, chunk)
 
 
-def draw(key: jax.Array, share_I: jax.Array, count: int) -> jax.Array:
-    """`count` items drawn with replacement, item i with probability share_I[i]."""
-    cumulative_I = jnp.cumsum(share_I)
-    at = jax.random.uniform(key, (count,)) * cumulative_I[-1]
-    return jnp.minimum(jnp.searchsorted(cumulative_I, at, side="right"), len(share_I) - 1).astype(jnp.int32)
+def draw(key: jax.Array, until_I: jax.Array, count: int) -> jax.Array:
+    """`count` items drawn with replacement, by the shares that `summed_up` summed up; never one without weight."""
+    return jnp.searchsorted(until_I, jax.random.bits(key, (count,), jnp.uint32) >> 1, side="right").astype(jnp.int32)

@@ -46,7 +46,7 @@ def parse_schedule(text: str, field: str = "schedule") -> Schedule:
     text = text.strip()
     while at < len(text):
         term = _TERM.match(text, at)
-        if term is None:
+        if term is None or not (term["group"] or term["relation"]).strip():
             raise InputError(f"config.{field} = {text!r}: cannot read {text[at:]!r}; an example: '(intra inter)*6 full*2'")
         relations = tuple((term["group"] or term["relation"]).split())
         for relation in relations:

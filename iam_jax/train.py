@@ -152,7 +152,9 @@ def init_state(run: Run) -> dict:
 
     key = jax.random.key(config.train.seed)
     shardings = param_sharding(run.mesh, jax.eval_shape(init, key))
-    return jax.jit(init, out_shardings=shardings)(key)
+    # XLA's default level compiles the generators of a CPU for many seconds, and they run no faster
+    options = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None
+    return jax.jit(init, out_shardings=shardings, compiler_options=options)(key)
 
 
 def train(run: Run, workdir: Path, evaluator: Evaluator, signals: Signals) -> Checkpoints:
@@ -169,6 +171,7 @@ def train(run: Run, workdir: Path, evaluator: Evaluator, signals: Signals) -> Ch
         saved_step = steps[-1]
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
         state, progress = checkpoints.restore(saved_step, abstract), Progress(**checkpoints.progress(saved_step))
+        progress.best_step, progress.best = checkpoints.best() or (None, None)  # eval.metric may be another now
         print(f"continuing from step {progress.step:,}", flush=True)
     parameters = sum(math.prod(x.shape) for x in jax.tree.leaves(state["params"]))
     print(
@@ -200,7 +203,8 @@ def train(run: Run, workdir: Path, evaluator: Evaluator, signals: Signals) -> Ch
         values = {name: float(value) for name, value in jax.device_get(values).items()}
         bad = [name for name, value in values.items() if not math.isfinite(value)]
         if bad:
-            raise NonFiniteError(f"step {step}: {', '.join(bad)} not finite; the last good checkpoint is step {saved_step}")
+            last = f"the last good checkpoint is step {saved_step}" if saved_step >= 0 else "there is no checkpoint yet"
+            raise NonFiniteError(f"step {step}: {', '.join(bad)} not finite; {last}")
         for name, value in (values | host | {"steps": 1}).items():
             progress.window[name] = progress.window.get(name, 0) + value
         if step % config.log.every and step != cfg.steps:
@@ -222,7 +226,8 @@ def train(run: Run, workdir: Path, evaluator: Evaluator, signals: Signals) -> Ch
 
     def validate() -> dict:
         ranks = evaluator.rank(state["params"], validation, label="validation")
-        return summarize(run.prepared, config, validation, ranks)
+        summary = summarize(run.prepared, config, validation, ranks)
+        return {name: value for name, value in summary.items() if "@" in name and not name.endswith("_ci")}
 
     with signals.deferred():
         try:
@@ -241,7 +246,7 @@ def train(run: Run, workdir: Path, evaluator: Evaluator, signals: Signals) -> Ch
                         better = progress.best is None or value > progress.best
                         progress.best, progress.best_step = (value, step) if better else (progress.best, progress.best_step)
                         progress.since_best = 0 if better else progress.since_best + 1
-                        log.write(step, {f"validation/{name}": metrics[name] for name in metrics if "@" in name and not name.endswith("_ci")})
+                        log.write(step, {f"validation/{name}": value for name, value in metrics.items()})
                         bar.write(f"step {step:,}: validation {metric} {value:.4f}{' (best)' if better else ''}")
                         window_clock = time.monotonic()
                         if cfg.patience and progress.since_best >= cfg.patience:
@@ -251,8 +256,7 @@ def train(run: Run, workdir: Path, evaluator: Evaluator, signals: Signals) -> Ch
                     if step > saved_step or validating:  # interrupted before its validation, a checkpoint gets its metrics now
                         now = time.monotonic()
                         progress.minutes, clock = progress.minutes + (now - clock) / 60, now
-                        chosen = None if metrics is None else {metric: metrics[metric]}
-                        checkpoints.save(step, state, dataclasses.asdict(progress), chosen)
+                        checkpoints.save(step, state, dataclasses.asdict(progress), metrics)
                         saved_step = step
                     if signals.requested or ending or progress.stopped:
                         break

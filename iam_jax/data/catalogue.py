@@ -90,9 +90,10 @@ def _parse(template: str):
 
 def has_text(items: pl.DataFrame, config: DataConfig) -> np.ndarray:
     """[rows] bool: which items have text by the template; all of them where ids stand in, or are the tokens."""
-    if config.untitled == "id" or config.tokenizer == "id":
+    if config.tokenizer == "id":
         return np.ones(items.height, bool)
-    return np.array([bool(text) for text in item_texts(items, config)], bool)
+    texts = item_texts(items, config)  # also where any item counts: a wrong template is found out before anything is written
+    return np.array([bool(text) or config.untitled == "id" for text in texts], bool)
 
 
 def make_catalogue(items: pl.DataFrame, config: DataConfig, cache: Path) -> Catalogue:
@@ -117,9 +118,13 @@ def make_catalogue(items: pl.DataFrame, config: DataConfig, cache: Path) -> Cata
         empty = [item for item, tokens in zip(items["item"], ids, strict=True) if not tokens]
         if empty:
             raise InputError(f"config.data.tokenizer = {config.tokenizer!r} makes no token of the text of {len(empty):,} items (item {empty[0]!r})")
-        boundary = tokenizer.get_vocab_size(with_added_tokens=True)
+        boundary = max(tokenizer.get_vocab().values()) + 1  # not the vocabulary's size: a given one may have gaps
         kept = [tokens[: config.item_tokens] + [boundary] for tokens in ids]
         prompt = tokens_lib.encode(tokenizer, [config.prompt])[0] if config.prompt else []
+        if config.prompt and not prompt:
+            raise InputError(
+                f"config.data.tokenizer = {config.tokenizer!r} makes no token of config.data.prompt = {config.prompt!r}"
+            )
         truncated = sum(len(tokens) > config.item_tokens for tokens in ids)
 
         def write(folder: Path) -> None:

@@ -14,6 +14,7 @@ from iam_jax.data import table
 from iam_jax.data.cache import cache_root, cached_folder
 from iam_jax.data.catalogue import Catalogue, has_text, make_catalogue
 from iam_jax.data.splits import Events, Split, as_strings, make_split
+from iam_jax.data.tokenizer import load_tokenizer
 from iam_jax.errors import InputError
 
 _VERSION = 1  # of the cached files
@@ -34,9 +35,11 @@ class Prepared:
 def prepare(config: DataConfig) -> Prepared:
     """Reads, checks, filters, orders, splits and tokenises. Raises InputError for whatever is wrong with the data."""
     cache = cache_root(config.cache)
+    if config.tokenizer not in ("bpe", "id"):
+        load_tokenizer(config.tokenizer)  # a wrong path is found out before the data is read, and anything written
     split = _cached_split(config, cache)
     catalogue = make_catalogue(split.items, config, cache)
-    longest = int(catalogue.lengths.max(initial=0))
+    longest = int(catalogue.lengths[:-1].max(initial=0))
     needed = int(catalogue.lengths[-1]) + (config.context_items + 1) * longest
     if needed > config.row_tokens:
         raise InputError(

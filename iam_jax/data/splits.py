@@ -6,6 +6,7 @@ a third to a half of consecutive events tie, and files list ties by item.
 
 import dataclasses
 import hashlib
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -194,7 +195,9 @@ def _temporal(timestamp: np.ndarray, time_kind: pl.DataType, config: DataConfig)
         bound = parse_timestamps(pl.Series("timestamp", [text]), f"config.data.{field}")
         if (bound.dtype == pl.Datetime) != (time_kind == pl.Datetime):
             raise InputError(f"config.data.{field} = {text!r} is not written like the table's timestamps ({time_kind})")
-        bounds.append((bound.dt.epoch("us") if time_kind == pl.Datetime else bound)[0])
+        value = (bound.dt.epoch("us") if time_kind == pl.Datetime else bound)[0]
+        # An integer is at or after 1.5 where it is at or after 2; compared as floats, large integers would be rounded.
+        bounds.append(math.ceil(value) if time_kind == pl.Int64 else value)
     if not bounds[0] < bounds[1]:
         raise InputError(f"config.data.t1 = {config.t1!r} must be before config.data.t2 = {config.t2!r}")
     return ((timestamp >= bounds[0]).astype(np.uint8) + (timestamp >= bounds[1])).astype(np.uint8)

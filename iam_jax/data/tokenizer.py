@@ -32,7 +32,11 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 
 def encode(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
-    """Token ids of each text, without the special tokens a tokenizer may add around a whole input."""
+    """Token ids of each text, without the special tokens a tokenizer may add around a whole input. Raises InputError for texts
+    that the tokenizer cannot express."""
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    return [encoding.ids for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+    try:
+        return [encoding.ids for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+    except Exception as error:  # the library raises bare Exceptions, for example for an unknown word without an unknown token
+        raise InputError(f"config.data.tokenizer cannot encode the items' texts or config.data.prompt: {error}") from error

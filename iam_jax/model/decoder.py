@@ -145,6 +145,8 @@ class Decoder(nnx.Module):
         config = self.config
         ranges = key_ranges(user_BT, group_BT)
         x_BTD = self.embedding_VD[...][token_BT]
+        if config.scale_embedding:
+            x_BTD = x_BTD * config.width**0.5
         if self.position_PD is not None:
             x_BTD = x_BTD + self.position_PD[...][position_BT]
         x_BTD = dropout(x_BTD.astype(config.dtype), config.dropout, key)

@@ -16,13 +16,15 @@ class Recommender(nnx.Module):
         self.config = config
         self.decoder = Decoder(model, config.schedule, vocabulary, config.data.row_tokens, rngs)
         if not model.tie_items:
-            self.state_DE = weight(rngs, (D, D), D)
+            # The projections start as the identity: an untrained history prefers items whose text is like its last item's. From random
+            # ones the first epochs pass before any of the text counts (configs/demo.py: validation NDCG@10 0.03 instead of 0.19).
+            self.state_DE = nnx.Param(jnp.eye(D))
             if config.objective.vectors != "text":
                 self.table_IE = weight(rngs, (items, D), D)
         if config.uses_text:
             # A projection of its own: without it a user's first item state would equal its own vector.
             self.text_norm = Norm(model, D)
-            self.text_DE = weight(rngs, (D, D), D, D**-0.5)  # vectors of the size of a table row
+            self.text_DE = nnx.Param(jnp.eye(D) * D**-0.5)  # vectors of the size of a table row
         if config.objective.token and not model.tie_tokens:
             self.output_VD = weight(rngs, (vocabulary, D), D)
 

@@ -1,0 +1,194 @@
+"""Tiny configs, histories and batches for the tests of the model, and the model once more: plain NumPy loops in float64."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from iam_jax.config import Config, ModelConfig, resolve
+from iam_jax.data.batches import Batch, Rows, training_segments
+from iam_jax.data.catalogue import Catalogue
+from iam_jax.data.prepare import Prepared
+from iam_jax.data.splits import TEST, TRAIN, VALIDATION, Events, Split
+from iam_jax.model import Model
+from iam_jax.schedule import parse_schedule
+
+# XLA compiles a CPU program in half the time, and these run but a few times.
+quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
+def make_config(**sections: dict) -> Config:
+    """A tiny config without dropout, checked like any other: make_config(model={"norm": "layer"})."""
+    tiny = {
+        "data": {"source": "synthetic", "row_tokens": 24, "context_items": 1},
+        "model": {"schedule": "(intra inter)*2", "width": 16, "heads": 2, "mlp_width": 24, "dropout": 0.0},
+    }
+    config = ml_collections.ConfigDict(dataclasses.asdict(Config()))
+    for fields in (tiny, sections):
+        for section, values in fields.items():
+            config[section].update(values)
+    return resolve(config)
+
+
+# ---- batches
+
+
+def pack_row(slots: int, *users: tuple[int, list[int]]) -> Batch:
+    """user, group and position [slots] of users (tokens of the prompt, tokens of each item), then padding."""
+    out = {name: np.zeros(slots, np.int32) for name in ("user", "group", "position")}
+    at = 0
+    for number, (prompt, items) in enumerate(users, start=1):
+        first = at
+        for group, length in enumerate([prompt, *items]):
+            out["user"][at : at + length], out["group"][at : at + length] = number, group
+            at += length
+        out["position"][first:at] = np.arange(at - first)
+    assert at <= slots
+    return out
+
+
+def stack(rows: list[Batch]) -> Batch:
+    return jax.tree.map(lambda *parts: np.stack(parts), *rows)
+
+
+def packed_batch() -> Batch:
+    """Two rows of 12 slots: prompts, several users, items of one to three tokens, padding. Every slot has a token id of its
+    own, so that a row of the embedding is the input of one slot."""
+    batch = stack([pack_row(12, (2, [2, 3]), (0, [1, 2])), pack_row(12, (0, [3, 1, 2]), (1, [2]))])
+    return batch | {"token": np.arange(24, dtype=np.int32).reshape(2, 12)}
+
+
+def tiny_data(seed: int = 0, users: int = 9, items: int = 8, vocabulary: int = 13, cold: int = 1, prompt: int = 0) -> Prepared:
+    """Random histories of four to seven events, the last two for validation and test; the last `cold` items are in none of the
+    training events. The highest token id is the boundary."""
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(4, 8, users)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    label = np.full(offsets[-1], TRAIN, np.uint8)
+    label[offsets[1:] - 2], label[offsets[1:] - 1] = VALIDATION, TEST
+    item = rng.integers(items - cold, size=offsets[-1]).astype(np.int32)
+    ids = [np.array([f"{kind}{k:03}" for k in range(count)], object) for kind, count in (("u", users), ("i", items))]
+    events = Events(*ids, item, offsets, np.arange(offsets[-1]), label)
+    texts = [[*rng.integers(vocabulary - 1, size=rng.integers(1, 4)), vocabulary - 1] for _ in range(items)]
+    texts.append(rng.integers(vocabulary - 1, size=prompt).tolist())
+    tokens = np.array([token for text in texts for token in text], np.int32)
+    catalogue = Catalogue(tokens, np.cumsum([0, *map(len, texts)]), vocabulary, 0, "")
+    return Prepared(Split(events, None, "", ()), catalogue)
+
+
+def tiny_rows(prepared: Prepared, config: Config) -> Rows:
+    data = config.data
+    segments = training_segments(
+        prepared.events, prepared.catalogue, data.row_tokens, data.context_items, config.objective.token > 0
+    )
+    return Rows(prepared.events, prepared.catalogue, segments, data.row_tokens)
+
+
+# ---- parameters
+
+
+def random_params(model: Model, seed: int = 0) -> dict:
+    """Random numbers in the parameters' shapes: biases and norm scales count too, and nothing is compiled."""
+    rng = np.random.default_rng(seed)
+
+    def leaf(path, x):
+        ones = jax.tree_util.keystr(path[-1:], simple=True) == "scale"
+        return jnp.asarray(ones + 0.25 * rng.standard_normal(x.shape), x.dtype)
+
+    return jax.tree_util.tree_map_with_path(leaf, model.shapes())
+
+
+def layer_params(decoder: dict, schedule: str) -> list[dict]:
+    """The parameters of each layer, first to last."""
+    return [
+        jax.tree.map(lambda x, r=r: x[r], decoder["blocks"][f"{s}_{i}"])
+        for s, stage in enumerate(parse_schedule(schedule).stages)
+        for r in range(stage.repeats)
+        for i in range(len(stage.relations))
+    ]
+
+
+# ---- the model once more
+
+
+def allowed_keys(relation: str, user_T: np.ndarray, group_T: np.ndarray) -> np.ndarray:
+    """[T, S] bool, straight from the meaning of the relations."""
+    t, s = np.indices((len(user_T), len(user_T)))
+    same_user = (user_T[t] == user_T[s]) & (user_T[t] > 0)
+    same_item = same_user & (group_T[t] == group_T[s])
+    return {
+        "full": same_user & (s <= t),
+        "intra": same_item & (s <= t),
+        "inter": same_user & ~same_item & (s < t),
+        "intra_both": same_item,
+    }[relation]
+
+
+def softmax(x: np.ndarray) -> np.ndarray:
+    e = np.exp(x - x.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+def _norm(model: ModelConfig, p: dict, x: np.ndarray) -> np.ndarray:
+    if model.norm == "layer":
+        return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + model.norm_epsilon) * p["scale"] + p[
+            "shift"
+        ]
+    return x / np.sqrt((x**2).mean(-1, keepdims=True) + model.norm_epsilon) * p["scale"]
+
+
+def _rotate(x_TNH: np.ndarray, position_T: np.ndarray, theta: float) -> np.ndarray:
+    half = x_TNH.shape[-1] // 2
+    turn = np.exp(1j * position_T[:, None, None] * theta ** (-np.arange(half) / half))
+    z = (x_TNH[..., :half] + 1j * x_TNH[..., half:]) * turn
+    return np.concatenate([z.real, z.imag], axis=-1)
+
+
+def _attention(model: ModelConfig, p: dict, x_TD: np.ndarray, allowed_TS: np.ndarray, position_T: np.ndarray) -> np.ndarray:
+    q, k, v = (np.einsum("TD,DNH->TNH", x_TD, p[name]) for name in ("query_DNH", "key_DKH", "value_DKH"))
+    if model.bias:
+        q, k, v = q + p["query_NH"], k + p["key_KH"], v + p["value_KH"]
+    if model.qk_norm:
+        q, k = _norm(model, p["query_norm"], q), _norm(model, p["key_norm"], k)
+    if model.positions == "rotary":
+        q, k = (_rotate(y, position_T, model.rope_theta) for y in (q, k))
+    o = np.zeros_like(q)
+    for t, keys in enumerate(allowed_TS):
+        for n in range(q.shape[1] if keys.any() else 0):
+            kv = n * k.shape[1] // q.shape[1]
+            o[t, n] = softmax(k[keys, kv] @ q[t, n] / q.shape[-1] ** 0.5) @ v[keys, kv]
+    return np.einsum("TNH,NHD->TD", o, p["out_NHD"]) + (p["out_D"] if model.bias else 0)
+
+
+def _mlp(model: ModelConfig, p: dict, x_TD: np.ndarray) -> np.ndarray:
+    activation = {"relu": lambda x: np.maximum(x, 0), "silu": lambda x: x / (1 + np.exp(-x)), "gelu": jax.nn.gelu}[
+        model.activation
+    ]
+    bias = (lambda name: p[name]) if model.bias else (lambda name: 0)
+    h = x_TD @ p["up_DF"] + bias("up_F")
+    h = h * activation(x_TD @ p["gate_DF"] + bias("gate_F")) if model.mlp == "gated" else activation(h)
+    return h @ p["down_FD"] + bias("down_D")
+
+
+def reference_states(model: ModelConfig, decoder: dict, batch: Batch, layers: int | None = None) -> np.ndarray:
+    """x_BTD float64, the decoder's states after so many layers."""
+    p = jax.tree.map(lambda x: np.asarray(x, np.float64), decoder)
+    relations = parse_schedule(model.schedule).relations
+    stack_of_layers = list(zip(relations, layer_params(p, model.schedule), strict=True))
+    rows = []
+    for token, user, group, position in zip(*(batch[name] for name in ("token", "user", "group", "position")), strict=True):
+        x = p["embedding_VD"][token] * (model.width**0.5 if model.scale_embedding else 1)
+        if model.positions == "learned":
+            x = x + p["position_PD"][position]
+        for relation, layer in stack_of_layers[:layers]:
+            allowed = allowed_keys(relation, user, group)
+            if relation == "inter" and model.self_key:
+                allowed = allowed | np.eye(len(user), dtype=bool)
+            at = group if relation == "inter" and model.inter_positions == "item" else position
+            x = x + _attention(model, layer["attention"], _norm(model, layer["attention_norm"], x), allowed, at)
+            x = x + _mlp(model, layer["mlp"], _norm(model, layer["mlp_norm"], x))
+        rows.append(x)
+    return np.stack(rows)

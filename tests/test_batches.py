@@ -1,0 +1,376 @@
+"""Packing and assembly against plain Python, and what every batch must hold whatever the histories."""
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from iam_jax.data.batches import (
+    Rows,
+    evaluation_batches,
+    evaluation_segments,
+    pack,
+    training_batches,
+    training_rows,
+    training_segments,
+)
+from iam_jax.data.catalogue import Catalogue
+from iam_jax.data.splits import TEST, TRAIN, VALIDATION, Events
+
+PROMPT = 900  # the first token of a prompt; item i's tokens are 10 i + 1, 10 i + 2, …
+
+
+def make_events(histories, item_count=None):
+    """Events of [(items, number of them that train)] per user; of the rest the last is test, the others validation."""
+    items = [item for history, _ in histories for item in history]
+    label = []
+    for history, train in histories:
+        rest = len(history) - train
+        label += [TRAIN] * train + [VALIDATION] * (rest - 1) + [TEST] * (rest > 0)
+    offsets = np.cumsum([0, *(len(history) for history, _ in histories)])
+    names = np.array([str(n) for n in range(len(histories))])
+    ids = np.array([str(n) for n in range(item_count or max(items, default=0) + 1)])
+    return Events(names, ids, np.array(items, np.int32), offsets, np.arange(len(items)), np.array(label, np.uint8))
+
+
+def make_catalogue(lengths, prompt=0):
+    tokens = [10 * item + 1 + place for item, length in enumerate(lengths) for place in range(length)]
+    tokens += [PROMPT + place for place in range(prompt)]
+    return Catalogue(np.array(tokens, np.int32), np.cumsum([0, *lengths, prompt]), PROMPT + 100, 0, "")
+
+
+@st.composite
+def problems(draw, distinct=False):
+    """Events, catalogue, row_tokens, context_items: any that `prepare` lets through. With `distinct`, event e is of item e."""
+    sizes = draw(st.lists(st.tuples(st.integers(1, 14), st.integers(0, 3)), min_size=1, max_size=6))
+    counts = [(size, max(0, size - held_out)) for size, held_out in sizes]
+    total = sum(size for size, _ in counts)
+    kinds = total if distinct else draw(st.integers(1, 8))
+    items = list(range(total)) if distinct else draw(st.lists(st.integers(0, kinds - 1), min_size=total, max_size=total))
+    lengths = draw(st.lists(st.integers(1, 6), min_size=kinds, max_size=kinds))
+    prompt, context = draw(st.integers(0, 3)), draw(st.integers(1, 3))
+    row_tokens = prompt + (context + 1) * max(lengths) + draw(st.integers(0, 20))
+    histories = [(list(itertools.islice(stream, size)), train) for stream in [iter(items)] for size, train in counts]
+    return make_events(histories, kinds), make_catalogue(lengths, prompt), row_tokens, context
+
+
+def slow_training_segments(events, catalogue, row_tokens, context, whole_text):
+    """[(input events, target events)], each window grown one event at a time."""
+    lengths, prompt = catalogue.lengths.tolist(), int(catalogue.lengths[-1])
+    segments = []
+    for user in range(len(events.user_ids)):
+        history = [e for e in range(events.offsets[user], events.offsets[user + 1]) if events.label[e] == TRAIN]
+        targets = history if prompt else history[1:]
+        begin = 0
+        while targets:
+            taken, used = [], prompt
+            place = begin
+            while place < len(history) and used + lengths[events.item[history[place]]] <= row_tokens:
+                taken.append(history[place])
+                used += lengths[events.item[history[place]]]
+                place += 1
+            # The states of `taken` (and of the prompt) predict the event that follows each.
+            reach = set(taken) if whole_text else {*taken, *history[place : place + 1]}
+            now = [e for e in targets if e in reach]
+            segments.append(([e for e in taken if e < now[-1] or whole_text], now))
+            targets = targets[len(now) :]
+            begin = max(0, history.index(targets[0]) - context) if targets else 0
+    return segments
+
+
+def slow_row(events, catalogue, segments, members, row_tokens, width):
+    """One row token by token, from the layout's words."""
+    prompt = catalogue.tokens[catalogue.offsets[-2] :].tolist()
+    row = {name: [] for name in ("token", "user", "group", "position", "target_at", "target", "segment", "label")}
+    owner = []  # (user in the row, event) of each token
+    for number, index in enumerate(members, start=1):
+        start, stop, first, last = (int(getattr(segments, name)[index]) for name in ("start", "stop", "first", "last"))
+        text = [(0, None, token) for token in prompt]
+        for place, event in enumerate(range(start, stop), start=1):
+            tokens = np.split(catalogue.tokens, catalogue.offsets[1:-1])[events.item[event]]
+            text += [(place, event, token) for token in tokens.tolist()]
+        ends = {}
+        for position, (group, event, token) in enumerate(text):
+            ends[event] = len(row["token"])
+            row["token"].append(token)
+            row["user"].append(number)
+            row["group"].append(group)
+            row["position"].append(position)
+            owner.append((number, event))
+        for event in range(first, last):
+            row["target_at"].append(ends[event - 1 if event > start else None])
+            row["target"].append(int(events.item[event]))
+            row["segment"].append(int(index))
+    targets = [(n, e) for n, i in enumerate(members, 1) for e in range(segments.first[i], segments.last[i])]
+    for slot in range(len(owner)):
+        follows = slot + 1 < len(owner) and owner[slot + 1][0] == owner[slot][0] and owner[slot + 1] in targets
+        row["label"].append(row["token"][slot + 1] if follows else -1)
+    fill = {"target_at": 0, "target": -1, "segment": -1, "label": -1}
+    size = dict.fromkeys(row, row_tokens) | dict.fromkeys(("target_at", "target", "segment"), width)
+    return {name: values + [fill.get(name, 0)] * (size[name] - len(values)) for name, values in row.items()}
+
+
+def as_lists(row):
+    assert all(values.dtype == np.int32 for values in row.values())
+    return {name: values.tolist() for name, values in row.items()}
+
+
+def as_pairs(segments):
+    return [
+        (list(range(start, stop)), list(range(first, last)))
+        for start, stop, first, last in zip(segments.start, segments.stop, segments.first, segments.last, strict=True)
+    ]
+
+
+@settings(deadline=None, max_examples=200)
+@given(problems(), st.booleans(), st.integers(0, 3))
+def test_training_rows_are_the_slow_ones(problem, whole_text, seed):
+    events, catalogue, row_tokens, context = problem
+    rows = training_rows(events, catalogue, row_tokens, context, whole_text, seed)
+    expected = slow_training_segments(events, catalogue, row_tokens, context, whole_text)
+    assert sorted(as_pairs(rows.segments)) == sorted(expected)
+    assert sorted(np.concatenate([*rows.rows, []]).tolist()) == list(range(len(expected)))
+    assert rows.targets == sum(len(targets) for _, targets in expected)
+    width = max([1, *(sum(len(as_pairs(rows.segments)[i][1]) for i in members) for members in rows.rows)])
+    assert rows.targets_per_row == width
+    used = 0
+    for number, members in enumerate(rows.rows):
+        row = as_lists(rows[number])
+        assert row == slow_row(events, catalogue, rows.segments, members, row_tokens, width)
+        used += np.count_nonzero(row["user"])
+    assert rows.fill == pytest.approx(used / (max(len(rows), 1) * row_tokens))
+
+
+@settings(deadline=None, max_examples=200)
+@given(problems(distinct=True), st.booleans())
+def test_what_training_must_hold(problem, whole_text):
+    """The contract, read off the arrays alone: every event has an item of its own, so a token tells its event."""
+    events, catalogue, row_tokens, context = problem
+    rows = training_rows(events, catalogue, row_tokens, context, whole_text, seed=1)
+    user_of = events.user
+    begins = events.offsets[:-1]
+    prompt = catalogue.tokens[catalogue.offsets[-2] :].tolist()
+    predicted, labelled = [], []
+    for row in (as_lists(rows[n]) for n in range(len(rows))):
+        slots = sum(user > 0 for user in row["user"])
+        assert row["user"] == sorted(row["user"][:slots]) + [0] * (row_tokens - slots)
+        event_at = [None if token >= PROMPT else (token - 1) // 10 for token in row["token"][:slots]]
+        inputs = {}  # user in the row -> events in order
+        for number in range(1, max(row["user"]) + 1):
+            place = [t for t in range(slots) if row["user"][t] == number]
+            inputs[number] = list(dict.fromkeys(event_at[t] for t in place if event_at[t] is not None))
+            whole = [token for e in inputs[number] for token in range(10 * e + 1, 10 * e + 1 + catalogue.lengths[e])]
+            assert [row["token"][t] for t in place] == prompt + whole
+            assert [row["position"][t] for t in place] == list(range(len(place)))
+            groups = {None: 0} | {e: k for k, e in enumerate(inputs[number], start=1)}
+            assert [row["group"][t] for t in place] == [groups[event_at[t]] for t in place]
+            if inputs[number]:  # contiguous events of one user, training events all
+                first, last = inputs[number][0], inputs[number][-1]
+                assert inputs[number] == list(range(first, last + 1)) and user_of[first] == user_of[last]
+                assert all(events.label[e] == TRAIN for e in inputs[number])
+        first_target = {}
+        for at, target in zip(row["target_at"], row["target"], strict=True):
+            if target < 0:
+                continue
+            predicted.append(target)
+            number, before = row["user"][at], event_at[at]
+            first_target.setdefault(number, target)
+            if before is None:  # the prompt's last token predicts the user's first event
+                assert row["position"][at] == len(prompt) - 1 and target == begins[user_of[target]]
+            else:  # the boundary token of the event before
+                assert before == target - 1 and user_of[before] == user_of[target]
+                assert row["token"][at] == 10 * before + catalogue.lengths[before]
+                left = target - inputs[number][0]
+                assert left >= min(context, target - begins[user_of[target]])
+        for slot, label in enumerate(row["label"]):
+            if label >= 0:
+                assert slot + 1 < slots and row["token"][slot + 1] == label and row["user"][slot + 1] == row["user"][slot]
+                labelled.append(label)
+        for number, target in first_target.items():  # a user who fits whole is not cut
+            user = user_of[target]
+            train = [e for e in range(begins[user], events.offsets[user + 1]) if events.label[e] == TRAIN]
+            needed = len(prompt) + sum(int(catalogue.lengths[e]) for e in (train if whole_text else train[:-1]))
+            if needed <= row_tokens:
+                assert inputs[number] == (train if whole_text else train[:-1])
+    wanted = [e for e in range(len(events.item)) if events.label[e] == TRAIN and (prompt or e != begins[user_of[e]])]
+    assert sorted(predicted) == wanted
+    if whole_text:  # each target's every token is predicted once, the boundary token included
+        assert sorted(labelled) == [10 * e + 1 + k for e in wanted for k in range(catalogue.lengths[e])]
+
+
+@settings(deadline=None, max_examples=150)
+@given(problems(), st.sampled_from([TRAIN, VALIDATION, TEST]))
+def test_evaluation_uses_the_most_recent_items_that_fit(problem, label):
+    events, catalogue, row_tokens, _ = problem
+    targets = events.targets(label)
+    segments = evaluation_segments(events, catalogue, row_tokens, targets)
+    expected = []
+    for target in targets.tolist():
+        start, used, begin = target, int(catalogue.lengths[-1]), events.offsets[events.user[target]]
+        while start > begin and used + catalogue.lengths[events.item[start - 1]] <= row_tokens:
+            start -= 1
+            used += int(catalogue.lengths[events.item[start]])
+        expected.append((list(range(start, target)), [target]))
+    assert as_pairs(segments) == expected
+    assert all(inputs for inputs, _ in expected)
+    rows = Rows(events, catalogue, segments, row_tokens)
+    seen = []
+    for number, members in enumerate(rows.rows):
+        row = as_lists(rows[number])
+        assert row == slow_row(events, catalogue, segments, members, row_tokens, rows.targets_per_row)
+        assert set(row["label"]) == {-1}  # a target's own tokens are never input
+        seen += [(s, t) for s, t in zip(row["segment"], row["target"], strict=True) if s >= 0]
+    assert sorted(seen) == [(k, int(events.item[target])) for k, target in enumerate(targets)]
+
+
+def test_windows_by_hand():
+    """Items of 2, 3, 4, 1 tokens in turn, rows of 10 tokens, two items of context."""
+    events = make_events([([0, 1, 2, 3] * 3, 11)])
+    catalogue = make_catalogue([2, 3, 4, 1])
+    # Lengths 2 3 4 1 | 2 3 4 1 | 2 3 (4): events 0-3 fill a row and predict 1-4. The next target, 5, has 3 and 4 to its left:
+    # 1 + 2 + 3 + 4 = 10, predicting 5, 6, 7; then 6 and 7: 4 + 1 + 2 + 3, predicting 8, 9, 10. Event 11 is held out.
+    segments = training_segments(events, catalogue, 10, 2, whole_text=False)
+    assert as_pairs(segments) == [
+        ([0, 1, 2, 3], [1, 2, 3, 4]),
+        ([3, 4, 5, 6], [5, 6, 7]),
+        ([6, 7, 8, 9], [8, 9, 10]),
+    ]
+    # With the token objective a target's own tokens must fit too.
+    segments = training_segments(events, catalogue, 10, 2, whole_text=True)
+    assert as_pairs(segments) == [
+        ([0, 1, 2, 3], [1, 2, 3]),
+        ([2, 3, 4, 5], [4, 5]),
+        ([4, 5, 6, 7], [6, 7]),
+        ([6, 7, 8, 9], [8, 9]),
+        ([8, 9, 10], [10]),
+    ]
+
+
+def test_a_row_by_hand():
+    """Two users, a prompt, and the token objective: every array written out."""
+    events = make_events([([0, 1], 2), ([1], 1)])
+    rows = Rows(events, make_catalogue([1, 2], prompt=2), training_segments(events, make_catalogue([1, 2], 2), 12, 1, True), 12)
+    assert len(rows) == 1 and as_lists(rows[0]) == {
+        "token": [900, 901, 1, 11, 12, 900, 901, 11, 12, 0, 0, 0],
+        "user": [1, 1, 1, 1, 1, 2, 2, 2, 2, 0, 0, 0],
+        "group": [0, 0, 1, 2, 2, 0, 0, 1, 1, 0, 0, 0],
+        "position": [0, 1, 2, 3, 4, 0, 1, 2, 3, 0, 0, 0],
+        "label": [-1, 1, 11, 12, -1, -1, 11, 12, -1, -1, -1, -1],
+        "target_at": [1, 2, 6],
+        "target": [0, 1, 1],
+        "segment": [0, 0, 1],
+    }
+    assert rows.fill == 9 / 12 and rows.targets == 3
+
+
+def test_id_tokens():
+    """One token per item: the id is the boundary token, and every slot but the last predicts."""
+    events = make_events([([3, 1, 2, 1], 3)], 4)
+    catalogue = Catalogue(np.arange(4, dtype=np.int32), np.array([0, 1, 2, 3, 4, 4]), 4, 0, "")
+    row = as_lists(training_rows(events, catalogue, 4, 1, False, 0)[0])
+    assert row["token"] == [3, 1, 0, 0] and row["group"] == [1, 2, 0, 0] and row["user"] == [1, 1, 0, 0]
+    assert row["target_at"] == [0, 1] and row["target"] == [1, 2]
+
+
+def test_a_very_long_history():
+    """Rows of 64 tokens for 5,000 events of varying length: all targets once, rows well filled, context kept."""
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(1, 9, 200)
+    events = make_events([(rng.integers(0, 200, 5000).tolist(), 4998), ([1, 2, 3], 1)], 200)
+    for whole_text in (False, True):
+        segments = training_segments(events, make_catalogue(lengths), 64, 4, whole_text)
+        targets = np.concatenate([np.arange(first, last) for first, last in zip(segments.first, segments.last, strict=True)])
+        assert targets.tolist() == list(range(1, 4998))
+        assert np.all(segments.first[1:] - segments.start[1:] == 4) and segments.start[0] == 0
+        rows = Rows(events, make_catalogue(lengths), segments, 64)
+        assert rows.sizes.max() <= 64 and rows.fill > 0.85
+        for number in (0, len(rows) // 2, len(rows) - 1):
+            assert as_lists(rows[number]) == slow_row(
+                events, make_catalogue(lengths), segments, rows.rows[number], 64, rows.targets_per_row
+            )
+
+
+def test_users_without_targets():
+    catalogue = make_catalogue([1, 2])
+    events = make_events([([0], 1), ([1, 0, 1], 1), ([0, 1], 0)])
+    assert len(training_segments(events, catalogue, 8, 1, False)) == 0
+    assert training_rows(events, catalogue, 8, 1, False, 0).targets == 0
+    # With a prompt a user's first event is a target too; then the prompt alone is the input.
+    segments = training_segments(events, make_catalogue([1, 2], prompt=1), 8, 1, False)
+    assert as_pairs(segments) == [([], [0]), ([], [1])]
+
+
+@given(st.lists(st.integers(1, 20), max_size=60), st.integers(20, 40), st.integers(1, 8), st.booleans())
+def test_pack_covers_each_index_once_within_capacity(sizes, capacity, open_rows, shuffled):
+    sizes = np.array(sizes, int)
+    rows = pack(sizes, capacity, np.random.default_rng(0) if shuffled else None, open_rows)
+    assert sorted(i for row in rows for i in row.tolist()) == list(range(len(sizes)))
+    assert all(0 < sizes[row].sum() <= capacity for row in rows)
+    if len(sizes) <= open_rows:  # with every row open, any two rows together exceed one: none could have been spared
+        filled = [sizes[row].sum() for row in rows]
+        assert all(a + b > capacity for a, b in itertools.combinations(filled, 2))
+
+
+def test_pack_takes_the_best_fit():
+    assert [row.tolist() for row in pack(np.array([5, 6, 4, 5]), 10)] == [[0, 3], [1, 2]]  # 4 goes where it leaves least
+    assert [row.tolist() for row in pack(np.array([10, 10]), 10)] == [[0], [1]]
+    orders = [tuple(map(tuple, pack(np.full(30, 4), 8, np.random.default_rng(seed)))) for seed in (0, 0, 1)]
+    assert orders[0] == orders[1] != orders[2] and all(len(rows) == 15 for rows in orders)
+
+
+def many_rows(seed=3):
+    """A few rows; their first segments tell them apart."""
+    rng = np.random.default_rng(5)
+    events = make_events([(rng.integers(0, 9, n).tolist(), n - 2) for n in rng.integers(3, 9, 60).tolist()], 9)
+    return training_rows(events, make_catalogue(rng.integers(1, 5, 9), 1), 40, 1, False, seed)
+
+
+def test_a_batch_is_a_pure_function_of_seed_and_number():
+    rows = many_rows()
+    n, size = len(rows), 3
+    assert n % size and n > size
+    count = 3 * n // size + 3
+
+    def take(iterator, count=count):
+        return list(itertools.islice(iterator, count))
+
+    def equal(first, second):
+        assert len(first) == len(second) > 0
+        return all(np.array_equal(a[name], b[name]) for a, b in zip(first, second, strict=True) for name in a)
+
+    batches = take(training_batches(rows, size, seed=7))
+    assert set(batches[0]) == {"token", "user", "group", "position", "target_at", "target", "segment", "label"}
+    assert all(batch["token"].shape == (size, 40) and batch["target"].dtype == np.int32 for batch in batches)
+    assert equal(batches, take(training_batches(many_rows(), size, seed=7)))  # nothing but the seeds matters
+    for start in (1, n // size, n // size + 1, count - 1):  # within an epoch, across its end, and beyond
+        assert equal(batches[start:], take(training_batches(rows, size, seed=7, start=start), count - start))
+    assert not equal(batches, take(training_batches(rows, size, seed=8)))
+    assert {tuple(row) for row in rows.rows[0:1]} != {tuple(row) for row in many_rows(seed=4).rows[0:1]}
+
+    # Each epoch holds every row once, in another order; batches run across the ends of epochs.
+    numbers = [int(segment) for batch in batches for segment in batch["segment"][:, 0]]
+    epochs = [numbers[k * n : (k + 1) * n] for k in range(3)]
+    firsts = sorted(int(row[0]) for row in rows.rows)
+    assert all(sorted(epoch) == firsts for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
+    by_first = {int(rows[k]["segment"][0]): rows[k] for k in range(n)}
+    for batch in batches[:3]:  # a batch is its rows, stacked
+        for name, values in batch.items():
+            np.testing.assert_array_equal(values, np.stack([by_first[int(s)][name] for s in batch["segment"][:, 0]]))
+
+
+@pytest.mark.parametrize("size", [1, 4, 50])
+def test_evaluation_batches_hold_every_row_once_and_nothing_else(size):
+    rows = many_rows()
+    batches = list(evaluation_batches(rows, size))
+    assert len(batches) == -(-len(rows) // size)
+    stacked = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
+    assert all(len(batch["token"]) == size for batch in batches)
+    for number in range(len(rows)):
+        for name, values in rows[number].items():
+            np.testing.assert_array_equal(stacked[name][number], values)
+    for name, values in stacked.items():
+        padding = values[len(rows) :]
+        assert values.dtype == np.int32 and np.all(padding == (-1 if name in ("target", "segment", "label") else 0))

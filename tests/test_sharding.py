@@ -1,0 +1,216 @@
+"""Meshes of eight simulated devices live in a process of their own, which prints what it found as JSON."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from helpers import make_config, random_params, stack, tiny_data
+from jax.sharding import PartitionSpec as P
+
+from iam_jax.config import MeshConfig
+from iam_jax.errors import InputError
+from iam_jax.model import make_model
+from iam_jax.sharding import AXES, axes_of, make_mesh, param_sharding, shard_batch
+
+MESHES = ((1, 1, 1), (8, 1, 1), (2, 2, 2))
+CONFIG = {
+    "data": {"row_tokens": 24},
+    "model": {"schedule": "intra inter", "heads": 2, "kv_heads": 1, "bias": True, "tie_tokens": False},
+    "objective": {"vectors": "both", "softmax": "full", "token": 0.5},
+    # Adam's first step is the sign of a gradient unless epsilon is large: noise where the gradient is zero but for rounding
+    "optimizer": {"warmup_steps": 0, "decay_steps": 0, "learning_rate": 0.1, "epsilon": 1e-2},
+}
+# Of the (2, 2, 2) mesh, by hand: 16 wide, 2 heads, 1 key-value head, 24 feed-forward, 10 items, 13 tokens (not split)
+EXPECTED = {
+    "decoder/embedding_VD": (None, "fsdp"),
+    "decoder/final_norm/scale": (),
+    "decoder/blocks/0_0/attention/query_DNH": (None, "fsdp", "tensor", None),
+    "decoder/blocks/0_0/attention/key_DKH": (None, "fsdp", None, None),
+    "decoder/blocks/0_0/attention/out_NHD": (None, "tensor", None, "fsdp"),
+    "decoder/blocks/0_0/attention/query_NH": (None, "tensor", None),
+    "decoder/blocks/1_0/mlp/up_DF": (None, "fsdp", "tensor"),
+    "decoder/blocks/1_0/mlp/down_FD": (None, "tensor", "fsdp"),
+    "decoder/blocks/1_0/mlp/up_F": (None, "tensor"),
+    "decoder/blocks/1_0/mlp_norm/scale": (),
+    "table_IE": ("tensor", None),
+    "state_DE": ("fsdp", None),
+    "text_DE": ("fsdp", None),
+    "output_VD": (None, "fsdp"),
+}
+
+
+def names_of(tree) -> dict:
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def train_on(mesh_shape: tuple[int, int, int]) -> dict:
+    """Two training steps on the first devices: what is where, the first loss, and the parameters after it."""
+    from iam_jax.objective import make_items
+    from iam_jax.train import Run, init_state, make_train_step, training_rows
+
+    config = make_config(**CONFIG)
+    prepared = tiny_data(users=40, items=10)
+    rows = training_rows(prepared.events, prepared.catalogue, 24, 1, whole_text=True, seed=0)
+    catalogue = prepared.catalogue
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, _, fun_name="", **__: compiled.append(fun_name) if event.endswith("backend_compile_duration") else None
+    )
+    devices = jax.devices()[: int(np.prod(mesh_shape))]
+    mesh = jax.sharding.Mesh(np.array(devices).reshape(mesh_shape), ("data", "fsdp", "tensor"))
+    run = Run(
+        config,
+        prepared,
+        mesh,
+        make_model(config, catalogue.vocabulary, 10),
+        rows,
+        make_items(catalogue, prepared.events, rows.segments, config),
+    )
+    with jax.set_mesh(mesh):
+        state = init_state(run)
+        start = jax.tree.map(np.asarray, random_params(run.model))
+        wanted = param_sharding(mesh, state)
+        state["params"] = jax.device_put(start, wanted["params"])
+        before = jax.tree.leaves(state)
+        held = {name: x.addressable_shards[0].data.size / x.size for name, x in names_of(state["params"]).items()}
+        specs = {name: list(x.sharding.spec) for name, x in names_of(state["params"]).items()}
+        optimizer = {
+            name.split("/mu/")[1]: list(x.sharding.spec) for name, x in names_of(state["optimizer"]).items() if "/mu/" in name
+        }
+        batch = shard_batch(mesh, stack([rows[i] for i in range(8)]))
+        step = make_train_step(run)
+        state, metrics = step(state, batch, run.items, np.int32(0))
+        donated = [x.is_deleted() for x in before]
+        after = {name: np.asarray(x) for name, x in names_of(state["params"]).items()}
+        stays = jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), state, wanted)
+        state, _ = step(state, batch, run.items, np.int32(1))
+    return {
+        "held": held, "specs": specs, "optimizer": optimizer, "donated": donated,
+        "compiled": sum("train_step" in name for name in compiled),
+        "strayed": [name for name, stay in names_of(stays).items() if not stay],
+        "loss": float(metrics["item_sum"] + metrics["token_sum"]), "norm": float(metrics["gradient_norm"]),
+        "after": {name: x.tolist() for name, x in after.items()},
+        "start": {name: x.tolist() for name, x in names_of(start).items()},
+        "batch": [list(batch["token"].sharding.spec), batch["token"].addressable_shards[0].data.shape[0]],
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def results():
+    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"  # 0: compiles in half the time
+    env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    root = Path(__file__).parents[1]
+    done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, env=env, cwd=root, timeout=400)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return dict(zip(MESHES, json.loads(done.stdout), strict=True))
+
+
+@pytest.mark.parametrize("shape", MESHES[1:], ids=str)
+def test_a_step_is_that_of_one_device(results, shape):
+    """The step moves every parameter by up to 0.1; what many devices make of it is within 1e-5 of the largest parameter."""
+    one, many = results[(1, 1, 1)], results[shape]
+    assert many["loss"] == pytest.approx(one["loss"], rel=1e-5) and many["norm"] == pytest.approx(one["norm"], rel=1e-5)
+    for name, x in one["after"].items():
+        np.testing.assert_allclose(many["after"][name], x, rtol=1e-5, atol=1e-5, err_msg=name)
+        assert np.abs(np.subtract(x, one["start"][name])).max() > 1e-3, name
+
+
+@pytest.mark.parametrize("shape", MESHES, ids=str)
+def test_buffers_are_donated_and_parameters_stay_where_they_are(results, shape):
+    assert results[shape]["donated"] and all(results[shape]["donated"])
+    assert results[shape]["strayed"] == []
+    assert results[shape]["compiled"] == 1  # the second step's state is placed like the first one's
+
+
+def test_parameters_are_sharded_by_their_names(results):
+    specs, held = results[(2, 2, 2)]["specs"], results[(2, 2, 2)]["held"]
+    for name, expected in EXPECTED.items():
+        assert tuple(specs[name]) == expected, name
+        assert held[name] == 0.5 ** len([axis for axis in expected if axis]), name  # the device really holds but its part
+    assert results[(2, 2, 2)]["optimizer"] == specs
+    assert set(results[(8, 1, 1)]["held"].values()) == {1.0}  # data parallel: every device holds everything
+    assert results[(2, 2, 2)]["batch"] == [[["data", "fsdp"]], 2] and results[(8, 1, 1)]["batch"] == [[["data", "fsdp"]], 1]
+
+
+# ---- in this process: names, errors, and a mesh of whatever there is
+
+
+@pytest.mark.parametrize(
+    ("name", "axes"),
+    [
+        ("query_DNH", "DNH"),
+        ("embedding_VD", "VD"),
+        ("up_F", "F"),
+        ("scale", ""),
+        ("shift", ""),
+        ("count", ""),
+        ("drawn_share", ""),
+        ("x_Dn", ""),
+    ],
+)
+def test_axes_of(name, axes):
+    assert axes_of((jax.tree_util.DictKey("out_NHD"), jax.tree_util.DictKey(name))) == axes
+
+
+def test_every_axis_in_a_parameters_name_is_known():
+    shapes = make_model(make_config(**CONFIG), vocabulary=13, items=10).shapes()
+    for path, x in jax.tree_util.tree_leaves_with_path(shapes):
+        axes = axes_of(path)
+        assert set(axes) <= set("DNKHFVPIE") and x.ndim - len(axes) in ((0, 1) if axes else (1, 2)), path
+    assert set(AXES) <= set("DNKHFVPIE")
+
+
+@pytest.mark.parametrize("fields", [{"fsdp": 3}, {"data": 2, "tensor": 5}, {"data": 7}])
+def test_meshes_that_do_not_fit(fields):
+    with pytest.raises(InputError, match=r"config\.mesh: data x fsdp x tensor = .* but there are \d+ devices"):
+        make_mesh(MeshConfig(**fields))
+
+
+def test_the_rest_of_the_devices_goes_to_data():
+    mesh = make_mesh(MeshConfig())
+    assert dict(mesh.shape) == {"data": jax.device_count(), "fsdp": 1, "tensor": 1}
+    assert dataclasses.asdict(MeshConfig()) == {"data": -1, "fsdp": 1, "tensor": 1}
+
+
+class FakeMesh:  # of twelve devices
+    shape = {"data": 2, "fsdp": 2, "tensor": 3}  # noqa: RUF012
+
+
+def test_sizes_that_do_not_divide_are_replicated(monkeypatch):
+    monkeypatch.setattr("iam_jax.sharding.NamedSharding", lambda mesh, spec: spec)
+    shapes = {
+        "up_DF": (4, 9),
+        "down_FD": (2, 10, 4),
+        "table_IE": (9, 4),
+        "out_NHD": (3, 8, 5),
+        "pair_DD": (4, 4),
+        "scale": (12,),
+        "count": (),
+    }
+    tree = {name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in shapes.items()}
+    assert param_sharding(FakeMesh, tree) == {
+        "up_DF": P("fsdp", "tensor"),
+        "down_FD": P(None, None, "fsdp"),  # the repeats in front; 10 is no multiple of 3
+        "table_IE": P("tensor", None),
+        "out_NHD": P("tensor", None, None),
+        "pair_DD": P("fsdp", None),  # a mesh axis is used once
+        "scale": P(),
+        "count": P(),
+    }
+
+
+def test_rows_that_do_not_divide_are_replicated(monkeypatch):
+    monkeypatch.setattr("iam_jax.sharding.NamedSharding", lambda mesh, spec: spec)
+    monkeypatch.setattr("jax.device_put", lambda x, spec: spec)
+    batch = {"token": np.zeros((8, 3)), "target": np.zeros((6, 2))}
+    assert shard_batch(FakeMesh, batch) == {"token": P(("data", "fsdp")), "target": P()}
+
+
+if __name__ == "__main__":
+    json.dump([train_on(shape) for shape in MESHES], sys.stdout)

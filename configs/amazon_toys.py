@@ -13,17 +13,18 @@ def get_config():
     config.data.context_items = 5
     config.model.schedule = "intra inter"
     config.model.width = 64
-    config.model.heads = 2
-    config.model.dropout = 0.2
+    config.model.heads = 4
+    config.model.dropout = 0.1
     config.objective.vectors = "both"
-    config.objective.negatives = 1024
+    config.objective.negatives = 512
     config.optimizer.learning_rate = 2e-3
     config.optimizer.warmup_steps = 100
-    config.optimizer.decay_steps = 6000
-    config.train.steps = 6000
-    config.train.batch_rows = 32
-    config.train.eval_every = 300
-    config.train.save_every = 300
-    config.train.max_minutes = 20.0
+    config.optimizer.decay_steps = 4000
+    config.train.steps = 4000
+    config.train.batch_rows = 16
+    config.train.eval_every = 400
+    config.train.save_every = 400
+    config.train.patience = 3
+    config.train.max_minutes = 18.0
     config.eval.validation_users = 4000
     return config

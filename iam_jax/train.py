@@ -134,7 +134,9 @@ def make_train_step(run: Run):
         updates, opt_state = optimizer.update(grads, state["optimizer"], params)
         metrics = {f"{name}_sum": value for name, value in sums.items()} | {f"{name}_count": count[name] for name in sums}
         metrics |= {"gradient_norm": optax.global_norm(grads), "learning_rate": schedule(step)}
-        return state | {"params": optax.apply_updates(params, updates), "optimizer": opt_state}, metrics
+        state = state | {"params": optax.apply_updates(params, updates), "optimizer": opt_state}
+        # Left to XLA, norm scales would come back sharded: then their buffers are not reused, and the second step compiles again.
+        return jax.lax.with_sharding_constraint(state, param_sharding(run.mesh, state)), metrics
 
     return jax.jit(train_step, donate_argnums=0)
 

@@ -1,0 +1,36 @@
+from iam_jax.config import default_config
+
+
+def get_config():
+    config = default_config()
+    config.data.source = "amazon"
+    config.data.category = "2014/Toys_and_Games"
+    config.data.k_core = 5
+    config.data.untitled = "drop"
+    config.data.tokenizer = "id"
+    config.data.row_tokens = 64
+    config.data.context_items = 10
+    config.model.schedule = "full*2"
+    config.model.width = 64
+    config.model.heads = 1
+    config.model.norm = "layer"
+    config.model.norm_epsilon = 1e-8
+    config.model.positions = "learned"
+    config.model.mlp = "plain"
+    config.model.mlp_width = 64
+    config.model.activation = "relu"
+    config.model.bias = True
+    config.model.dropout = 0.4
+    config.model.tie_items = True
+    config.optimizer.learning_rate = 1e-3
+    config.optimizer.warmup_steps = 100
+    config.optimizer.decay_steps = 0
+    config.optimizer.weight_decay = 0.0
+    config.train.steps = 20000
+    config.train.batch_rows = 16
+    config.train.eval_every = 400
+    config.train.save_every = 400
+    config.train.patience = 5
+    config.train.max_minutes = 18.0
+    config.eval.validation_users = 4000
+    return config

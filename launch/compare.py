@@ -1,0 +1,96 @@
+"""Trains the variants of one comparison, one after another, and prints one table.
+
+    python launch/compare.py demo                     # item-aware attention, without inter layers, with shuffled titles
+    python launch/compare.py toys --path=DIR          # item-aware attention, ordinary attention, SASRec on Amazon Toys
+
+Run again after an interruption: finished variants are kept, the others go on. What stands behind `--` goes to every training command.
+Writes FOLDER/<variant>/ (working folders) and FOLDER/comparison.json.
+"""
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import polars as pl
+
+from iam_jax import metrics
+from iam_jax.files import write_atomically
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+# name -> config file and overrides; the first variant is what the others are compared with
+COMPARISONS = {
+    "demo": {
+        "intra-inter": ("demo.py",),
+        "every layer intra": ("demo.py", "--config.model.schedule=intra*2"),
+        "shuffled titles": ("demo.py", "--config.data.shuffled_titles=true"),
+    },
+    "toys": {
+        "intra-inter": ("amazon_toys.py",),
+        "ordinary attention": ("amazon_toys.py", "--config.model.schedule=full*2", "--config.objective.text_layers=all"),
+        "SASRec": ("amazon_toys_sasrec.py",),
+    },
+}
+METRIC = "ndcg@10"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("comparison", choices=COMPARISONS)
+    parser.add_argument("--folder", type=Path, help="runs/compare-<comparison> by default")
+    parser.add_argument("--path", help="--config.data.path of every variant")
+    argv = sys.argv[1:]
+    cut = argv.index("--") if "--" in argv else len(argv)
+    args, rest = parser.parse_args(argv[:cut]), argv[cut + 1 :]
+    folder = args.folder or Path("runs") / f"compare-{args.comparison}"
+    shared = [*([f"--config.data.path={args.path}"] if args.path else []), *rest]
+
+    for name, (config, *overrides) in COMPARISONS[args.comparison].items():
+        workdir = folder / name.replace(" ", "-")
+        if (workdir / "evaluation.json").exists():
+            print(f"== {name}: finished before", flush=True)
+            continue
+        command = [sys.executable, "-m", "iam_jax.main", f"--config={CONFIGS / config}", f"--workdir={workdir}", *overrides, *shared]
+        print(f"== {name}: {shlex.join(command)}", flush=True)
+        code = subprocess.run(command, check=False).returncode
+        if code:
+            return code
+    summary = collect(folder, list(COMPARISONS[args.comparison]))
+    write_atomically(folder / "comparison.json", lambda path: path.write_text(json.dumps(summary, indent=2) + "\n"))
+    print(f"\n{format_summary(summary)}\nwrote {folder / 'comparison.json'}")
+    return 0
+
+
+def collect(folder: Path, names: list[str]) -> dict:
+    """Test metrics of every variant, and the paired difference of each to the first."""
+    evaluations, ranks = {}, {}
+    for name in names:
+        workdir = folder / name.replace(" ", "-")
+        evaluations[name] = json.loads((workdir / "evaluation.json").read_text())
+        ranks[name] = pl.read_parquet(workdir / "ranks.parquet").filter(pl.col("split") == "test")
+    first = evaluations[names[0]]
+    for name, evaluation in evaluations.items():
+        if evaluation["split_sha256"] != first["split_sha256"]:
+            raise SystemExit(f"error: {name} was evaluated on another split than {names[0]}")
+    rows = {name: evaluation["results"]["model"]["test"] for name, evaluation in evaluations.items()}
+    rows |= {name: result["test"] for name, result in first["results"].items() if name != "model"}
+    per_event = {name: metrics.ranking_metrics(frame["rank"].to_numpy(), frame["ties"].to_numpy()) for name, frame in ranks.items()}
+    users = ranks[names[0]]["user"].to_numpy()
+    differences = {name: metrics.paired_difference(users, per_event[name], per_event[names[0]]) for name in names[1:]}
+    return {"split_sha256": first["split_sha256"], "steps": {n: e["step"] for n, e in evaluations.items()}, "test": rows, "difference": differences}
+
+
+def format_summary(summary: dict) -> str:
+    base = next(iter(summary["test"].values()))[METRIC]
+    lines = [metrics.format_table(summary["test"]), "", f"{METRIC.upper()} less than {next(iter(summary['test']))}:"]
+    for name, difference in summary["difference"].items():
+        low, high = difference[f"{METRIC}_ci"]
+        lines.append(f"  {name}: {difference[METRIC]:+.4f} [{low:+.4f}, {high:+.4f}], {difference[METRIC] / base:+.1%}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

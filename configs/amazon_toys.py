@@ -19,12 +19,12 @@ def get_config():
     config.objective.negatives = 512
     config.optimizer.learning_rate = 2e-3
     config.optimizer.warmup_steps = 100
-    config.optimizer.decay_steps = 4000
-    config.train.steps = 4000
+    config.optimizer.decay_steps = 2400
+    config.train.steps = 2400
     config.train.batch_rows = 16
-    config.train.eval_every = 400
-    config.train.save_every = 400
+    config.train.eval_every = 300
+    config.train.save_every = 300
     config.train.patience = 3
-    config.train.max_minutes = 18.0
+    config.train.max_minutes = 12.0
     config.eval.validation_users = 4000
     return config

@@ -31,6 +31,6 @@ def get_config():
     config.train.eval_every = 400
     config.train.save_every = 400
     config.train.patience = 5
-    config.train.max_minutes = 18.0
+    config.train.max_minutes = 12.0
     config.eval.validation_users = 4000
     return config

@@ -1,7 +1,8 @@
 """The config: every field with its default and meaning, validated once, with the field's name in every error.
 
-A config file holds `get_config()`, which starts from `default_config()` and returns a locked `ConfigDict`; the command line overrides
-single fields (`--config.train.steps=200`). `resolve` turns it into the frozen dataclasses below, which is what the program reads.
+A config file holds `get_config()`, which starts from `default_config()` and returns a locked `ConfigDict`; the command line
+overrides single fields (`--config.train.steps=200`). `resolve` turns it into the frozen dataclasses below, which is what the
+program reads.
 """
 
 import dataclasses
@@ -19,10 +20,10 @@ CONFIG_FILE = "config.json"
 
 @dataclasses.dataclass(frozen=True)
 class SyntheticConfig:
-    users: int = 2000
-    items: int = 800
+    users: int = 2000  # users of the synthetic shop
+    items: int = 800  # its items
     events_per_user: float = 12.0  # mean
-    seed: int = 0
+    seed: int = 0  # of the shop
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,8 +38,8 @@ class DataConfig:
     last_n: int = 0  # keep each user's last n events; 0: all
     split: str = "leave_one_out"  # leave_one_out | temporal
     t1: str = ""  # temporal: train < t1 <= validation < t2 <= test, written like the table's timestamps
-    t2: str = ""
-    tokenizer: str = "bpe"  # bpe (byte-level, trained on the catalogue's text) | id (one token per item) | path of a tokenizer.json
+    t2: str = ""  # temporal: where test begins
+    tokenizer: str = "bpe"  # bpe (byte-level, trained on the catalogue's text) | id (a token an item) | a tokenizer.json's path
     vocabulary: int = 8192  # size of a trained BPE vocabulary at most
     item_tokens: int = 16  # text tokens kept of an item, its boundary token not counted
     prompt: str = ""  # text before the first item of every history
@@ -51,22 +52,22 @@ class DataConfig:
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     schedule: str = "(intra inter)*2"  # relations full | intra | inter | intra_both, `*n` repeats a relation or a (group)
-    width: int = 64
-    heads: int = 4
+    width: int = 64  # D
+    heads: int = 4  # query heads
     kv_heads: int = 0  # 0: as many as heads
     head_size: int = 0  # 0: width / heads
     mlp: str = "gated"  # gated | plain
     mlp_width: int = 0  # 0: 3 x width (gated), 4 x width (plain)
     activation: str = "silu"  # silu | gelu | relu
     norm: str = "rms"  # rms | layer
-    norm_epsilon: float = 1e-6
+    norm_epsilon: float = 1e-6  # added to the mean square
     positions: str = "rotary"  # rotary | learned
     inter_positions: str = "token"  # rotary positions of inter layers: token | item (the item's number)
-    rope_theta: float = 10000.0
+    rope_theta: float = 10000.0  # base of the rotary frequencies
     bias: bool = False  # in the attention and MLP projections
-    qk_norm: bool = False
+    qk_norm: bool = False  # norm of queries and keys, per head
     self_key: bool = False  # inter layers: a token also sees itself
-    dropout: float = 0.1
+    dropout: float = 0.1  # of embeddings and of what each layer adds
     dtype: str = "float32"  # of the computation: float32 | bfloat16 (parameters are float32)
     scale_embedding: bool = True  # token embeddings times sqrt(width), as in the original Transformer
     tie_items: bool = False  # the item table is the token embedding (tokenizer "id" only), states are not projected
@@ -90,13 +91,13 @@ class ObjectiveConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    learning_rate: float = 1e-3
-    warmup_steps: int = 100
+    learning_rate: float = 1e-3  # its peak
+    warmup_steps: int = 100  # linear, from 0
     decay_steps: int = 10000  # cosine from the end of the warm-up to step decay_steps, whatever train.steps is; 0: constant
     final_scale: float = 0.1  # learning rate after the decay, relative to its peak
-    b1: float = 0.9
-    b2: float = 0.98
-    epsilon: float = 1e-8
+    b1: float = 0.9  # AdamW
+    b2: float = 0.98  # AdamW
+    epsilon: float = 1e-8  # AdamW
     weight_decay: float = 0.01  # on matrices, not on vectors and scales
     clip_norm: float = 1.0  # 0: off
     accumulate: int = 1  # micro-batches per step; must divide train.batch_rows
@@ -104,9 +105,9 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    steps: int = 10000
-    batch_rows: int = 16
-    seed: int = 0
+    steps: int = 10000  # of the optimizer
+    batch_rows: int = 16  # rows of a step, all micro-batches together
+    seed: int = 0  # of initial parameters, order of rows, dropout and draws
     eval_every: int = 500  # steps between two validations
     save_every: int = 500  # steps between two checkpoints, besides those at validations
     keep: int = 2  # newest checkpoints kept, besides the best
@@ -117,16 +118,16 @@ class TrainConfig:
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
     data: int = -1  # -1: the devices that remain
-    fsdp: int = 1
-    tensor: int = 1
+    fsdp: int = 1  # devices that share the parameters along the model width, and the batch
+    tensor: int = 1  # devices that share heads, feed-forward, vocabulary and item table
 
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
-    ks: tuple[int, ...] = (1, 5, 10, 20, 50)
+    ks: tuple[int, ...] = (1, 5, 10, 20, 50)  # cut-offs
     metric: str = "ndcg@10"  # selects the best step, on validation
     filter_seen: bool = True  # the items of the history are no candidates
-    batch_rows: int = 32
+    batch_rows: int = 32  # rows of histories computed at one time
     chunk_items: int = 8192  # catalogue items scored at one time
     validation_users: int = 0  # users of the validations during training (a fixed random subset); 0: all
     baselines: bool = True  # popularity and last-item transitions beside the model
@@ -137,8 +138,8 @@ class EvalConfig:
 @dataclasses.dataclass(frozen=True)
 class LogConfig:
     every: int = 50  # steps between two lines of metrics.jsonl
-    tensorboard: bool = True
-    progress: bool = True
+    tensorboard: bool = True  # TensorBoard events in the working folder
+    progress: bool = True  # progress bars
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,8 +170,12 @@ class Config:
         return "sampled" if self.uses_text else "full"
 
 
-# What may change between two runs of one working folder. `data.path` and `data.cache` say where, not what: the split's hash is compared instead.
-FREE_FIELDS = ("eval.", "score.", "log.", "mesh.", "data.path", "data.cache", "train.max_minutes", "train.keep", "model.scan", "model.remat")
+# What may change between two runs of one working folder. `data.path` and `data.cache` say where, not what: the split's hash is
+# compared instead.
+FREE_FIELDS = (
+    "eval.", "score.", "log.", "mesh.", "data.path", "data.cache", "train.max_minutes", "train.keep",
+    "model.scan", "model.remat",
+)  # fmt: skip
 
 
 def default_config() -> ml_collections.ConfigDict:
@@ -238,7 +243,7 @@ def _from_dict(cls, values: dict, prefix: str):
         if name not in fields:
             raise InputError(f"config.{prefix}{name} is not a config field; config.{prefix or '*'} has {', '.join(fields)}")
     built = {}
-    for name, field in fields.items():
+    for name in fields:
         if name not in values:
             raise InputError(f"config.{prefix}{name} is missing (start from iam_jax.config.default_config())")
         value, default = values[name], getattr(cls(), name)
@@ -277,7 +282,8 @@ def _check(config: Config) -> None:
     choice("data.untitled", data.untitled, "error", "drop", "id")
     choice("data.split", data.split, "leave_one_out", "temporal")
     require(data.source != "table" or bool(data.path), "data.path", "the folder that holds interactions.* and items.*")
-    require(data.source != "amazon" or bool(data.category or data.path), "data.category", "which one? For example 2014/Toys_and_Games")
+    chosen = data.source != "amazon" or bool(data.category or data.path)
+    require(chosen, "data.category", "which one? For example 2014/Toys_and_Games")
     for field, value in (("k_core", data.k_core), ("last_n", data.last_n)):
         require(value >= 0, f"data.{field}", "must be 0 or more")
     if data.split == "temporal":
@@ -292,7 +298,8 @@ def _check(config: Config) -> None:
     require(data.synthetic.events_per_user >= 3, "data.synthetic.events_per_user", "must be 3 or more")
     require(data.synthetic.seed >= 0, "data.synthetic.seed", "must be 0 or more")
     by_id = data.tokenizer == "id"
-    require(not (by_id and data.prompt), "data.prompt", "needs text tokens, and data.tokenizer is 'id'")
+    for field in ("prompt", "shuffled_titles"):
+        require(not (by_id and getattr(data, field)), f"data.{field}", "needs text tokens, and data.tokenizer is 'id'")
 
     schedule = config.schedule
     require(model.width >= 1, "model.width", "must be 1 or more")
@@ -300,8 +307,10 @@ def _check(config: Config) -> None:
     require(model.head_size >= 0, "model.head_size", "must be 0 or more")
     require(model.head_size > 0 or model.width % model.heads == 0, "model.heads", f"must divide model.width = {model.width}")
     head_size = model.head_size or model.width // model.heads
-    require(model.positions != "rotary" or head_size % 2 == 0, "model.head_size", f"rotary positions need an even one, not {head_size}")
-    require(model.kv_heads >= 0 and model.heads % (model.kv_heads or 1) == 0, "model.kv_heads", f"must divide model.heads = {model.heads}")
+    even = model.positions != "rotary" or head_size % 2 == 0
+    require(even, "model.head_size", f"rotary positions need an even one, not {head_size}")
+    divides = model.kv_heads >= 0 and model.heads % (model.kv_heads or 1) == 0
+    require(divides, "model.kv_heads", f"must divide model.heads = {model.heads}")
     require(model.mlp_width >= 0, "model.mlp_width", "must be 0 or more")
     for field in ("norm_epsilon", "rope_theta"):
         require(getattr(model, field) > 0, f"model.{field}", "must be above 0")
@@ -311,7 +320,8 @@ def _check(config: Config) -> None:
     choice("model.positions", model.positions, "rotary", "learned")
     choice("model.inter_positions", model.inter_positions, "token", "item")
     choice("model.dtype", model.dtype, "float32", "bfloat16")
-    require(model.inter_positions == "token" or model.positions == "rotary", "model.inter_positions", "'item' needs rotary positions")
+    rotary = model.positions == "rotary"
+    require(model.inter_positions == "token" or rotary, "model.inter_positions", "'item' needs rotary positions")
     require(0 <= model.dropout < 1, "model.dropout", "must be in [0, 1)")
     require(not model.tie_items or by_id, "model.tie_items", "needs data.tokenizer = 'id'")
     require(not model.tie_items or objective.vectors == "table", "model.tie_items", "needs objective.vectors = 'table'")
@@ -321,15 +331,14 @@ def _check(config: Config) -> None:
     choice("objective.softmax", objective.softmax, "auto", "full", "sampled", "cached")
     require(objective.item > 0, "objective.item", "must be above 0: items are ranked by it")
     require(objective.token >= 0, "objective.token", "must be 0 or more")
-    require(not (by_id and objective.token), "objective.token", "needs text tokens, and data.tokenizer is 'id'")
-    require(not (by_id and config.uses_text), "objective.vectors", "vectors from text need text tokens, and data.tokenizer is 'id'")
-    require(not (objective.token and "intra_both" in schedule.relations), "objective.token", "intra_both sees the token to be predicted")
-    require(
-        not config.uses_text or objective.text_layers == "all" or schedule.leading_intra > 0,
-        "objective.text_layers",
-        "'leading' needs a schedule that begins with intra layers",
-    )
-    require(objective.softmax != "cached" or config.uses_text, "objective.softmax", "'cached' needs objective.vectors = 'text' or 'both'")
+    text, token = config.uses_text, objective.token
+    require(not (by_id and token), "objective.token", "needs text tokens, and data.tokenizer is 'id'")
+    require(not (by_id and text), "objective.vectors", "vectors from text need text tokens, and data.tokenizer is 'id'")
+    sees_next = "intra_both" in schedule.relations
+    require(not (token and sees_next), "objective.token", "intra_both sees the token to be predicted")
+    leads = objective.text_layers == "all" or schedule.leading_intra > 0
+    require(not text or leads, "objective.text_layers", "'leading' needs a schedule that begins with intra layers")
+    require(objective.softmax != "cached" or text, "objective.softmax", "'cached' needs objective.vectors = 'text' or 'both'")
     require(objective.negatives >= 0, "objective.negatives", "must be 0 or more")
     require(0 <= objective.negatives_power <= 2, "objective.negatives_power", "must be in [0, 2]")
     for field in ("refresh_steps", "chunk"):
@@ -338,11 +347,9 @@ def _check(config: Config) -> None:
     require(optimizer.learning_rate > 0, "optimizer.learning_rate", "must be above 0")
     for field in ("warmup_steps", "decay_steps", "weight_decay", "clip_norm", "final_scale"):
         require(getattr(optimizer, field) >= 0, f"optimizer.{field}", "must be 0 or more")
-    require(
-        optimizer.decay_steps == 0 or optimizer.decay_steps > optimizer.warmup_steps,
-        "optimizer.decay_steps",
-        f"must be 0 or above optimizer.warmup_steps = {optimizer.warmup_steps}",
-    )
+    warmup = optimizer.warmup_steps
+    later = optimizer.decay_steps == 0 or optimizer.decay_steps > warmup
+    require(later, "optimizer.decay_steps", f"must be 0 or above optimizer.warmup_steps = {warmup}")
     for field in ("b1", "b2"):
         require(0 <= getattr(optimizer, field) < 1, f"optimizer.{field}", "must be in [0, 1)")
     require(optimizer.epsilon > 0, "optimizer.epsilon", "must be above 0")
@@ -352,12 +359,14 @@ def _check(config: Config) -> None:
     require(train.patience >= 0, "train.patience", "must be 0 or more")
     require(train.max_minutes >= 0, "train.max_minutes", "must be 0 or more")
     require(0 <= train.seed < 2**31, "train.seed", "must be in [0, 2**31)")
-    require(train.batch_rows % optimizer.accumulate == 0, "train.batch_rows", f"optimizer.accumulate = {optimizer.accumulate} must divide it")
+    parts = optimizer.accumulate
+    require(train.batch_rows % parts == 0, "train.batch_rows", f"optimizer.accumulate = {parts} must divide it")
 
     for field in ("data", "fsdp", "tensor"):
         size = getattr(config.mesh, field)
         require(size >= 1 or (size == -1 and field == "data"), f"mesh.{field}", "must be 1 or more (mesh.data also -1)")
-    require(bool(evaluation.ks) and all(isinstance(k, int) and k >= 1 for k in evaluation.ks), "eval.ks", "cut-offs of 1 or more")
+    cut_offs = bool(evaluation.ks) and all(isinstance(k, int) and k >= 1 for k in evaluation.ks)
+    require(cut_offs, "eval.ks", "cut-offs of 1 or more")
     names = [f"{name}@{k}" for name in ("hr", "precision", "ndcg", "mrr") for k in evaluation.ks]
     choice("eval.metric", evaluation.metric, *names)
     for field in ("batch_rows", "chunk_items", "resamples"):

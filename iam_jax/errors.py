@@ -14,4 +14,5 @@ class NonFiniteError(RuntimeError):
 def some(values: Iterable, limit: int = 3) -> str:
     """The first few of `values`, as they are quoted in an error."""
     values = list(values)
-    return ", ".join(repr(value) for value in values[:limit]) + (f" and {len(values) - limit:,} more" if len(values) > limit else "")
+    more = f" and {len(values) - limit:,} more" if len(values) > limit else ""
+    return ", ".join(repr(value) for value in values[:limit]) + more

@@ -1,10 +1,11 @@
-"""What training minimises: the item objective (softmax over items) and the token objective (next token), both as sums and counts.
+"""What training minimises: the item objective (softmax over items) and the token objective (next token), as sums and counts.
 
 Axes: X positions of any kind, M targets of a row, C candidates, I items, E item vectors, D model, V vocabulary, T token slots.
 """
 
 import dataclasses
 import math
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -16,7 +17,6 @@ from iam_jax.data.batches import Segments
 from iam_jax.data.catalogue import Catalogue
 from iam_jax.data.splits import Events
 from iam_jax.model.heads import Recommender
-
 
 _ARRAYS = ("token_IT", "length_I", "trained_I", "target_share_I", "drawn_share_I", "drawn_until_I")  # of Items
 
@@ -60,39 +60,38 @@ def summed_up(weight_I: np.ndarray) -> np.ndarray:
     return np.rint(total_I / total_I[-1] * 2**31).astype(np.uint32)
 
 
-def cross_entropy(h_XE: jax.Array, v_CE: jax.Array, label_X: jax.Array, *, allowed_C: jax.Array | None = None, chunk: int = 2048) -> jax.Array:
-    """Sum of -log softmax(h v^T)[label] over the positions with a label >= 0, in float32. At most `chunk` positions' logits exist at
-    one time, in the backward pass too. allowed_C: candidates that take part."""
+def cross_entropy(
+    h_XE: jax.Array, v_CE: jax.Array, label_X: jax.Array, *, allowed_C: jax.Array | None = None, chunk: int = 2048
+) -> jax.Array:
+    """Sum of -log softmax(h v^T)[label] over the positions with a label >= 0, in float32. At most `chunk` positions' logits
+    exist at one time, in the backward pass too. allowed_C: candidates that take part."""
 
-    @jax.checkpoint
-    def part(h_xE, label_x):
+    def part(label_x, h_xE):
         logits_xC = jnp.einsum("xE,CE->xC", h_xE, v_CE, preferred_element_type=jnp.float32)
         if allowed_C is not None:
             logits_xC = jnp.where(allowed_C, logits_xC, -jnp.inf)
         picked_x = jnp.take_along_axis(logits_xC, jnp.maximum(label_x, 0)[:, None], axis=1)[:, 0]
         return jnp.where(label_x >= 0, jax.nn.logsumexp(logits_xC, axis=1) - picked_x, 0).sum()
 
-    parts = math.ceil(len(label_X) / chunk)
-    if parts == 1:
-        return part(h_XE, label_X)
-    size = math.ceil(len(label_X) / parts)
-    missing = parts * size - len(label_X)
-    h = jnp.pad(h_XE, ((0, missing), (0, 0))).reshape(parts, size, -1)
-    label = jnp.pad(label_X, (0, missing), constant_values=-1).reshape(parts, size)
-    return jax.lax.map(lambda xs: part(*xs), (h, label)).sum()
+    return _sum_over_chunks(part, chunk, label_X, h_XE)
 
 
 def sampled_cross_entropy(
-    h_XE: jax.Array, target_X: jax.Array, candidate_C: jax.Array, v_CE: jax.Array, vt_XE: jax.Array, log_expected_C: jax.Array, chunk: int = 2048
+    h_XE: jax.Array,
+    target_X: jax.Array,
+    candidate_C: jax.Array,
+    v_CE: jax.Array,
+    vt_XE: jax.Array,
+    log_expected_C: jax.Array,
+    chunk: int = 2048,
 ) -> jax.Array:
     """Sum over the positions with a target >= 0 of -log(e^s_y / (e^s_y + sum over sampled c != y of e^s_c / E_c)).
 
-    E_c is how often item c is expected among the candidates, so that the denominator's expectation is that of the full softmax (log-q
-    correction, Bengio and Senécal 2008). Candidates that equal the target are left out; candidate_C is -1 for none. vt_XE: vectors of the
-    targets."""
+    E_c is how often item c is expected among the candidates, so that the denominator's expectation is that of the full softmax
+    (log-q correction, Bengio and Senécal 2008). Candidates that equal the target are left out; candidate_C is -1 for none.
+    vt_XE: vectors of the targets."""
 
-    @jax.checkpoint
-    def part(h_xE, target_x, vt_xE):
+    def part(target_x, h_xE, vt_xE):
         positive_x = (h_xE * vt_xE).sum(-1)
         logits_xC = jnp.einsum("xE,CE->xC", h_xE, v_CE) - log_expected_C
         negative_xC = (candidate_C >= 0) & (candidate_C != target_x[:, None])
@@ -100,27 +99,32 @@ def sampled_cross_entropy(
         total_x = jax.nn.logsumexp(jnp.concatenate([positive_x[:, None], logits_xC], axis=1), axis=1)
         return jnp.where(target_x >= 0, total_x - positive_x, 0).sum()
 
-    parts = math.ceil(len(target_X) / chunk)
-    if parts == 1:
-        return part(h_XE, target_X, vt_XE)
-    size = math.ceil(len(target_X) / parts)
-    missing = parts * size - len(target_X)
-    h, vt = (jnp.pad(y, ((0, missing), (0, 0))).reshape(parts, size, -1) for y in (h_XE, vt_XE))
-    target = jnp.pad(target_X, (0, missing), constant_values=-1).reshape(parts, size)
-    return jax.lax.map(lambda xs: part(*xs), (h, target, vt)).sum()
+    return _sum_over_chunks(part, chunk, target_X, h_XE, vt_XE)
+
+
+def _sum_over_chunks(part: Callable[..., jax.Array], chunk: int, label_X: jax.Array, *y_XE: jax.Array) -> jax.Array:
+    """Sum of part(label, *y) over chunks of at most `chunk` positions, each computed again for the backward pass. What fills up
+    the last chunk has the label -1."""
+    part = jax.checkpoint(part)
+    if len(label_X) <= chunk:
+        return part(label_X, *y_XE)
+    return jax.lax.map(lambda xs: part(*xs), (_chunks(label_X, chunk, -1), *(_chunks(y, chunk) for y in y_XE))).sum()
+
+
+def _chunks(y: jax.Array, chunk: int, fill: int = 0) -> jax.Array:
+    """[X, …] as [parts, size, …]: the fewest parts of at most `chunk` rows, of the same size, filled up at the end."""
+    parts = math.ceil(len(y) / chunk)
+    size = math.ceil(len(y) / parts)
+    widths = ((0, parts * size - len(y)), *[(0, 0)] * (y.ndim - 1))
+    return jnp.pad(y, widths, constant_values=fill).reshape(parts, size, *y.shape[1:])
 
 
 def all_text_vectors(model: Recommender, items: Items, chunk: int = 1024, key: jax.Array | None = None) -> jax.Array:
     """v_IE of every item's text, `chunk` items at a time."""
-    I, T = items.token_IT.shape  # noqa: E741
-    parts = math.ceil(I / chunk)
-    size = math.ceil(I / parts)
-    missing = parts * size - I
-    token = jnp.pad(items.token_IT, ((0, missing), (0, 0))).reshape(parts, size, T)
-    length = jnp.pad(items.length_I, (0, missing), constant_values=1).reshape(parts, size)
-    keys = None if key is None else jax.random.split(key, parts)
+    token, length = _chunks(items.token_IT, chunk), _chunks(items.length_I, chunk, fill=1)
+    keys = None if key is None else jax.random.split(key, len(token))
     vectors = jax.lax.map(jax.checkpoint(lambda xs: model.text_vectors(*xs)), (token, length, keys))
-    return vectors.reshape(parts * size, -1)[:I]
+    return vectors.reshape(-1, vectors.shape[-1])[: len(items.token_IT)]
 
 
 def item_vectors(model: Recommender, config: Config, items: Items) -> jax.Array:
@@ -131,9 +135,11 @@ def item_vectors(model: Recommender, config: Config, items: Items) -> jax.Array:
     return text_IE if config.objective.vectors == "text" else text_IE + model.table(items.trained_I)
 
 
-def losses(model: Recommender, config: Config, items: Items, batch: dict, key: jax.Array | None, cache_IE: jax.Array | None) -> dict:
-    """Sums `item` and `token` of the two objectives over the batch's targets; the means over `item_count` and `token_count` are nats.
-    key: of dropout and of the drawn negatives; None for neither dropout nor draws (then the softmax must be full or cached)."""
+def losses(
+    model: Recommender, config: Config, items: Items, batch: dict, key: jax.Array | None, cache_IE: jax.Array | None
+) -> dict:
+    """Sums `item` and `token` of the two objectives over the batch's targets; divided by the `counts` they are nats. key: of
+    dropout and of the drawn negatives; None for neither dropout nor draws (then the softmax must be full or cached)."""
     keys = (None,) * 3 if key is None else tuple(jax.random.split(key, 3))
     x_BTD = model.states(batch, keys[0])
     x_BMD = jnp.take_along_axis(x_BTD, batch["target_at"][..., None], axis=1)
@@ -165,8 +171,8 @@ def _item_loss(model, config: Config, items: Items, h_XE, target_X, text_key, dr
     if config.softmax == "cached":
         # The targets' own vectors are fresh, as positives and as each other's negatives; so the text learns from them.
         fresh_XE = model.text_vectors(items.token_IT[safe_X], items.length_I[safe_X], text_key)
-        place_X = jnp.where(target_X >= 0, target_X, cache_IE.shape[0])
-        v_IE = jax.lax.stop_gradient(cache_IE).at[place_X].set(fresh_XE, mode="drop")
+        place_X = _first_places(target_X, len(cache_IE))
+        v_IE = jax.lax.stop_gradient(cache_IE).at[place_X].set(fresh_XE, mode="drop", unique_indices=True)
         if with_table:
             v_IE = v_IE + model.table(items.trained_I)
         return cross_entropy(h_XE, v_IE, target_X, allowed_C=items.trained_I, chunk=chunk)
@@ -183,6 +189,15 @@ def _item_loss(model, config: Config, items: Items, h_XE, target_X, text_key, dr
     expected_I = others * items.target_share_I + objective.negatives * items.drawn_share_I
     log_expected_C = jnp.log(jnp.maximum(expected_I[safe_C], 1e-30))
     return sampled_cross_entropy(h_XE, target_X, candidate_C, v_CE, v_CE[: len(target_X)], log_expected_C, chunk)
+
+
+def _first_places(target_X: jax.Array, items: int) -> jax.Array:
+    """The items of the targets that come for the first time; for the others, and for no target (-1), places from `items` on,
+    all different. (An item that comes again has another dropout mask; which of several writes to a row stays is undefined.)"""
+    at_X = jnp.arange(len(target_X), dtype=jnp.int32)
+    item_X = jnp.where(target_X >= 0, target_X, items)
+    first_I = jnp.full(items + 1, len(target_X), jnp.int32).at[item_X].min(at_X)
+    return jnp.where((target_X >= 0) & (first_I[item_X] == at_X), target_X, items + at_X)
 
 
 def draw(key: jax.Array, until_I: jax.Array, count: int) -> jax.Array:

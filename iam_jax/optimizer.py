@@ -9,10 +9,11 @@ from iam_jax.sharding import axes_of
 
 def learning_rate(config: OptimizerConfig) -> optax.Schedule:
     """Linear warm-up from 0, then a cosine that reaches final_scale x peak at decay_steps, whatever the length of the run."""
+    start = 0.0 if config.warmup_steps else config.learning_rate
     if config.decay_steps == 0:
-        return optax.linear_schedule(0.0 if config.warmup_steps else config.learning_rate, config.learning_rate, max(config.warmup_steps, 1))
+        return optax.linear_schedule(start, config.learning_rate, max(config.warmup_steps, 1))
     return optax.warmup_cosine_decay_schedule(
-        init_value=0.0 if config.warmup_steps else config.learning_rate,
+        init_value=start,
         peak_value=config.learning_rate,
         warmup_steps=config.warmup_steps,
         decay_steps=config.decay_steps,

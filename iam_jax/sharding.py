@@ -9,7 +9,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from iam_jax.config import MeshConfig
 from iam_jax.errors import InputError
 
-# D model, E item vectors: sharded by fsdp. N heads, F feed-forward, V vocabulary, I items: by tensor. K key-value heads may be too few.
+# D model: sharded by fsdp. N heads, F feed-forward, V vocabulary, I items: by tensor. K key-value heads may be too few.
 AXES = {"D": "fsdp", "N": "tensor", "F": "tensor", "V": "tensor", "I": "tensor"}
 BATCH = PartitionSpec(("data", "fsdp"))
 
@@ -21,12 +21,14 @@ def make_mesh(config: MeshConfig) -> Mesh:
     rest = config.fsdp * config.tensor
     data = config.data if config.data > 0 else devices // rest
     if data * rest != devices:
-        raise InputError(f"config.mesh: data x fsdp x tensor = {data} x {config.fsdp} x {config.tensor}, but there are {devices} devices")
-    return jax.make_mesh((data, config.fsdp, config.tensor), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+        product = f"data x fsdp x tensor = {data} x {config.fsdp} x {config.tensor}"
+        raise InputError(f"config.mesh: {product}, but there are {devices} devices")
+    sizes = data, config.fsdp, config.tensor
+    return jax.make_mesh(sizes, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
 
 
 def axes_of(path: tuple) -> str:
-    """The axis letters at the end of a parameter's name, without the leading R of a stack: "DNH" for query_DNH; "" for `scale`."""
+    """The axis letters at the end of a parameter's name, without the leading R of a stack: query_DNH: "DNH"; scale: ""."""
     match = _NAME.search(jax.tree_util.keystr(path[-1:], simple=True))
     return match[1] if match else ""
 

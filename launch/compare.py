@@ -3,8 +3,8 @@
     python launch/compare.py demo                     # item-aware attention, without inter layers, with shuffled titles
     python launch/compare.py toys --path=DIR          # item-aware attention, ordinary attention, SASRec on Amazon Toys
 
-Run again after an interruption: finished variants are kept, the others go on. What stands behind `--` goes to every training command.
-Writes FOLDER/<variant>/ (working folders) and FOLDER/comparison.json.
+Run again after an interruption: finished variants are kept, the others go on. What stands behind `--` goes to every training
+command. Writes FOLDER/<variant>/ (working folders) and FOLDER/comparison.json.
 """
 
 import argparse
@@ -53,7 +53,8 @@ def main() -> int:
         if (workdir / "evaluation.json").exists():
             print(f"== {name}: finished before", flush=True)
             continue
-        command = [sys.executable, "-m", "iam_jax.main", f"--config={CONFIGS / config}", f"--workdir={workdir}", *overrides, *shared]
+        flags = [f"--config={CONFIGS / config}", f"--workdir={workdir}", *overrides, *shared]
+        command = [sys.executable, "-m", "iam_jax.main", *flags]
         print(f"== {name}: {shlex.join(command)}", flush=True)
         code = subprocess.run(command, check=False).returncode
         if code:
@@ -77,10 +78,11 @@ def collect(folder: Path, names: list[str]) -> dict:
             raise SystemExit(f"error: {name} was evaluated on another split than {names[0]}")
     rows = {name: evaluation["results"]["model"]["test"] for name, evaluation in evaluations.items()}
     rows |= {name: result["test"] for name, result in first["results"].items() if name != "model"}
-    per_event = {name: metrics.ranking_metrics(frame["rank"].to_numpy(), frame["ties"].to_numpy()) for name, frame in ranks.items()}
+    per_event = {name: metrics.ranking_metrics(r["rank"].to_numpy(), r["ties"].to_numpy()) for name, r in ranks.items()}
     users = ranks[names[0]]["user"].to_numpy()
     differences = {name: metrics.paired_difference(users, per_event[name], per_event[names[0]]) for name in names[1:]}
-    return {"split_sha256": first["split_sha256"], "steps": {n: e["step"] for n, e in evaluations.items()}, "test": rows, "difference": differences}
+    steps = {name: evaluation["step"] for name, evaluation in evaluations.items()}
+    return {"split_sha256": first["split_sha256"], "steps": steps, "test": rows, "difference": differences}
 
 
 def format_summary(summary: dict) -> str:

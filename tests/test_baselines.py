@@ -12,22 +12,10 @@ from hypothesis import strategies as st
 
 from iam_jax import baselines
 from iam_jax.baselines import evaluate, last_item_transitions, popularity, rank_scores
+from iam_jax.data.splits import TEST, TRAIN, VALIDATION, Events
 from iam_jax.metrics import ranking_metrics
 
 DATA = pathlib.Path(__file__).parents[2] / "shared" / "data"
-TRAIN, VALIDATION, TEST = 0, 1, 2
-
-
-@dataclasses.dataclass(frozen=True)
-class Events:
-    """The fields of splits.Events that the baselines read."""
-
-    user_ids: np.ndarray
-    item_ids: np.ndarray
-    item: np.ndarray
-    offsets: np.ndarray
-    timestamp: np.ndarray
-    label: np.ndarray
 
 
 def events_of(histories, items, held_out=2):

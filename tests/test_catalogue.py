@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -295,6 +296,16 @@ def test_two_processes_at_once_keep_the_first_result(tmp_path):
 
     cached_folder(folder, lambda: late)
     assert (folder / "file").read_text() == "first" and list(tmp_path.iterdir()) == [folder]
+
+
+@pytest.mark.parametrize("umask, mode", [(0o022, 0o755), (0o027, 0o750), (0o077, 0o700)])
+def test_prepared_data_can_be_read_by_whom_the_umask_lets(tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        folder = cached_folder(tmp_path / "new" / "catalogue", lambda: lambda temporary: (temporary / "file").write_text("x"))
+    finally:
+        os.umask(before)
+    assert [path.stat().st_mode & 0o777 for path in (folder, folder.parent)] == [mode, mode]
 
 
 def test_where_the_cache_is(tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ import polars as pl
 import pytest
 from tensorflow_datasets.core.download import checksums
 
-from iam_jax.data import movielens
+from iam_jax.data import movielens, originals
 from iam_jax.errors import InputError
 
 RATINGS = "1::20::5::978300760\n1::10::3::978302109\n2::10::4::978301968\n1::20::1::978300760\n"
@@ -118,7 +118,7 @@ def test_zip_and_extracted_files_are_the_same_data(tmp_path, capsys):
 
 
 def test_several_blocks(tmp_path, monkeypatch):
-    monkeypatch.setattr(movielens, "BLOCK", 3)
+    monkeypatch.setattr(originals, "BLOCK", 3)
     write_zip(tmp_path / "zip")
     expect(movielens.load(tmp_path / "zip", tmp_path / "tfds"))
 

@@ -307,6 +307,36 @@ def test_a_stale_cache_counts_for_the_items_that_are_no_targets():
         assert moved == (trained[i] and not is_target[i]), i
 
 
+def test_of_a_repeated_target_the_first_fresh_vector_counts(monkeypatch):
+    """With dropout the same item's fresh vectors differ. Here they are random, so that each shows its position."""
+    config, model, params, items, batch = case("cached")
+    flat = batch["target"].reshape(-1)
+    fresh = np.random.default_rng(0).standard_normal((len(flat), 16)).astype(np.float32)
+    cache = np.random.default_rng(1).standard_normal((9, 16)).astype(np.float32)
+    expected, first = cache.copy(), {}
+    for x, item in enumerate(flat.tolist()):
+        if item >= 0 and first.setdefault(item, x) == x:
+            expected[item] = fresh[x]
+    assert 1 < len(first) < (flat >= 0).sum() < len(flat) and 0 in flat
+    assert 0 < len(first) < 9  # rows of the cache remain
+    seen = {}
+
+    def spy(h_XE, v_CE, label_X, **options):
+        seen["v"] = v_CE
+        return cross_entropy(h_XE, v_CE, label_X, **options)
+
+    bound = model.bind(params)
+    monkeypatch.setattr(objective, "cross_entropy", spy)
+
+    def loss(fresh):
+        monkeypatch.setattr(type(bound), "text_vectors", lambda self, token, length, key=None: fresh)
+        return losses(bound, config, items, batch, None, jnp.asarray(cache))["item"], seen["v"]
+
+    gradient, vectors = quick_jit(jax.grad(loss, has_aux=True))(fresh)
+    np.testing.assert_array_equal(vectors, expected)
+    assert np.flatnonzero(np.asarray(gradient).any(1)).tolist() == sorted(first.values())
+
+
 # ---- sampled
 
 

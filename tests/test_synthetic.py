@@ -7,23 +7,10 @@ import pytest
 
 from iam_jax.baselines import evaluate, last_item_transitions, popularity
 from iam_jax.data import synthetic
+from iam_jax.data.splits import TEST, TRAIN, VALIDATION, Events
 from iam_jax.data.synthetic import LIKED, VALUES, generate
 from iam_jax.errors import InputError
 from iam_jax.metrics import ranking_metrics
-
-TRAIN, VALIDATION, TEST = 0, 1, 2
-
-
-@dataclasses.dataclass(frozen=True)
-class Events:
-    """The fields of splits.Events that scorers read."""
-
-    user_ids: np.ndarray
-    item_ids: np.ndarray
-    item: np.ndarray
-    offsets: np.ndarray
-    timestamp: np.ndarray
-    label: np.ndarray
 
 
 def events_of(tables, keep=True):
@@ -87,7 +74,7 @@ def test_the_same_seed_gives_the_same_tables(shop, monkeypatch):
     monkeypatch.setattr(synthetic, "_BLOCK", 800 * 300)  # the purchases are drawn for 300 users at a time
     assert generate().tables().fingerprint == tables.fingerprint
     # Fixed for ever: results on this shop can be quoted.
-    assert tables.fingerprint == "4ab6fde6216689887b47ec74468ed72132f750c549d1dc1ac1bbd858ff498bbe"
+    assert tables.fingerprint == "f2ec5fc3f080a3d1cb35911974a45018ba9f55a9db1cb1840b543038bd1d9d89"
 
 
 def test_probabilities(shop):
@@ -156,8 +143,8 @@ def test_partners_match(shop):
         common = [sum(shop.value[f][i] == shop.value[f][j] for f in LIKED) for j in rivals]
         assert common[rivals.tolist().index(shop.partner[i])] == max(common)
     for cycle in (shop.follows, shop.skips):
-        seen = list(itertools.accumulate(range(15), lambda c, _, cycle=cycle: int(cycle[c]), initial=0))
-        assert sorted(seen) == list(range(16))
+        seen = list(itertools.accumulate(range(7), lambda c, _, cycle=cycle: int(cycle[c]), initial=0))
+        assert sorted(seen) == list(range(8)) and cycle[seen[-1]] == seen[0]  # all 8 categories, then the first again
 
 
 def test_the_oracle_is_best_and_needs_tastes_and_transitions(shop, events):
@@ -165,9 +152,8 @@ def test_the_oracle_is_best_and_needs_tastes_and_transitions(shop, events):
         ndcg(shop.oracle(*flags).scores, events) for flags in ((True, True), (True, False), (False, True))
     )
     popular, markov = ndcg(popularity(events), events), ndcg(last_item_transitions(events), events)
-    assert 0.3 < best < 0.4
-    assert popular < 0.02 and markov < 0.2 * best
-    assert 0.15 < tastes < 0.75 * best and 0.07 < transitions < 0.5 * best
+    # The module's docstring quotes them.
+    assert [round(float(x), 3) for x in (best, tastes, transitions, markov, popular)] == [0.321, 0.235, 0.097, 0.075, 0.009]
 
 
 @pytest.mark.parametrize("ablation", [{"taste": 1}, {"after_last": 1, "after_before": 1, "partner_permille": 0}])
@@ -175,7 +161,7 @@ def test_an_ablated_generator_is_less_predictable(shop, events, ablation):
     ablated = generate(**ablation)
     ablated_events = events_of(ablated.tables())
     best = ndcg(ablated.oracle().scores, ablated_events)
-    assert best < 0.75 * ndcg(shop.oracle().scores, events)
+    assert best < (0.3 if "taste" in ablation else 0.8) * ndcg(shop.oracle().scores, events)
     blind = ablated.oracle(tastes="taste" not in ablation, transitions="taste" in ablation)
     assert ndcg(blind.scores, ablated_events) == pytest.approx(best, abs=1e-12)  # what was taken away is worth nothing there
 

@@ -19,7 +19,8 @@ from typing import ClassVar
 
 import tensorflow_datasets as tfds
 
-from iam_jax.data.movielens import Event, Files, TableBuilder, malformed, prepared, reading
+from iam_jax.data import table
+from iam_jax.data.originals import Event, Files, TableBuilder, malformed, prepared, reading
 from iam_jax.data.table import Tables
 from iam_jax.errors import InputError, some
 
@@ -240,12 +241,12 @@ def find(path: str, category: str) -> tuple[int, str, dict[str, Path]]:
         which = some(f"{year}/{name}" for year, name in candidates)
         raise InputError(f"{path}: reviews of several categories in this folder: {which}; name one of them in data.category")
     if not candidates:
-        raise InputError(f"{path}: no Amazon reviews in this folder; expected {LAYOUT}")
+        raise InputError(f"{path}: no Amazon reviews in this folder; expected {LAYOUT}; or tables: {table.LAYOUT}")
     ((year, name),) = candidates
     files = present(year, name)
     if len(files) < 2:
         missing = [address.rpartition("/")[2] for split, address in addresses(year, name).items() if split not in files]
-        raise InputError(f"{path}: no {' and no '.join(missing)} in this folder; expected {LAYOUT}")
+        raise InputError(f"{path}: no {' and no '.join(missing)} in this folder; expected {LAYOUT}; or tables: {table.LAYOUT}")
     return year, name, files
 
 

@@ -1,4 +1,4 @@
-"""Histories packed into rows, and rows into batches: batch k is a pure function of (seed, k), so a data position is one integer."""
+"""Histories packed into rows, rows into batches: batch k is a pure function of (seed, k), so a data position is one integer."""
 
 import bisect
 import dataclasses
@@ -10,15 +10,16 @@ from iam_jax.data.catalogue import Catalogue
 from iam_jax.data.splits import Events
 
 # Every batch is a dict of int32 arrays. B rows, T token slots, M targets a row at most.
-#   token_BT, user_BT (1, 2, … in the row; 0 is padding), group_BT (item number inside the user; 0 is the prompt), position_BT (inside the user)
-#   target_at_BM: slot of the state that predicts the target; target_BM: the item, -1 for none; label_BT: the next token where it is a
-#   target, else -1; segment_BM: which segment of the plan the target belongs to
+#   token_BT, user_BT (1, 2, … in the row; 0 is padding), group_BT (item number inside the user; 0 is the prompt),
+#   position_BT (inside the user); label_BT: the next token where it is a target, else -1
+#   target_at_BM: slot of the state that predicts the target; target_BM: the item, -1 for none; segment_BM: which segment of
+#   the plan the target belongs to
 Batch = dict[str, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
 class Segments:
-    """Stretches of users' histories, each to be packed whole into one row: the input is events start:stop, the targets first:last."""
+    """Stretches of users' histories, each packed whole into one row: the input is events start:stop, the targets first:last."""
 
     start: np.ndarray  # [n] int64, first event of the input
     stop: np.ndarray  # [n] int64, one after its last
@@ -30,9 +31,9 @@ class Segments:
 
 
 def training_segments(events: Events, catalogue: Catalogue, row_tokens: int, context_items: int, whole_text: bool) -> Segments:
-    """Every training event is a target once, except a user's first (that one too if a prompt precedes it). A history longer than a row
-    is cut between items into windows whose first target has at least `context_items` items to its left. With `whole_text` (the token
-    objective) the targets' own tokens are input too."""
+    """Every training event is a target once, except a user's first (that one too if a prompt precedes it). A history longer
+    than a row is cut between items into windows whose first target has at least `context_items` items to its left. With
+    `whole_text` (the token objective) the targets' own tokens are input too. Raises ValueError where a row is too small."""
     lengths = catalogue.lengths
     capacity = row_tokens - int(lengths[-1])
     before = np.concatenate([[0], np.cumsum(lengths[:-1][events.item])])  # tokens before each event
@@ -47,8 +48,12 @@ def training_segments(events: Events, catalogue: Catalogue, row_tokens: int, con
         target, windows = first[user], []
         while target < end[user]:
             start = max(begin[user], target - context_items) if windows else begin[user]
-            stop = int(np.searchsorted(before, before[start] + capacity, side="right")) - 1  # the input that fits is start:stop
+            stop = int(np.searchsorted(before, before[start] + capacity, side="right")) - 1  # the input that fits: start:stop
             last = min(end[user], stop if whole_text else stop + 1)
+            if last <= target:
+                through = target if whole_text else target - 1
+                needed = lengths[-1] + before[through + 1] - before[start]
+                raise ValueError(f"row_tokens = {row_tokens}: the prompt and events {start} to {through} need {needed}")
             windows.append((start, last if whole_text else last - 1, target, last))
             target = last
         parts.append(tuple(np.array(column) for column in zip(*windows, strict=True)))
@@ -65,8 +70,8 @@ def evaluation_segments(events: Events, catalogue: Catalogue, row_tokens: int, t
 
 
 def pack(sizes: np.ndarray, capacity: int, rng: np.random.Generator | None = None, open_rows: int = 256) -> list[np.ndarray]:
-    """Best fit over a bounded number of open rows, in random order (or, without `rng`, in the order given). Returns the indices in
-    each row; every index once, and no row above `capacity`."""
+    """Best fit over a bounded number of open rows, in random order (or, without `rng`, in the order given). Returns the indices
+    in each row; every index once, and no row above `capacity`."""
     order = rng.permutation(len(sizes)) if rng is not None else np.arange(len(sizes))
     rows: list[list[int]] = []
     space: list[tuple[int, int]] = []  # (free slots, row), sorted
@@ -89,7 +94,14 @@ def pack(sizes: np.ndarray, capacity: int, rng: np.random.Generator | None = Non
 class Rows:
     """Random access to packed rows: what Grain reads."""
 
-    def __init__(self, events: Events, catalogue: Catalogue, segments: Segments, row_tokens: int, rng: np.random.Generator | None = None):
+    def __init__(
+        self,
+        events: Events,
+        catalogue: Catalogue,
+        segments: Segments,
+        row_tokens: int,
+        rng: np.random.Generator | None = None,
+    ):
         self.events, self.catalogue, self.segments, self.row_tokens = events, catalogue, segments, row_tokens
         self._lengths = catalogue.lengths
         before = np.concatenate([[0], np.cumsum(self._lengths[:-1][events.item])])
@@ -141,9 +153,10 @@ class Rows:
         target = first[target_segment] + _count_up(counts)
         group_before = (np.cumsum(groups) - groups)[target_segment] + (target - start[target_segment]) + prompt - 1
         M = self.targets_per_row
-        for name, values in (("target_at", ends[group_before] - 1), ("target", self.events.item[target]), ("segment", index[target_segment])):
-            out[name] = np.full(M, -1, np.int32)
-            out[name][: len(values)] = values
+        out |= {name: np.full(M, -1, np.int32) for name in ("target_at", "target", "segment")}
+        out["target_at"][: len(target)] = ends[group_before] - 1
+        out["target"][: len(target)] = self.events.item[target]
+        out["segment"][: len(target)] = index[target_segment]
         out["target_at"] = np.maximum(out["target_at"], 0)
 
         # Token labels: slot t predicts token t + 1 where that token belongs to a target event of the same user.
@@ -159,7 +172,9 @@ def _count_up(counts: np.ndarray) -> np.ndarray:
     return np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
 
 
-def training_rows(events: Events, catalogue: Catalogue, row_tokens: int, context_items: int, whole_text: bool, seed: int) -> Rows:
+def training_rows(
+    events: Events, catalogue: Catalogue, row_tokens: int, context_items: int, whole_text: bool, seed: int
+) -> Rows:
     segments = training_segments(events, catalogue, row_tokens, context_items, whole_text)
     return Rows(events, catalogue, segments, row_tokens, np.random.default_rng([seed, 0]))
 
@@ -187,5 +202,6 @@ class _Padded:
         if row < len(self.rows):
             return self.rows[row]
         empty = {name: np.zeros(self.rows.row_tokens, np.int32) for name in ("token", "user", "group", "position")}
+        empty["label"] = np.full(self.rows.row_tokens, -1, np.int32)
         nothing = np.full(self.rows.targets_per_row, -1, np.int32)
-        return empty | {"target_at": nothing * 0, "target": nothing, "segment": nothing, "label": np.full(self.rows.row_tokens, -1, np.int32)}
+        return empty | {"target_at": nothing * 0, "target": nothing, "segment": nothing}

@@ -2,7 +2,7 @@
 
 import os
 import shutil
-import tempfile
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,17 +19,19 @@ def cache_root(configured: str) -> Path:
 def cached_folder(folder: Path, make: Callable[[], Callable[[Path], None]]) -> Path:
     """`folder`, made first if it is not there.
 
-    `make` computes (bad input is found out before anything is written) and returns a writer, which fills a temporary neighbour that is
-    then renamed. When two processes make the same, the first one's result stays.
+    `make` computes (bad input is found out before anything is written) and returns a writer, which fills a temporary neighbour
+    that is then renamed. When two processes make the same, the first one's result stays.
     """
     if folder.is_dir():
         return folder
     write = make()
+    temporary = folder.with_name(f".{folder.name}-{uuid.uuid4().hex}")  # not tempfile's: others may not read those
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        temporary.mkdir()
     except OSError as error:
-        raise InputError(f"{folder.parent}: cannot write prepared data there ({error.strerror}); see config.data.cache") from error
+        reason = f"cannot write prepared data there ({error.strerror})"
+        raise InputError(f"{folder.parent}: {reason}; see config.data.cache") from error
     try:
         write(temporary)
         try:

@@ -59,15 +59,16 @@ class Catalogue:
 
 
 def item_texts(items: pl.DataFrame, config: DataConfig) -> list[str]:
-    """The template filled in: HTML entities unescaped, white space collapsed; "" where all of its columns are empty. Raises InputError for a
-    template that names a column the table lacks."""
+    """The template filled in: HTML entities unescaped, white space collapsed; "" where all of its columns are empty. Raises
+    InputError for a template that names a column the table lacks."""
     parts = list(_parse(config.text))
+    there = f"the items table has {', '.join(items.columns)}"
     columns = [name for _, name in parts if name is not None]
     for name in columns:
         if name not in items.columns:
-            raise InputError(f"config.data.text = {config.text!r} uses {{{name}}}; the items table has {', '.join(items.columns)}")
+            raise InputError(f"config.data.text = {config.text!r} uses {{{name}}}; {there}")
     if not columns:
-        raise InputError(f"config.data.text = {config.text!r} uses no column; the items table has {', '.join(items.columns)}")
+        raise InputError(f"config.data.text = {config.text!r} uses no column; {there}")
     clean = {name: [" ".join(html.unescape(value or "").split()) for value in items[name].to_list()] for name in set(columns)}
     texts = []
     for row in range(items.height):
@@ -117,9 +118,10 @@ def make_catalogue(items: pl.DataFrame, config: DataConfig, cache: Path) -> Cata
         ids = tokens_lib.encode(tokenizer, texts)
         empty = [item for item, tokens in zip(items["item"], ids, strict=True) if not tokens]
         if empty:
-            raise InputError(f"config.data.tokenizer = {config.tokenizer!r} makes no token of the text of {len(empty):,} items (item {empty[0]!r})")
+            which = f"the text of {len(empty):,} items (item {empty[0]!r})"
+            raise InputError(f"config.data.tokenizer = {config.tokenizer!r} makes no token of {which}")
         boundary = max(tokenizer.get_vocab().values()) + 1  # not the vocabulary's size: a given one may have gaps
-        kept = [tokens[: config.item_tokens] + [boundary] for tokens in ids]
+        kept = [[*tokens[: config.item_tokens], boundary] for tokens in ids]
         prompt = tokens_lib.encode(tokenizer, [config.prompt])[0] if config.prompt else []
         if config.prompt and not prompt:
             raise InputError(

@@ -1,5 +1,5 @@
-"""From a source to what training and evaluation read: events, catalogue, split hash. Prepared data is kept, keyed by the content of the
-source and by every setting that shapes it."""
+"""From a source to what training and evaluation read: events, catalogue, split hash. Prepared data is kept, keyed by the
+content of the source and by every setting that shapes it."""
 
 import dataclasses
 import hashlib
@@ -50,7 +50,7 @@ def prepare(config: DataConfig) -> Prepared:
 
 
 def _is_tables(path: str) -> bool:
-    return bool(path) and any(Path(path).glob("interactions.*"))
+    return bool(path) and bool(table.table_files(path, "interactions"))
 
 
 def _load(config: DataConfig) -> table.Tables:
@@ -88,7 +88,8 @@ def _cached_split(config: DataConfig, cache: Path) -> Split:
         def write(folder: Path) -> None:
             for name in _ARRAYS:
                 np.save(folder / f"{name}.npy", getattr(split.events, name))
-            pl.DataFrame({"user": pl.Series(split.events.user_ids.tolist(), dtype=pl.String)}).write_parquet(folder / "users.parquet")
+            users = pl.Series("user", split.events.user_ids.tolist(), dtype=pl.String)
+            users.to_frame().write_parquet(folder / "users.parquet")
             split.items.write_parquet(folder / "items.parquet")
             (folder / "split.json").write_text(json.dumps({"sha256": split.sha256, "notes": split.notes}), encoding="utf-8")
 

@@ -1,7 +1,7 @@
 """Events in order, filtered and split: what every model is trained and evaluated on.
 
-Order within a user: timestamp, then the hex SHA-256 of "{user}\\t{item}". An order taken from the file would leak: in the Amazon sets
-a third to a half of consecutive events tie, and files list ties by item.
+Order within a user: timestamp, then the hex SHA-256 of "{user}\\t{item}". An order taken from the file would leak: in the
+Amazon sets a third to a half of consecutive events tie, and files list ties by item.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ LABELS = ("train", "validation", "test")
 
 @dataclasses.dataclass(frozen=True)
 class Events:
-    """All events, sorted by (user, time, tie hash). A target is the index of an event; its history is that user's events before it."""
+    """All events, sorted by (user, time, tie hash). A target is an event's index, its history the user's events before it."""
 
     user_ids: np.ndarray  # [U] str, sorted
     item_ids: np.ndarray  # [I] str, sorted: the candidates
@@ -39,7 +39,8 @@ class Events:
     @property
     def train_ends(self) -> np.ndarray:
         """[U] int64, the event after each user's last training event."""
-        return self.offsets[:-1] + np.add.reduceat(np.append(self.label == TRAIN, False), self.offsets[:-1]) * (np.diff(self.offsets) > 0)
+        begin, lengths = self.offsets[:-1], np.diff(self.offsets)
+        return begin + np.add.reduceat(np.append(self.label == TRAIN, False), begin) * (lengths > 0)
 
     @property
     def train_counts(self) -> np.ndarray:
@@ -64,10 +65,13 @@ class Split:
 
 
 def make_split(tables: Tables, config: DataConfig, has_text: Callable[[pl.DataFrame], np.ndarray]) -> Split:
-    """Filters, orders and splits. `has_text` says of each row of the items table whether its text is not empty (item ids as text count as
-    text). Raises InputError naming the file, the column and the first offending rows."""
+    """Filters, orders and splits. `has_text` says of each row of the items table whether its text is not empty (item ids as
+    text count as text). Raises InputError naming the file, the column and the first offending rows."""
     interactions, items = tables.interactions, tables.items.sort("item")
-    notes = [f"read {interactions.height:,} interactions ({tables.interactions_name}) and {items.height:,} items ({tables.items_name})"]
+    notes = [
+        f"read {interactions.height:,} interactions ({tables.interactions_name}) "
+        f"and {items.height:,} items ({tables.items_name})"
+    ]
     user_ids = interactions["user"].unique().sort()
     user = _codes(interactions["user"], user_ids)
     item = _codes(interactions["item"], items["item"])  # -1: not in the items table (sources with `drop` only)
@@ -126,7 +130,8 @@ def make_split(tables: Tables, config: DataConfig, has_text: Callable[[pl.DataFr
     offsets = np.concatenate([[0], np.cumsum(np.bincount(user, minlength=len(user_ids)))]).astype(np.int64)
     label = _leave_one_out(offsets) if config.split == "leave_one_out" else _temporal(timestamp, time_kind, config)
     if not (label == TRAIN).any():
-        raise InputError("the split leaves no training event" + (f" before config.data.t1 = {config.t1!r}" if config.t1 else ""))
+        before = f" before config.data.t1 = {config.t1!r}" if config.t1 else ""
+        raise InputError(f"the split leaves no training event{before}")
     notes.append(
         f"{len(user_ids):,} users, {items.height:,} items, {len(item):,} events: "
         + ", ".join(f"{np.count_nonzero(label == i):,} {name}" for i, name in enumerate(LABELS))
@@ -165,7 +170,8 @@ def _k_core(user: np.ndarray, item: np.ndarray, k: int, users: int, items: int) 
 
 
 def _order(user: np.ndarray, item: np.ndarray, timestamp: np.ndarray, user_ids: pl.Series, item_ids: pl.Series) -> np.ndarray:
-    order = pl.DataFrame({"user": user, "time": timestamp}).select(pl.arg_sort_by("user", "time", maintain_order=True)).to_series().to_numpy()
+    events = pl.DataFrame({"user": user, "time": timestamp})
+    order = events.select(pl.arg_sort_by("user", "time", maintain_order=True)).to_series().to_numpy()
     sorted_user, sorted_time = user[order], timestamp[order]
     same = (sorted_user[1:] == sorted_user[:-1]) & (sorted_time[1:] == sorted_time[:-1])
     tied = np.flatnonzero(np.append(same, False) | np.append(False, same))  # in blocks of equal (user, time)
@@ -175,7 +181,8 @@ def _order(user: np.ndarray, item: np.ndarray, timestamp: np.ndarray, user_ids: 
         rows = order[tied[start : start + 1_000_000]]
         users, items = user_ids.gather(user[rows]).to_list(), item_ids.gather(item[rows]).to_list()
         text = b"".join([hashlib.sha256(f"{u}\t{i}".encode()).digest() for u, i in zip(users, items, strict=True)])
-        digest[start : start + len(rows)] = np.frombuffer(text, ">u8").reshape(-1, 4)  # big-endian words order like the hex text
+        # Big-endian words order like the hex text.
+        digest[start : start + len(rows)] = np.frombuffer(text, ">u8").reshape(-1, 4)
     by_hash = np.lexsort((digest[:, 3], digest[:, 2], digest[:, 1], digest[:, 0], block))
     order = order.copy()
     order[tied] = order[tied][by_hash]
@@ -210,12 +217,8 @@ def _sha256(user, item, timestamp, label, user_ids: pl.Series, item_ids: pl.Seri
         part = np.flatnonzero(label == LABELS.index(name))
         times = pl.Series(timestamp[part])
         times = times.cast(pl.Datetime("us", "UTC")) if time_kind == pl.Datetime else times
-        lines = pl.select(
-            pl.concat_str(
-                pl.lit(name), user_ids.gather(user[part]), item_ids.gather(item[part]), canonical_timestamps(times) + "\n", separator="\t"
-            )
-        ).to_series()
-        lines = lines.sort()
+        columns = user_ids.gather(user[part]), item_ids.gather(item[part]), canonical_timestamps(times) + "\n"
+        lines = pl.select(pl.concat_str(pl.lit(name), *columns, separator="\t")).to_series().sort()
         for start in range(0, len(lines), 1_000_000):
             digest.update("".join(lines[start : start + 1_000_000].to_list()).encode())
     return digest.hexdigest()

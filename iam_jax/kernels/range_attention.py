@@ -18,8 +18,9 @@ def range_attention(
 ) -> jax.Array:
     """softmax(q k / sqrt(H)) v over the keys `key_start <= s < key_stop`, and with `include_self` also s = t, counted once.
 
-    A query without a key gets exactly zero, and gives exactly zero gradients. (`jax.nn.dot_product_attention` alone would give it the
-    mean of *all* values: other users' and later ones too.) Logits and softmax are computed in float32. Returns o_BTNH in q's type.
+    A query without a key gets exactly zero, and gives exactly zero gradients. (`jax.nn.dot_product_attention` alone would give
+    it the mean of *all* values: other users' and later ones too.) Logits and softmax are computed in float32. Returns o_BTNH in
+    q's type.
     """
     s = jnp.arange(k_BSKH.shape[1])
     allowed_BTS = (s >= key_start_BT[..., None]) & (s < key_stop_BT[..., None])

@@ -14,7 +14,7 @@ Params = dict
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """`init(key)` makes the parameters, a nested dict of float32 arrays named after their axes; `bind(params)` a Recommender."""
+    """`init(key)` makes the parameters, a nested dict of float32 arrays named by their axes; `bind(params)` a Recommender."""
 
     init: Callable[[jax.Array], Params]
     bind: Callable[[Params], Recommender]

@@ -1,7 +1,8 @@
 """The decoder: one stack of layers whose attention relation is given by the schedule.
 
-Axes, here and in parameter names: B batch, T query positions, S key positions, D model, N heads, K key-value heads, H head size,
-F feed-forward, V vocabulary, P positions, I items, E item vectors, C candidates, M targets, R repeats of a stage (always in front).
+Axes, here and in parameter names: B batch, T query positions, S key positions, D model, N heads, K key-value heads, H head
+size, F feed-forward, V vocabulary, P positions, I items, E item vectors, C candidates, M targets, R repeats of a stage (always
+in front).
 """
 
 import jax
@@ -52,7 +53,8 @@ class Attention(nnx.Module):
         self.query_DNH = weight(rngs, (D, N, H), D)
         self.key_DKH = weight(rngs, (D, K, H), D)
         self.value_DKH = weight(rngs, (D, K, H), D)
-        self.out_NHD = weight(rngs, (N, H, D), N * H, (2 * layers) ** -0.5)  # the residual stream keeps its size whatever the depth
+        # Scaled so that the residual stream keeps its size whatever the depth.
+        self.out_NHD = weight(rngs, (N, H, D), N * H, (2 * layers) ** -0.5)
         if config.bias:
             self.query_NH, self.key_KH = nnx.Param(jnp.zeros((N, H))), nnx.Param(jnp.zeros((K, H)))
             self.value_KH, self.out_D = nnx.Param(jnp.zeros((K, H))), nnx.Param(jnp.zeros(D))
@@ -139,8 +141,8 @@ class Decoder(nnx.Module):
     def __call__(self, token_BT, user_BT, group_BT, position_BT, *, key: jax.Array | None = None, layers: int | None = None):
         """States x_BTD, before the final norm.
 
-        token_BT: ids; user_BT: segments 1, 2, …, 0 for padding; group_BT: item number in the user, 0 for the prompt; position_BT: position in
-        the user. key: of dropout, None for none. layers: stop after so many layers, None for all of them.
+        token_BT: ids; user_BT: segments 1, 2, …, 0 for padding; group_BT: item number in the user, 0 for the prompt;
+        position_BT: position in the user. key: of dropout, None for none. layers: stop after so many layers, None for all.
         """
         config = self.config
         ranges = key_ranges(user_BT, group_BT)

@@ -16,8 +16,9 @@ class Recommender(nnx.Module):
         self.config = config
         self.decoder = Decoder(model, config.schedule, vocabulary, config.data.row_tokens, rngs)
         if not model.tie_items:
-            # The projections start as the identity: an untrained history prefers items whose text is like its last item's. From random
-            # ones the first epochs pass before any of the text counts (configs/demo.py: validation NDCG@10 0.03 instead of 0.19).
+            # The projections start as the identity: an untrained history prefers items whose text is like its last item's. From
+            # random ones the first epochs pass before any of the text counts (configs/demo.py: validation NDCG@10 0.03 instead
+            # of 0.19).
             self.state_DE = nnx.Param(jnp.eye(D))
             if config.objective.vectors != "text":
                 self.table_IE = weight(rngs, (items, D), D)
@@ -42,8 +43,8 @@ class Recommender(nnx.Module):
         return jnp.where(trained_I[:, None], table_IE[...], 0)
 
     def text_vectors(self, token_CT: jax.Array, length_C: jax.Array, key: jax.Array | None = None) -> jax.Array:
-        """v_CE from the items' text: the boundary state of each item alone, without a prompt, after the leading intra layers or all
-        of them. token_CT: ids, behind the boundary token anything; length_C: tokens, boundary included."""
+        """v_CE from the items' text: the boundary state of each item alone, without a prompt, after the leading intra layers or
+        all of them. token_CT: ids, behind the boundary token anything; length_C: tokens, boundary included."""
         t = jnp.broadcast_to(jnp.arange(token_CT.shape[1]), token_CT.shape)
         real_CT = (t < length_C[:, None]).astype(jnp.int32)
         leading = self.config.objective.text_layers == "leading"

@@ -1,0 +1,46 @@
+"""Runs before JAX is imported: the CPU, and every cache in a folder that goes with the session."""
+
+import atexit
+import os
+import shutil
+import tempfile
+
+import pytest
+from absl import flags
+
+if "PYTEST_XDIST_WORKER" not in os.environ:  # the workers inherit it
+    _FOLDER = tempfile.mkdtemp(prefix="iam_jax-tests-")
+    atexit.register(shutil.rmtree, _FOLDER, ignore_errors=True)
+    os.environ["XDG_CACHE_HOME"] = _FOLDER
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = f"{_FOLDER}/compiled"  # commands in subprocesses compile the same few functions
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+flags.FLAGS.mark_as_parsed()  # grain asks them
+
+
+@pytest.fixture(scope="session")
+def tiny() -> dict[str, object]:
+    """A config by dotted names: a run that compiles in seconds and trains in milliseconds."""
+    return {
+        "data.source": "synthetic",
+        "data.synthetic.users": 60,
+        "data.synthetic.items": 50,
+        "data.synthetic.events_per_user": 6.0,
+        "data.vocabulary": 300,
+        "data.item_tokens": 6,
+        "data.row_tokens": 64,
+        "data.context_items": 2,
+        "model.schedule": "intra inter",
+        "model.width": 16,
+        "model.heads": 2,
+        "objective.negatives": 16,
+        "optimizer.warmup_steps": 0,
+        "optimizer.learning_rate": 1e-2,
+        "train.steps": 6,
+        "train.batch_rows": 4,
+        "train.eval_every": 4,
+        "train.save_every": 1000,
+        "eval.resamples": 20,
+        "log.every": 2,
+        "log.progress": False,
+    }

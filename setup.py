@@ -22,7 +22,6 @@ setup(
         "grain>=0.2.12,<0.4",  # batches by random access, so that a data position is one integer
         "polars>=1.20,<3",  # reads, checks and sorts tables of millions of rows
         "tokenizers>=0.21,<1",  # byte-level BPE, and any tokenizer.json, without torch
-        "safetensors>=0.5,<1",  # weights of existing LLMs without torch
         "tensorflow-datasets>=4.9.9,<5",  # downloads and prepares the public data sets
         "array_record>=0.6,<1",  # the file format that tensorflow-datasets reads without TensorFlow
         "importlib_resources>=6",  # tensorflow-datasets imports it without declaring it

@@ -79,9 +79,7 @@ def first_batch(folder: Path) -> list[tuple[str, float]]:
         data, train = DataConfig(source="table", path=str(folder), cache=cache), TrainConfig()
         prepared = prepare(data)
         times.append(("pack", time.perf_counter()))
-        rows = training_rows(
-            prepared.events, prepared.catalogue, data.row_tokens, data.context_items, whole_text=False, seed=train.seed
-        )
+        rows = training_rows(prepared.events, prepared.catalogue, data.row_tokens, data.context_items, whole_text=False, seed=train.seed)
         times.append(("first batch", time.perf_counter()))
         next(training_batches(rows, train.batch_rows, train.seed))
         times.append(("end", time.perf_counter()))

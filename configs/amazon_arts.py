@@ -4,9 +4,8 @@
 
 downloads the two original files (about 0.5 million reviews), or reads them from --config.data.path=DIR.
 
-Cost and result: not measured yet. The data set could not be downloaded where this config was written; the loader is tested on small files
-in the original format, the model and objective are those of amazon_toys.py, wider and with two repeats. Its model has been run on synthetic
-data only.
+Cost and result: not measured yet. The data set could not be downloaded where this config was written: the loader is
+tested on small files in the original format, and model and objective are those of amazon_toys.py, wider and deeper.
 """
 
 from iam_jax.config import default_config

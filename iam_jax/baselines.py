@@ -45,7 +45,7 @@ def rank_scores(scores: np.ndarray, target: np.ndarray, seen: Pairs | None = Non
     above = (scores > own[:, None]).sum(1)
     equal = (scores == own[:, None]).sum(1) - 1
     if seen is not None:
-        row, item = _others(*seen, target, scores.shape[1])
+        row, item = others(*seen, target, scores.shape[1])
         above, equal = _count(above, equal, -1, row, scores[row, item], own)
     return above + 1, equal
 
@@ -130,7 +130,7 @@ class Counts:
         above, equal = _count(above, equal, -1, row, self.base[self.item[entry]], own)
         above, equal = _count(above, equal, +1, row, self.score[entry], own)
         if filter_seen:
-            row, item = _others(*histories(events, targets), target, len(self.base))
+            row, item = others(*histories(events, targets), target, len(self.base))
             above, equal = _count(above, equal, -1, row, self._lookup(last[row], item), own)
         return above + 1, equal - 1  # the target itself is one of the equals
 
@@ -196,7 +196,7 @@ def _expand(begin: np.ndarray, length: np.ndarray) -> Pairs:
     return row, np.arange(len(row)) + np.repeat(begin - (np.cumsum(length) - length), length)
 
 
-def _others(row: np.ndarray, item: np.ndarray, target: np.ndarray, items: int) -> Pairs:
+def others(row: np.ndarray, item: np.ndarray, target: np.ndarray, items: int) -> Pairs:
     """The distinct pairs that are not their row's target: a repeated item is one candidate."""
     row, item = np.divmod(np.unique(row * np.int64(items) + item), items)
     keep = item != target[row]

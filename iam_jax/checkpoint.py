@@ -3,10 +3,11 @@
 import logging
 from pathlib import Path
 
+import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from iam_jax.errors import InputError
+from iam_jax.errors import InputError, some
 
 
 class Checkpoints:
@@ -35,7 +36,9 @@ class Checkpoints:
         if step in self._manager.all_steps():
             self._manager.delete(step)
         args = ocp.args.Composite(
-            params=ocp.args.StandardSave(state["params"]), rest=ocp.args.StandardSave(rest), progress=ocp.args.JsonSave(progress)
+            params=ocp.args.StandardSave(state["params"]),
+            rest=ocp.args.StandardSave(rest),
+            progress=ocp.args.JsonSave(progress),
         )
         metrics = None if metrics is None else {**metrics, "step": step}
         self._manager.save(step, args=args, metrics=metrics, force=True)
@@ -60,7 +63,7 @@ class Checkpoints:
         if step == "best":
             best = self.best()
             return steps[-1] if best is None else best[0]
-        if not step.isdigit() or int(step) not in steps:
+        if not step.isdecimal() or int(step) not in steps:
             raise InputError(f"--step={step}: {self.folder} has {', '.join(map(str, steps))} (or best, last)")
         return int(step)
 
@@ -73,19 +76,35 @@ class Checkpoints:
         return self._manager.restore(step, args=ocp.args.Composite(progress=ocp.args.JsonRestore()))["progress"]
 
     def restore_params(self, step: int, abstract: dict) -> dict:
-        """The parameters saved at `step`, in the shapes, types and shardings of `abstract`. Raises InputError where they differ."""
+        """The parameters saved at `step`, in the types and shardings of `abstract`. Raises InputError where their shapes differ."""
+        self._check_shapes(step, abstract)
         return self._restore(step, params=ocp.args.StandardRestore(abstract))["params"]
 
     def restore(self, step: int, abstract: dict) -> dict:
         """The whole state saved at `step`."""
+        self._check_shapes(step, abstract["params"])
         rest = {name: value for name, value in abstract.items() if name != "params"}
         saved = self._restore(step, params=ocp.args.StandardRestore(abstract["params"]), rest=ocp.args.StandardRestore(rest))
         return {"params": saved["params"], **saved["rest"]}
 
+    def _check_shapes(self, step: int, abstract: dict) -> None:
+        saved = ocp.StandardCheckpointer().metadata(self.folder / str(step) / "params").item_metadata
+        there, here = (
+            {jax.tree_util.keystr(path, simple=True, separator="."): x.shape for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+            for tree in (saved, abstract)
+        )
+        differing = [
+            f"{name} is {there.get(name, 'absent')} there, {here.get(name, 'absent')} here"
+            for name in sorted(there.keys() | here.keys())
+            if there.get(name) != here.get(name)
+        ]
+        if differing:
+            raise InputError(f"{self.folder}/{step}: does not fit the config's model: {some(differing)}")
+
     def _restore(self, step: int, **items):
         try:
             return self._manager.restore(step, args=ocp.args.Composite(**items))
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, OSError) as error:
             raise InputError(f"{self.folder}/{step}: does not fit the config's model: {str(error).splitlines()[0]}") from error
 
     def close(self) -> None:

@@ -7,6 +7,7 @@ program reads.
 
 import dataclasses
 import json
+import math
 import os
 from pathlib import Path
 
@@ -21,7 +22,7 @@ CONFIG_FILE = "config.json"
 @dataclasses.dataclass(frozen=True)
 class SyntheticConfig:
     users: int = 2000  # users of the synthetic shop
-    items: int = 800  # its items
+    products: int = 800  # its items
     events_per_user: float = 12.0  # mean
     seed: int = 0  # of the shop
 
@@ -128,7 +129,7 @@ class EvalConfig:
     metric: str = "ndcg@10"  # selects the best step, on validation
     filter_seen: bool = True  # the items of the history are no candidates
     batch_rows: int = 32  # rows of histories computed at one time
-    chunk_items: int = 8192  # catalogue items scored at one time
+    chunk_items: int = 8192  # catalogue items of one matrix product
     validation_users: int = 0  # users of the validations during training (a fixed random subset); 0: all
     baselines: bool = True  # popularity and last-item transitions beside the model
     resamples: int = 1000  # of the bootstrap over users
@@ -256,6 +257,8 @@ def _from_dict(cls, values: dict, prefix: str):
             value = tuple(value)
         if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise InputError(f"config.{prefix}{name} = {value!r}: must be a finite number")
         if type(value) is not type(default):
             raise InputError(f"config.{prefix}{name} must be of type {type(default).__name__}, not {value!r}")
         built[name] = value
@@ -293,7 +296,7 @@ def _check(config: Config) -> None:
     require(data.item_tokens >= 1, "data.item_tokens", "must be 1 or more")
     require(data.context_items >= 1, "data.context_items", "must be 1 or more: a target is predicted from the item before it")
     require(data.row_tokens >= 2, "data.row_tokens", "must be 2 or more")
-    for field in ("users", "items"):
+    for field in ("users", "products"):
         require(getattr(data.synthetic, field) >= 10, f"data.synthetic.{field}", "must be 10 or more")
     require(data.synthetic.events_per_user >= 3, "data.synthetic.events_per_user", "must be 3 or more")
     require(data.synthetic.seed >= 0, "data.synthetic.seed", "must be 0 or more")
@@ -365,8 +368,8 @@ def _check(config: Config) -> None:
     for field in ("data", "fsdp", "tensor"):
         size = getattr(config.mesh, field)
         require(size >= 1 or (size == -1 and field == "data"), f"mesh.{field}", "must be 1 or more (mesh.data also -1)")
-    cut_offs = bool(evaluation.ks) and all(isinstance(k, int) and k >= 1 for k in evaluation.ks)
-    require(cut_offs, "eval.ks", "cut-offs of 1 or more")
+    cut_offs = bool(evaluation.ks) and all(type(k) is int and k >= 1 for k in evaluation.ks)
+    require(cut_offs and len(set(evaluation.ks)) == len(evaluation.ks), "eval.ks", "different cut-offs of 1 or more")
     names = [f"{name}@{k}" for name in ("hr", "precision", "ndcg", "mrr") for k in evaluation.ks]
     choice("eval.metric", evaluation.metric, *names)
     for field in ("batch_rows", "chunk_items", "resamples"):

@@ -29,7 +29,9 @@ _SCORES = 1 << 24  # scores that exist at one time: 64 MiB
 Ranks = tuple[np.ndarray, np.ndarray]
 
 
-def rank_chunked(h_XE: jax.Array, v_IE: jax.Array, target_X: jax.Array, seen_XS: jax.Array, chunk: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+def rank_chunked(
+    h_XE: jax.Array, v_IE: jax.Array, target_X: jax.Array, seen_XS: jax.Array, chunk: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Rank, ties and whether all scores are finite, of each target among the items.
 
     rank = 1 + the candidates that score higher, ties = the other candidates that score the same. seen_XS: distinct items that are no
@@ -117,7 +119,7 @@ class Evaluator:
 def _padded_seen(events: Events, targets: np.ndarray, rows: int) -> np.ndarray:
     """[rows, S] int32, -1 for none: the distinct items before each target except its own; S is a power of two, so that few shapes are
     compiled."""
-    row, item = baselines._others(*baselines.histories(events, targets), events.item[targets], len(events.item_ids))
+    row, item = baselines.others(*baselines.histories(events, targets), events.item[targets], len(events.item_ids))
     counts = np.bincount(row, minlength=rows)
     width = max(16, 1 << int(counts.max(initial=1) - 1).bit_length())
     seen = np.full((rows, width), -1, np.int32)
@@ -154,7 +156,12 @@ def protocol(prepared: Prepared, config: Config) -> dict:
 
 
 def evaluate_all(
-    evaluator: Evaluator, params: Params, step: int, workdir: Path, oracle: baselines.Scorer | None = None, poll: Callable[[], None] = lambda: None
+    evaluator: Evaluator,
+    params: Params,
+    step: int,
+    workdir: Path,
+    oracle: baselines.Scorer | None = None,
+    poll: Callable[[], None] = lambda: None,
 ) -> dict:
     """Ranks validation and test by the model and the baselines; writes `evaluation.json` and `ranks.parquet`, prints the table."""
     prepared, config = evaluator.prepared, evaluator.config
@@ -180,6 +187,7 @@ def evaluate_all(
     evaluation = {
         "split_sha256": prepared.split.sha256,
         "protocol": protocol(prepared, config),
+        "bootstrap": {"resamples": config.eval.resamples, "seed": config.eval.seed},
         "step": step,
         "results": results,
     }
@@ -202,7 +210,8 @@ def format_results(evaluation: dict) -> str:
     ks = evaluation["protocol"]["ks"]
     shown = [k for k in (10, 50) if k in ks] or ks[:2]
     names = [f"{name}@{k}" for k in shown for name in ("hr", "ndcg")]
-    title = f"{split}: {first['users']:,} users, {first['events']:,} events, {evaluation['protocol']['candidates']:,} candidates, step {evaluation['step']:,}"
+    sizes = f"{first['users']:,} users, {first['events']:,} events, {evaluation['protocol']['candidates']:,} candidates"
+    title = f"{split}: {sizes}, step {evaluation['step']:,}"
     return f"{title}\n{metrics.format_table(rows, names, names[:2])}"
 
 

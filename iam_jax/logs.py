@@ -49,4 +49,12 @@ def _step(line: str) -> float:
 def progress_bar(config: LogConfig, steps: int, start: int) -> tqdm:
     """Steps done, steps a second, time left; a line every ten seconds where the output is no terminal."""
     interval = 0.2 if sys.stderr.isatty() else 10
-    return tqdm(total=steps, initial=start, desc="training", unit="step", disable=not config.progress, mininterval=interval, maxinterval=interval)
+    return tqdm(
+        total=steps,
+        initial=start,
+        desc="training",
+        unit="step",
+        disable=not config.progress,
+        mininterval=interval,
+        maxinterval=interval,
+    )

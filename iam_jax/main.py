@@ -9,7 +9,6 @@ import time
 
 _START = time.time()
 
-import dataclasses  # noqa: E402
 import difflib  # noqa: E402
 import os  # noqa: E402
 import signal  # noqa: E402
@@ -27,6 +26,7 @@ from ml_collections import config_flags  # noqa: E402
 from iam_jax import config as config_lib  # noqa: E402
 from iam_jax.errors import InputError, NonFiniteError  # noqa: E402
 from iam_jax.interrupt import Signals  # noqa: E402
+from iam_jax.workdir import check_workdir, open_workdir  # noqa: E402
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file; may be left out where --workdir holds a run's config.")
 _WORKDIR = flags.DEFINE_string("workdir", "", "Working folder of the run; runs/<the config's name> by default.")
@@ -41,7 +41,7 @@ def run(signals: Signals) -> None:
     training = _MODE.value == "train"
     if not training and not (workdir / config_lib.CONFIG_FILE).exists():
         raise InputError(f"--workdir={workdir}: no run there to evaluate")
-    config_lib.check_same_run(workdir, config)
+    check_workdir(workdir, config)
 
     from iam_jax.data.prepare import prepare  # the heavy imports come after the cheap checks
 
@@ -57,7 +57,7 @@ def run(signals: Signals) -> None:
 
     from iam_jax.checkpoint import Checkpoints
     from iam_jax.evaluate import Evaluator, evaluate_all
-    from iam_jax.train import make_run, open_workdir, train
+    from iam_jax.train import make_run, train
 
     this = make_run(config, prepared)
     with signals.deferred():  # a folder with some of its files would be refused afterwards
@@ -76,9 +76,9 @@ def run(signals: Signals) -> None:
         if config.data.source == "synthetic":
             from iam_jax.data import synthetic
 
-            oracle = synthetic.generate(**dataclasses.asdict(config.data.synthetic)).oracle().scores
+            oracle = synthetic.from_config(config.data.synthetic).oracle().scores
         evaluate_all(evaluator, params, step, workdir, oracle, signals.poll)
-    print(f"wrote {workdir / 'evaluation.json'} and {workdir / 'ranks.parquet'}")
+    print(f"wrote {workdir / 'evaluation.json'}")
 
 
 def _config_file() -> str:
@@ -104,8 +104,10 @@ def _parse(argv: list[str]) -> list[str]:
         if flags.FLAGS["verbosity"].using_default_value:
             flags.FLAGS.verbosity = logging.WARNING  # absl would raise it to INFO
         return rest
-    except SystemExit:  # --help, which absl ends with 1
-        sys.exit(0)
+    except SystemExit:
+        if any(argument.lstrip("-").startswith("help") for argument in argv[1:]):
+            sys.exit(0)  # absl would end with 1
+        _fail(f"--config={file}: the config file ended the program", 2)
     except (flags.Error, InputError) as error:
         text = str(error).strip()
         if "Traceback (most recent call last)" in text:  # ml_collections' way to tell of what a config file raised
@@ -145,7 +147,10 @@ def _main(_: list[str]) -> None:
     signals = Signals()
     signals.install()
     try:
-        run(signals)
+        try:
+            run(signals)
+        finally:
+            signals.ignore()
     except InputError as error:
         _fail(error, 2)
     except (NonFiniteError, FloatingPointError) as error:

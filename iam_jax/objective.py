@@ -135,9 +135,7 @@ def item_vectors(model: Recommender, config: Config, items: Items) -> jax.Array:
     return text_IE if config.objective.vectors == "text" else text_IE + model.table(items.trained_I)
 
 
-def losses(
-    model: Recommender, config: Config, items: Items, batch: dict, key: jax.Array | None, cache_IE: jax.Array | None
-) -> dict:
+def losses(model: Recommender, config: Config, items: Items, batch: dict, key: jax.Array | None, cache_IE: jax.Array | None) -> dict:
     """Sums `item` and `token` of the two objectives over the batch's targets; divided by the `counts` they are nats. key: of
     dropout and of the drawn negatives; None for neither dropout nor draws (then the softmax must be full or cached)."""
     keys = (None,) * 3 if key is None else tuple(jax.random.split(key, 3))

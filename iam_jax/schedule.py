@@ -11,6 +11,7 @@ import re
 
 from iam_jax.errors import InputError
 
+MOST_LAYERS = 1000
 RELATIONS = ("full", "intra", "inter", "intra_both")
 
 _TERM = re.compile(r"\s*(?:\(\s*(?P<group>[a-z_ \t]+?)\s*\)|(?P<relation>[a-z_]+))(?:\s*\*\s*(?P<count>\d+))?(?=[\s(]|$)\s*")
@@ -52,7 +53,9 @@ def parse_schedule(text: str, field: str = "schedule") -> Schedule:
         for relation in relations:
             if relation not in RELATIONS:
                 raise InputError(f"config.{field} = {text!r}: {relation!r} is no relation; there are {', '.join(RELATIONS)}")
-        repeats = int(term["count"] or 1)
+        repeats = int(term["count"] or 1) if len(term["count"] or "") < 5 else MOST_LAYERS + 1
+        if repeats * len(relations) > MOST_LAYERS:
+            raise InputError(f"config.{field} = {text!r}: more than {MOST_LAYERS:,} layers")
         if repeats < 1:
             raise InputError(f"config.{field} = {text!r}: a repeat count must be 1 or more")
         stages.append(Stage(relations, repeats))

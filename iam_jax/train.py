@@ -1,7 +1,6 @@
 """A training run, told from top to bottom."""
 
 import dataclasses
-import json
 import math
 import time
 from pathlib import Path
@@ -13,13 +12,12 @@ import optax
 
 from iam_jax import objective
 from iam_jax.checkpoint import Checkpoints
-from iam_jax.config import CONFIG_FILE, Config, check_same_run, to_json
+from iam_jax.config import Config
 from iam_jax.data.batches import Rows, training_batches, training_rows
 from iam_jax.data.prepare import Prepared
 from iam_jax.errors import InputError, NonFiniteError
 from iam_jax.evaluate import Evaluator, summarize, validation_subset
-from iam_jax.files import write_atomically
-from iam_jax.interrupt import Signals
+from iam_jax.interrupt import Signals, Stop
 from iam_jax.logs import MetricsLog, progress_bar
 from iam_jax.model import Model, make_model
 from iam_jax.optimizer import learning_rate, make_optimizer
@@ -38,7 +36,6 @@ class Progress:
     since_best: int = 0  # validations without a better one
     minutes: float = 0.0
     tokens: int = 0  # real tokens seen
-    targets: int = 0
     window: dict = dataclasses.field(default_factory=dict)  # sums since the last line of metrics.jsonl
     stopped: str = ""  # why training ended before train.steps
 
@@ -57,47 +54,24 @@ class Run:
     @property
     def abstract_params(self) -> dict:
         shapes = self.model.shapes()
-        return jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, param_sharding(self.mesh, shapes)
-        )
+        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, param_sharding(self.mesh, shapes))
 
 
 def make_run(config: Config, prepared: Prepared) -> Run:
     catalogue, data = prepared.catalogue, config.data
     rows = training_rows(
-        prepared.events, catalogue, data.row_tokens, data.context_items, whole_text=config.objective.token > 0, seed=config.train.seed
+        prepared.events,
+        catalogue,
+        data.row_tokens,
+        data.context_items,
+        whole_text=config.objective.token > 0,
+        seed=config.train.seed,
     )
     if not rows.targets:
         raise InputError("there is nothing to train on: no user has two training events")
     model = make_model(config, catalogue.vocabulary, catalogue.items)
     items = objective.make_items(catalogue, prepared.events, rows.segments, config)
     return Run(config, prepared, make_mesh(config.mesh), model, rows, items)
-
-
-def open_workdir(workdir: Path, config: Config, prepared: Prepared, create: bool) -> None:
-    """Creates the working folder, or checks that this config and this data made it."""
-    identity = {"split_sha256": prepared.split.sha256, "catalogue_sha256": prepared.catalogue.sha256}
-    if (workdir / CONFIG_FILE).exists():
-        check_same_run(workdir, config)
-        try:
-            saved = json.loads((workdir / "data.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise InputError(f"{workdir / 'data.json'}: cannot be read ({error})") from error
-        for name, value in identity.items():
-            if saved.get(name) != value:
-                raise InputError(f"{workdir} was made from other data: its {name} is {saved.get(name)}, this data's {value}")
-    elif workdir.is_dir() and any(workdir.iterdir()):
-        raise InputError(f"{workdir} is not empty and holds no {CONFIG_FILE}: not a working folder of a run")
-    if not create:
-        return
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--workdir={workdir}: {error.strerror}") from error
-    files = {"data.json": json.dumps(identity, indent=2) + "\n", "tokenizer.json": prepared.catalogue.tokenizer_json, CONFIG_FILE: to_json(config)}
-    for name, text in files.items():  # the config last: it marks the folder as complete
-        if text:
-            write_atomically(workdir / name, lambda path, text=text: path.write_text(text, encoding="utf-8"))
 
 
 def make_train_step(run: Run):
@@ -183,6 +157,8 @@ def train(run: Run, workdir: Path, evaluator: Evaluator, signals: Signals) -> Ch
     )
     if progress.stopped.startswith("train.max_minutes") and (not cfg.max_minutes or cfg.max_minutes > progress.minutes):
         progress.stopped = ""
+    if progress.stopped:
+        print(f"training ended at step {progress.step:,}: {progress.stopped}", flush=True)
     if progress.stopped or (progress.step >= cfg.steps and progress.validated == progress.step):
         return checkpoints
 
@@ -194,11 +170,12 @@ def train(run: Run, workdir: Path, evaluator: Evaluator, signals: Signals) -> Ch
     batches = training_batches(run.rows, cfg.batch_rows, cfg.seed, progress.next_batch)
     bar = progress_bar(config.log, cfg.steps, progress.step)
     pending: tuple[int, dict, dict] | None = None
-    clock, window_clock = time.monotonic(), time.monotonic()
+    clock, step_clock = time.monotonic(), time.monotonic()
+    speed = {"tokens": 0, "targets": 0, "seconds": 0.0}  # since the last line of metrics.jsonl, validations and saves left out
 
     def settle() -> None:
         """Reads the metrics of the step dispatched last; only now does the host wait for the device."""
-        nonlocal pending, window_clock
+        nonlocal pending, step_clock
         if pending is None:
             return
         (step, values, host), pending = pending, None
@@ -209,10 +186,14 @@ def train(run: Run, workdir: Path, evaluator: Evaluator, signals: Signals) -> Ch
             raise NonFiniteError(f"step {step}: {', '.join(bad)} not finite; {last}")
         for name, value in (values | host | {"steps": 1}).items():
             progress.window[name] = progress.window.get(name, 0) + value
+        now = time.monotonic()
+        done = {"tokens": host["tokens"], "targets": values["item_count"], "seconds": now - step_clock}
+        step_clock = now
+        for name, value in done.items():
+            speed[name] += value
         if step % config.log.every and step != cfg.steps:
             return
         window, progress.window = progress.window, {}
-        seconds, window_clock = time.monotonic() - window_clock, time.monotonic()
         line = {
             f"{name}_loss": window[f"{name}_sum"] / max(window[f"{name}_count"], 1) for name in ("item", "token") if f"{name}_sum" in window
         }
@@ -220,14 +201,16 @@ def train(run: Run, workdir: Path, evaluator: Evaluator, signals: Signals) -> Ch
             "gradient_norm": window["gradient_norm"] / window["steps"],
             "learning_rate": values["learning_rate"],
             "epoch": step * cfg.batch_rows / len(run.rows),
-            "tokens_per_second": window["tokens"] / max(seconds, 1e-9),
-            "targets_per_second": window["item_count"] / max(seconds, 1e-9),
+            "tokens_seen": progress.tokens,
+            "tokens_per_second": speed["tokens"] / max(speed["seconds"], 1e-9),
+            "targets_per_second": speed["targets"] / max(speed["seconds"], 1e-9),
         }
+        speed.update(tokens=0, targets=0, seconds=0.0)
         log.write(step, line)
         bar.set_postfix_str(f"loss {line['item_loss']:.3f}, {line['tokens_per_second']:,.0f} tokens/s")
 
     def validate() -> dict:
-        ranks = evaluator.rank(state["params"], validation, label="validation")
+        ranks = evaluator.rank(state["params"], validation, signals.poll, "validation")
         summary = summarize(run.prepared, config, validation, ranks)
         return {name: value for name, value in summary.items() if "@" in name and not name.endswith("_ci")}
 
@@ -243,23 +226,27 @@ def train(run: Run, workdir: Path, evaluator: Evaluator, signals: Signals) -> Ch
                 if validating or ending or (step > saved_step and step > 0 and step % cfg.save_every == 0):
                     settle()
                     if validating:
-                        metrics = validate()
+                        try:
+                            metrics = validate()
+                        except Stop:  # saved without it; the resumed run validates first
+                            validating = False
+                    if validating:
                         value, progress.validated = metrics[metric], step
                         better = progress.best is None or value > progress.best
                         progress.best, progress.best_step = (value, step) if better else (progress.best, progress.best_step)
                         progress.since_best = 0 if better else progress.since_best + 1
                         log.write(step, {f"validation/{name}": value for name, value in metrics.items()})
                         bar.write(f"step {step:,}: validation {metric} {value:.4f}{' (best)' if better else ''}")
-                        window_clock = time.monotonic()
                         if cfg.patience and progress.since_best >= cfg.patience:
                             progress.stopped = f"no better {metric} in {cfg.patience} validations"
-                    if out_of_time and step < cfg.steps:
+                    if out_of_time and step < cfg.steps and (progress.validated == step or not len(validation)):
                         progress.stopped = f"train.max_minutes = {cfg.max_minutes:g}"
                     if step > saved_step or validating:  # interrupted before its validation, a checkpoint gets its metrics now
                         now = time.monotonic()
                         progress.minutes, clock = progress.minutes + (now - clock) / 60, now
                         checkpoints.save(step, state, dataclasses.asdict(progress), metrics)
                         saved_step = step
+                    step_clock = time.monotonic()
                     if signals.requested or ending or progress.stopped:
                         break
                 if config.softmax == "cached" and step % config.objective.refresh_steps == 0:
@@ -270,7 +257,6 @@ def train(run: Run, workdir: Path, evaluator: Evaluator, signals: Signals) -> Ch
                 settle()
                 progress.step = progress.next_batch = step + 1
                 progress.tokens += host["tokens"]
-                progress.targets += int((batch["target"] >= 0).sum())
                 pending = (step + 1, values, host)
                 bar.update()
         finally:

@@ -10,6 +10,7 @@ command. Writes FOLDER/<variant>/ (working folders) and FOLDER/comparison.json.
 import argparse
 import json
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -50,15 +51,20 @@ def main() -> int:
 
     for name, (config, *overrides) in COMPARISONS[args.comparison].items():
         workdir = folder / name.replace(" ", "-")
-        if (workdir / "evaluation.json").exists():
-            print(f"== {name}: finished before", flush=True)
-            continue
         flags = [f"--config={CONFIGS / config}", f"--workdir={workdir}", *overrides, *shared]
         command = [sys.executable, "-m", "iam_jax.main", *flags]
+        done = workdir.with_name(f"{workdir.name}.command")  # what was run to its end there
+        if done.exists() and done.read_text() == shlex.join(flags):
+            print(f"== {name}: finished before", flush=True)
+            continue
         print(f"== {name}: {shlex.join(command)}", flush=True)
-        code = subprocess.run(command, check=False).returncode
+        process = subprocess.Popen(command)
+        signal.signal(signal.SIGINT, lambda *_: None)  # the terminal signals the child too, and the child saves before it ends
+        signal.signal(signal.SIGTERM, lambda number, _, process=process: process.send_signal(number))
+        code = process.wait()
         if code:
             return code
+        write_atomically(done, lambda path, flags=flags: path.write_text(shlex.join(flags)))
     summary = collect(folder, list(COMPARISONS[args.comparison]))
     write_atomically(folder / "comparison.json", lambda path: path.write_text(json.dumps(summary, indent=2) + "\n"))
     print(f"\n{format_summary(summary)}\nwrote {folder / 'comparison.json'}")

@@ -24,7 +24,7 @@ def tiny() -> dict[str, object]:
     return {
         "data.source": "synthetic",
         "data.synthetic.users": 60,
-        "data.synthetic.items": 50,
+        "data.synthetic.products": 50,
         "data.synthetic.events_per_user": 6.0,
         "data.vocabulary": 300,
         "data.item_tokens": 6,

@@ -81,9 +81,7 @@ def tiny_data(seed: int = 0, users: int = 9, items: int = 8, vocabulary: int = 1
 
 def tiny_rows(prepared: Prepared, config: Config) -> Rows:
     data = config.data
-    segments = training_segments(
-        prepared.events, prepared.catalogue, data.row_tokens, data.context_items, config.objective.token > 0
-    )
+    segments = training_segments(prepared.events, prepared.catalogue, data.row_tokens, data.context_items, config.objective.token > 0)
     return Rows(prepared.events, prepared.catalogue, segments, data.row_tokens)
 
 
@@ -134,9 +132,7 @@ def softmax(x: np.ndarray) -> np.ndarray:
 
 def _norm(model: ModelConfig, p: dict, x: np.ndarray) -> np.ndarray:
     if model.norm == "layer":
-        return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + model.norm_epsilon) * p["scale"] + p[
-            "shift"
-        ]
+        return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + model.norm_epsilon) * p["scale"] + p["shift"]
     return x / np.sqrt((x**2).mean(-1, keepdims=True) + model.norm_epsilon) * p["scale"]
 
 
@@ -164,9 +160,7 @@ def _attention(model: ModelConfig, p: dict, x_TD: np.ndarray, allowed_TS: np.nda
 
 
 def _mlp(model: ModelConfig, p: dict, x_TD: np.ndarray) -> np.ndarray:
-    activation = {"relu": lambda x: np.maximum(x, 0), "silu": lambda x: x / (1 + np.exp(-x)), "gelu": jax.nn.gelu}[
-        model.activation
-    ]
+    activation = {"relu": lambda x: np.maximum(x, 0), "silu": lambda x: x / (1 + np.exp(-x)), "gelu": jax.nn.gelu}[model.activation]
     bias = (lambda name: p[name]) if model.bias else (lambda name: 0)
     h = x_TD @ p["up_DF"] + bias("up_F")
     h = h * activation(x_TD @ p["gate_DF"] + bias("gate_F")) if model.mlp == "gated" else activation(h)

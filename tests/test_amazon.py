@@ -137,9 +137,7 @@ def test_resolve(text, expected):
 
 @pytest.mark.parametrize("text", ["", "2014/arts", "2018/Beauty_and_more", "2013/toys", "x/2014/toys", "toyz"])
 def test_unknown_category(text):
-    with pytest.raises(
-        InputError, match=r"^unknown Amazon category .*2014: Amazon_Instant_Video, .*; 2018: AMAZON_FASHION, .*toys"
-    ):
+    with pytest.raises(InputError, match=r"^unknown Amazon category .*2014: Amazon_Instant_Video, .*; 2018: AMAZON_FASHION, .*toys"):
         amazon.load(category=text)
 
 
@@ -251,9 +249,7 @@ def test_missing_files(tmp_path, present):
         *present,
         *(name + ".gz" for name in present),
     }
-    with pytest.raises(
-        InputError, match=rf"^{tmp_path}: no .*expected meta_\{{category\}}\.json\.gz and, for the 2014"
-    ) as error:
+    with pytest.raises(InputError, match=rf"^{tmp_path}: no .*expected meta_\{{category\}}\.json\.gz and, for the 2014") as error:
         amazon.load(tmp_path, "toys", tmp_path / "tfds")
     assert all(name in str(error.value) for name in absent)
 
@@ -263,9 +259,7 @@ def test_which_category(tmp_path):
         amazon.load(tmp_path, "", tmp_path / "tfds")
     write(tmp_path, 2014)
     write(tmp_path, 2018)
-    with pytest.raises(
-        InputError, match=r"several categories in this folder: '2014/Toys_and_Games', '2018/Arts_Crafts_and_Sewing'"
-    ):
+    with pytest.raises(InputError, match=r"several categories in this folder: '2014/Toys_and_Games', '2018/Arts_Crafts_and_Sewing'"):
         amazon.load(tmp_path, "", tmp_path / "tfds")
 
 

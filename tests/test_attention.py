@@ -40,10 +40,7 @@ def test_key_ranges_against_their_meaning(packed):
 
 def test_key_ranges_by_hand():
     batch = stack([pack_row(8, (1, [2]), (0, [1, 2]))] * 2)  # p a a | b c c, two slots of padding
-    got = {
-        name: [list(map(int, bound[0])) for bound in bounds]
-        for name, bounds in key_ranges(batch["user"], batch["group"]).items()
-    }
+    got = {name: [list(map(int, bound[0])) for bound in bounds] for name, bounds in key_ranges(batch["user"], batch["group"]).items()}
     assert got == {
         "full": [[0, 0, 0, 3, 3, 3, 0, 0], [1, 2, 3, 4, 5, 6, 0, 0]],
         "intra": [[0, 1, 1, 3, 4, 4, 0, 0], [1, 2, 3, 4, 5, 6, 0, 0]],

@@ -130,9 +130,7 @@ def test_a_row_too_small_for_the_context_is_refused(whole_text, needed):
     events, catalogue = make_events([([0], 1), (list(range(9)), 9)]), make_catalogue([3] * 9, prompt=2)
     segments = training_segments(events, catalogue, needed, 3, whole_text)
     assert sorted(target for _, targets in as_pairs(segments) for target in targets) == list(range(10))
-    with pytest.raises(
-        ValueError, match=rf"^row_tokens = {needed - 1}: the prompt and events 1 to {4 if whole_text else 3} need"
-    ):
+    with pytest.raises(ValueError, match=rf"^row_tokens = {needed - 1}: the prompt and events 1 to {4 if whole_text else 3} need"):
         training_segments(events, catalogue, needed - 1, 3, whole_text)
 
 

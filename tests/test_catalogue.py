@@ -47,7 +47,9 @@ def texts(template, **columns):
     [
         ("{title}", {"title": "red lantern"}, "red lantern"),
         ("{title} by {brand}", {"title": "lamp", "brand": "Orlo"}, "lamp by Orlo"),
-        ("{title} | {brand}", {"title": "lamp", "brand": ""}, "lamp |"),
+        ("{title} | {brand}", {"title": "lamp", "brand": ""}, "lamp"),  # the separator goes with the empty column
+        ("{title} | {brand}", {"title": "", "brand": "Orlo"}, "Orlo"),
+        ("Item: {title}, {brand}.", {"title": "lamp", "brand": ""}, "Item: lamp."),
         ("{title} | {brand}", {"title": "", "brand": " "}, ""),  # literal text alone is no text
         ("{{{title}}} {item}", {"title": "lamp"}, "{lamp} x"),
         ("{a.b}", {"a.b": "dotted", "a": "not this"}, "dotted"),

@@ -54,7 +54,7 @@ WRONG = [
     *cases("mesh.fsdp mesh.tensor eval.batch_rows eval.chunk_items eval.resamples log.every", 0, -1),
     *cases("data.vocabulary", 0, 255),
     *cases("data.row_tokens", 0, 1),
-    *cases("data.synthetic.users data.synthetic.items", 0, 9),
+    *cases("data.synthetic.users data.synthetic.products", 0, 9),
     *cases("data.synthetic.events_per_user", 2.9, NAN),
     *cases("mesh.data", 0, -2),
     *cases("train.seed", 2**31),
@@ -249,9 +249,7 @@ def test_another_config_is_refused_by_its_keys(tmp_path):
         )
     with pytest.raises(InputError) as caught:
         check_same_run(tmp_path, made(train__steps=5, data__last_n=3, model__heads=8))
-    assert "data.last_n (0 there, 3 here); model.heads (4 there, 8 here); train.steps (10000 there, 5 here)" in str(
-        caught.value
-    )
+    assert "data.last_n (0 there, 3 here); model.heads (4 there, 8 here); train.steps (10000 there, 5 here)" in str(caught.value)
 
 
 def test_a_config_of_another_version(tmp_path):

@@ -201,18 +201,13 @@ def test_a_users_first_item_gets_the_residual_path_alone():
     fields = {"schedule": "inter*2"}
     params = model_of(**fields)[1]
     blocks = params["decoder"]["blocks"]
-    without = {
-        "0_0": blocks["0_0"]
-        | {"attention": blocks["0_0"]["attention"] | {"out_NHD": blocks["0_0"]["attention"]["out_NHD"] * 0}}
-    }
+    without = {"0_0": blocks["0_0"] | {"attention": blocks["0_0"]["attention"] | {"out_NHD": blocks["0_0"]["attention"]["out_NHD"] * 0}}}
     silent = params | {"decoder": params["decoder"] | {"blocks": without}}
     a, b = (np.asarray(states_of(**fields)(p, BATCH)) for p in (params, silent))
     first = np.stack([~allowed_keys("inter", *row).any(1) for row in zip(BATCH["user"], BATCH["group"], strict=True)])
     np.testing.assert_array_equal(a[first], b[first])
     assert (a[~first] != b[~first]).any(-1).all()
-    assert (
-        first.sum() == 2 + 1 + 3 + 1 + 5
-    )  # the prompt; the first item of three users, one of them after its own prompt; padding
+    assert first.sum() == 2 + 1 + 3 + 1 + 5  # the prompt; the first item of three users, one of them after its own prompt; padding
 
 
 # ---- fast paths against the plain loop
@@ -257,9 +252,7 @@ def test_scan_and_remat_are_the_plain_loop():
     np.testing.assert_array_equal(again, results["scan"][0][1])
     without = run(**STAGES)
     assert (np.abs(other - again) > 1e-3).any(-1).all() and (np.abs(without - again) > 1e-3).any(-1).all()
-    np.testing.assert_allclose(
-        without, reference_states(make_config(model=STAGES).model, params["decoder"], BATCH), rtol=5e-5, atol=5e-5
-    )
+    np.testing.assert_allclose(without, reference_states(make_config(model=STAGES).model, params["decoder"], BATCH), rtol=5e-5, atol=5e-5)
 
 
 def test_dropout_keeps_the_mean_and_the_type():
@@ -311,9 +304,7 @@ def test_positions_of_inter_layers_by_token_or_by_item():
         np.testing.assert_array_equal(run(stretched[stays], **fields), base)
         assert np.abs(run(stretched[moves], **fields) - base)[REAL].max() > 1e-3
     assert np.abs(run(**by_item) - run(**by_token))[REAL].max() > 1e-3
-    np.testing.assert_allclose(
-        run(BATCH | {"group": BATCH["group"] + 5}, **by_item)[REAL], run(**by_item)[REAL], rtol=1e-4, atol=1e-4
-    )
+    np.testing.assert_allclose(run(BATCH | {"group": BATCH["group"] + 5}, **by_item)[REAL], run(**by_item)[REAL], rtol=1e-4, atol=1e-4)
     for relation in ("intra", "full"):  # other layers stay as they are
         fields = {"schedule": relation}
         np.testing.assert_array_equal(run(**fields, inter_positions="item"), run(**fields))

@@ -119,8 +119,7 @@ def test_tied_items_share_the_embedding():
 
 def test_output_embedding():
     tied, own = (
-        make_model(make_config(model={"tie_tokens": tie}, objective={"token": 1.0}), vocabulary=24, items=3)
-        for tie in (True, False)
+        make_model(make_config(model={"tie_tokens": tie}, objective={"token": 1.0}), vocabulary=24, items=3) for tie in (True, False)
     )
     params = random_params(tied)
     np.testing.assert_array_equal(tied.bind(params).output_embedding(), params["decoder"]["embedding_VD"])

@@ -34,9 +34,7 @@ def test_values_by_hand():
     np.testing.assert_allclose(got["hr@10"], [1, 1, 1, 0, 0.5])
     np.testing.assert_allclose(got["precision@10"], [0.1, 0.1, 0.1, 0, 0.05])
     np.testing.assert_allclose(got["mrr@10"], [1, 0.5, 0.1, 0, (1 / 9 + 1 / 10) / 4])
-    np.testing.assert_allclose(
-        got["ndcg@10"], [1, 0.6309297535714575, 0.2890648263178879, 0, (0.30103 + 0.28906483) / 4], rtol=1e-7
-    )
+    np.testing.assert_allclose(got["ndcg@10"], [1, 0.6309297535714575, 0.2890648263178879, 0, (0.30103 + 0.28906483) / 4], rtol=1e-7)
 
 
 def test_a_constant_scorer_gets_what_a_random_one_expects():
@@ -171,9 +169,7 @@ def test_no_events_keep_the_keys_with_nulls():
     empty = np.zeros(0, int)
     nothing = summarize(empty, empty, empty, empty.astype(bool))
     assert nothing["users"] == 0 and nothing["events"] == 0 and nothing["tie_rate"] is None and nothing["hr@10"] is None
-    assert nothing["hr@10_ci"] is None and nothing["cold"] == {"events": 0} | {
-        k: None for k in nothing["cold"] if k != "events"
-    }
+    assert nothing["hr@10_ci"] is None and nothing["cold"] == {"events": 0} | {k: None for k in nothing["cold"] if k != "events"}
     assert nothing.keys() == summarize(*example()).keys()
     assert json.loads(json.dumps(nothing)) == nothing
 

@@ -15,9 +15,7 @@ from iam_jax.data import movielens, originals
 from iam_jax.errors import InputError
 
 RATINGS = "1::20::5::978300760\n1::10::3::978302109\n2::10::4::978301968\n1::20::1::978300760\n"
-MOVIES = (
-    "10::Misérables, Les (1995)::Drama|Musical\n20::Toy Story (1995)::Animation|Children's|Comedy\n30::Unseen (2000)::Drama\n"
-)
+MOVIES = "10::Misérables, Les (1995)::Drama|Musical\n20::Toy Story (1995)::Animation|Children's|Comedy\n30::Unseen (2000)::Drama\n"
 INTERACTIONS = pl.DataFrame(
     {
         "user": ["1", "1", "2", "1"],
@@ -174,9 +172,7 @@ def test_bad_archive(tmp_path, change, message):
 def test_missing_files(tmp_path):
     (tmp_path / "ratings.dat").write_text(RATINGS)
     for folder in (tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(
-            InputError, match=rf"^{folder}: no MovieLens 1M in this folder; expected ml-1m\.zip, or ratings\.dat"
-        ):
+        with pytest.raises(InputError, match=rf"^{folder}: no MovieLens 1M in this folder; expected ml-1m\.zip, or ratings\.dat"):
             movielens.load(folder, tmp_path / "tfds")
 
 
@@ -185,9 +181,7 @@ def test_damaged_archive(tmp_path):
     content = archive.read_bytes()
     archive.write_bytes(content.replace(b"978302109", b"978302100"))  # stored uncompressed; its CRC is now another
     assert archive.read_bytes() != content
-    with pytest.raises(
-        InputError, match=r"ratings\.dat\): damaged or incomplete \(Bad CRC-32.*; remove .*ml-1m\.zip and fetch"
-    ):
+    with pytest.raises(InputError, match=r"ratings\.dat\): damaged or incomplete \(Bad CRC-32.*; remove .*ml-1m\.zip and fetch"):
         movielens.load(tmp_path / "zip", tmp_path / "tfds")
 
 
@@ -204,9 +198,7 @@ def test_download(tmp_path, monkeypatch, server):
 
     wrong = checksums.UrlInfo(len(content), "0" * 64, "ml-1m.zip")
     monkeypatch.setattr(movielens.MovieLens1M, "url_infos", {url: wrong})
-    with pytest.raises(
-        InputError, match=rf"^{url}: the download failed \(NonMatchingChecksumError: .*by hand.*--config\.data\.path"
-    ):
+    with pytest.raises(InputError, match=rf"^{url}: the download failed \(NonMatchingChecksumError: .*by hand.*--config\.data\.path"):
         movielens.load(data_dir=tmp_path / "tfds")
 
     right = checksums.UrlInfo(len(content), hashlib.sha256(content).hexdigest(), "ml-1m.zip")

@@ -65,9 +65,7 @@ def test_nothing_to_predict():
 
 def sampled(h, v, vt, label=LABEL, candidate=(), log_expected=0.0, chunk=2048):
     candidate = np.asarray(candidate, np.int32)
-    return sampled_cross_entropy(
-        h, label, candidate, v, vt, jnp.broadcast_to(jnp.float32(log_expected), candidate.shape), chunk
-    )
+    return sampled_cross_entropy(h, label, candidate, v, vt, jnp.broadcast_to(jnp.float32(log_expected), candidate.shape), chunk)
 
 
 @pytest.mark.parametrize("chunk", [2048, 4])
@@ -119,9 +117,7 @@ def test_sampled_denominator_has_the_full_ones_expectation():
         def one(key):
             a, b = jax.random.split(key)
             candidate = jnp.concatenate([target, draw(a, in_batch_until, 5), draw(b, until, 12)])
-            loss = sampled_cross_entropy(
-                h, target, candidate, jnp.asarray(V)[candidate], V[target], jnp.float32(log_expected)[candidate]
-            )
+            loss = sampled_cross_entropy(h, target, candidate, jnp.asarray(V)[candidate], V[target], jnp.float32(log_expected)[candidate])
             return jnp.exp(loss + (h[0] * V[target[0]]).sum())
 
         return jax.lax.map(one, keys)
@@ -185,9 +181,7 @@ def case(name):
 @functools.cache
 def sums_of(name):
     config, model, *_ = case(name)
-    return quick_jit(
-        lambda params, items, batch, key=None, cache=None: losses(model.bind(params), config, items, batch, key, cache)
-    )
+    return quick_jit(lambda params, items, batch, key=None, cache=None: losses(model.bind(params), config, items, batch, key, cache))
 
 
 @functools.cache

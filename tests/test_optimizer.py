@@ -65,9 +65,7 @@ PARAMS = {"up_DF": jnp.full((2, 3), 2.0), "up_F": jnp.full(3, 2.0)}
 
 
 def first_step(grads, **fields):
-    config = OptimizerConfig(
-        **{"learning_rate": 0.5, "warmup_steps": 0, "decay_steps": 0, "weight_decay": 0.0, "clip_norm": 0.0, **fields}
-    )
+    config = OptimizerConfig(**{"learning_rate": 0.5, "warmup_steps": 0, "decay_steps": 0, "weight_decay": 0.0, "clip_norm": 0.0, **fields})
     optimizer = make_optimizer(config)
     updates, _ = optimizer.update(grads, optimizer.init(PARAMS), PARAMS)
     return optax.apply_updates(PARAMS, updates)

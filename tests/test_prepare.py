@@ -91,7 +91,7 @@ TEMPORAL = {"split": "temporal", "t1": "3", "t2": "5"}
 
 
 CHANGES = [{"last_n": 2}, {"k_core": 2}, TEMPORAL, TEMPORAL | {"t2": "9"}]
-CHANGES += [{"untitled": "id"}, {"tokenizer": "id"}, {"text": "{brand}"}]
+CHANGES += [{"untitled": "id"}, {"tokenizer": "id", "untitled": "error"}, {"text": "{brand}"}]
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -103,6 +103,15 @@ def test_every_setting_that_shapes_a_split_is_in_its_key(config, change):
     first, second = prepare(config), prepare(dataclasses.replace(config, **change))
     assert first.split.sha256 != second.split.sha256
     same(second, prepare(dataclasses.replace(config, **change, cache=config.cache + "2")))  # and in an empty cache
+
+
+def test_with_drop_id_tokens_have_the_candidates_of_text_tokens(config):
+    write(Path(config.path), "interactions", COLUMNS["interactions"], [*EVENTS, ("v", "z", "3")])
+    write(Path(config.path), "items", COLUMNS["items"], [*ITEMS, ("z", "", "Orlo")])
+    config = dataclasses.replace(config, untitled="drop")
+    text, ids = prepare(config), prepare(dataclasses.replace(config, tokenizer="id"))
+    assert "z" not in text.events.item_ids
+    assert text.split.sha256 == ids.split.sha256 and text.events.item_ids.tolist() == ids.events.item_ids.tolist()
 
 
 BAD = {  # what is wrong -> changes of the config, tables that replace the good ones, and what the error says
@@ -170,7 +179,7 @@ def test_unknown_items_only_where_they_are_dropped(config):
 
 
 def test_synthetic(config, monkeypatch):
-    config = dataclasses.replace(config, source="synthetic", synthetic=SyntheticConfig(users=20, items=60))
+    config = dataclasses.replace(config, source="synthetic", synthetic=SyntheticConfig(users=20, products=60))
     first = prepare(config)
     assert len(first.events.user_ids) == 20 and first.catalogue.items == 60
     assert prepare(dataclasses.replace(config, synthetic=SyntheticConfig(20, 60, seed=1))).split.sha256 != first.split.sha256

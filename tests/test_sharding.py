@@ -80,9 +80,7 @@ def train_on(mesh_shape: tuple[int, int, int]) -> dict:
         before = jax.tree.leaves(state)
         held = {name: x.addressable_shards[0].data.size / x.size for name, x in names_of(state["params"]).items()}
         specs = {name: list(x.sharding.spec) for name, x in names_of(state["params"]).items()}
-        optimizer = {
-            name.split("/mu/")[1]: list(x.sharding.spec) for name, x in names_of(state["optimizer"]).items() if "/mu/" in name
-        }
+        optimizer = {name.split("/mu/")[1]: list(x.sharding.spec) for name, x in names_of(state["optimizer"]).items() if "/mu/" in name}
         batch = shard_batch(mesh, stack([rows[i] for i in range(8)]))
         step = make_train_step(run)
         state, metrics = step(state, batch, run.items, np.int32(0))

@@ -190,7 +190,7 @@ def test_leave_one_out_by_hand():
     assert [events.targets(k).tolist() for k in (TRAIN, VALIDATION, TEST)] == [[2, 4], [5], [6]]
     assert events.offsets.tolist() == [0, 1, 3, 7] and events.train_ends.tolist() == [1, 3, 5]
     assert split.notes == (
-        "read 7 interactions (events.csv) and 7 items (items.csv)",
+        "read 7 interactions and 7 items",
         "3 users, 7 items, 7 events: 5 train, 1 validation, 1 test",
     )
 
@@ -268,8 +268,7 @@ def test_untitled_items():
     with pytest.raises(InputError) as caught:
         split_of(rows, titles=untitled)
     assert str(caught.value) == (
-        "items.csv: 2 items have no text by the template '{title}' (item '2', 'unused'); "
-        "see config.data.untitled = error | drop | id"
+        "items.csv: 2 items have no text by the template '{title}' (item '2', 'unused'); see config.data.untitled = error | drop | id"
     )
     split = split_of(rows, DataConfig(untitled="drop"), titles=untitled)
     assert "removed 2 items without text, and their 2 interactions" in split.notes

@@ -148,9 +148,7 @@ def test_partners_match(shop):
 
 
 def test_the_oracle_is_best_and_needs_tastes_and_transitions(shop, events):
-    best, tastes, transitions = (
-        ndcg(shop.oracle(*flags).scores, events) for flags in ((True, True), (True, False), (False, True))
-    )
+    best, tastes, transitions = (ndcg(shop.oracle(*flags).scores, events) for flags in ((True, True), (True, False), (False, True)))
     popular, markov = ndcg(popularity(events), events), ndcg(last_item_transitions(events), events)
     # The module's docstring quotes them.
     assert [round(float(x), 3) for x in (best, tastes, transitions, markov, popular)] == [0.321, 0.235, 0.097, 0.075, 0.009]

@@ -172,9 +172,7 @@ def _count_up(counts: np.ndarray) -> np.ndarray:
     return np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
 
 
-def training_rows(
-    events: Events, catalogue: Catalogue, row_tokens: int, context_items: int, whole_text: bool, seed: int
-) -> Rows:
+def training_rows(events: Events, catalogue: Catalogue, row_tokens: int, context_items: int, whole_text: bool, seed: int) -> Rows:
     segments = training_segments(events, catalogue, row_tokens, context_items, whole_text)
     return Rows(events, catalogue, segments, row_tokens, np.random.default_rng([seed, 0]))
 

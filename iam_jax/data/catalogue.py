@@ -73,7 +73,13 @@ def item_texts(items: pl.DataFrame, config: DataConfig) -> list[str]:
     texts = []
     for row in range(items.height):
         if any(clean[name][row] for name in columns):
-            texts.append("".join(literal + (clean[name][row] if name is not None else "") for literal, name in parts).strip())
+            text = ""
+            for place, (literal, name) in enumerate(parts):
+                if name is None:
+                    text += literal
+                elif clean[name][row]:  # an empty column takes the separator before it along
+                    text += (literal if text or place == 0 else "") + clean[name][row]
+            texts.append(text.strip())
         else:
             texts.append("")
     return texts
@@ -91,7 +97,7 @@ def _parse(template: str):
 
 def has_text(items: pl.DataFrame, config: DataConfig) -> np.ndarray:
     """[rows] bool: which items have text by the template; all of them where ids stand in, or are the tokens."""
-    if config.tokenizer == "id":
+    if config.tokenizer == "id" and config.untitled != "drop":  # with drop, id models get the candidates of the others
         return np.ones(items.height, bool)
     texts = item_texts(items, config)  # also where any item counts: a wrong template is found out before anything is written
     return np.array([bool(text) or config.untitled == "id" for text in texts], bool)
@@ -124,9 +130,7 @@ def make_catalogue(items: pl.DataFrame, config: DataConfig, cache: Path) -> Cata
         kept = [[*tokens[: config.item_tokens], boundary] for tokens in ids]
         prompt = tokens_lib.encode(tokenizer, [config.prompt])[0] if config.prompt else []
         if config.prompt and not prompt:
-            raise InputError(
-                f"config.data.tokenizer = {config.tokenizer!r} makes no token of config.data.prompt = {config.prompt!r}"
-            )
+            raise InputError(f"config.data.tokenizer = {config.tokenizer!r} makes no token of config.data.prompt = {config.prompt!r}")
         truncated = sum(len(tokens) > config.item_tokens for tokens in ids)
 
         def write(folder: Path) -> None:

@@ -17,7 +17,7 @@ from iam_jax.data.splits import Events, Split, as_strings, make_split
 from iam_jax.data.tokenizer import load_tokenizer
 from iam_jax.errors import InputError
 
-_VERSION = 1  # of the cached files
+_VERSION = 2  # of the cached files
 _ARRAYS = ("item", "offsets", "timestamp", "label")  # of Events
 _SPLIT_FIELDS = ("untitled", "k_core", "last_n", "split", "t1", "t2", "text")  # of DataConfig: what shapes a split
 
@@ -57,16 +57,20 @@ def _load(config: DataConfig) -> table.Tables:
     if config.source == "synthetic":
         from iam_jax.data import synthetic
 
-        return synthetic.generate(**dataclasses.asdict(config.synthetic)).tables()
+        return synthetic.from_config(config.synthetic).tables()
     if config.source == "table" or _is_tables(config.path):
         return table.read_tables(config.path, check_unknown_items=config.untitled != "drop")
+    prepared = str(cache_root(config.cache) / "tensorflow_datasets")
     if config.source == "ml1m":
         from iam_jax.data import movielens
 
-        return movielens.load(config.path)
-    from iam_jax.data import amazon
+        tables = movielens.load(config.path, prepared)
+    else:
+        from iam_jax.data import amazon
 
-    return amazon.load(config.path, config.category)
+        tables = amazon.load(config.path, config.category, prepared)
+    table.check_tables(tables, check_unknown_items=config.untitled != "drop")
+    return tables
 
 
 def _cached_split(config: DataConfig, cache: Path) -> Split:

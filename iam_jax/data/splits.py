@@ -68,10 +68,7 @@ def make_split(tables: Tables, config: DataConfig, has_text: Callable[[pl.DataFr
     """Filters, orders and splits. `has_text` says of each row of the items table whether its text is not empty (item ids as
     text count as text). Raises InputError naming the file, the column and the first offending rows."""
     interactions, items = tables.interactions, tables.items.sort("item")
-    notes = [
-        f"read {interactions.height:,} interactions ({tables.interactions_name}) "
-        f"and {items.height:,} items ({tables.items_name})"
-    ]
+    notes = [f"read {interactions.height:,} interactions and {items.height:,} items"]
     user_ids = interactions["user"].unique().sort()
     user = _codes(interactions["user"], user_ids)
     item = _codes(interactions["item"], items["item"])  # -1: not in the items table (sources with `drop` only)

@@ -25,6 +25,7 @@ import numpy as np
 import polars as pl
 
 from iam_jax.baselines import users_of
+from iam_jax.config import SyntheticConfig
 from iam_jax.data.splits import Events
 from iam_jax.data.table import Tables
 from iam_jax.errors import InputError
@@ -32,9 +33,7 @@ from iam_jax.errors import InputError
 WORDS = {  # facet -> its values, each with the words that titles use for it
     "style": "rustic farmhouse, nordic scandinavian, vintage retro, modern contemporary",
     "colour": "crimson scarlet, navy indigo, olive khaki, ivory cream, charcoal graphite, teal turquoise",
-    "category": (
-        "lantern lamp, teapot kettle, blanket throw, basket hamper, mirror glass, clock timepiece, rug carpet, vase urn"
-    ),
+    "category": ("lantern lamp, teapot kettle, blanket throw, basket hamper, mirror glass, clock timepiece, rug carpet, vase urn"),
     "brand": "Orlo, Venn, Kasto, Mirel, Tundra, Pavo, Selka, Drumlin",
     "noise": "handmade, classic, new, gift, bestseller, premium, original, limited",
 }
@@ -150,6 +149,10 @@ class Oracle:
         if not is_target.any(1).all():
             raise ValueError("a target is not a purchase of its user in this synthetic shop")
         return self.shop.probabilities(user, is_target.argmax(1), self.tastes, self.transitions)[:, items]
+
+
+def from_config(config: SyntheticConfig) -> Synthetic:
+    return generate(config.users, config.products, config.events_per_user, config.seed)
 
 
 def generate(

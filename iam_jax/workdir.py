@@ -1,0 +1,64 @@
+"""The working folder of a run: which config and which data made it."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+from iam_jax.config import CONFIG_FILE, Config, check_same_run, to_json
+from iam_jax.data.prepare import Prepared
+from iam_jax.errors import InputError
+from iam_jax.files import write_atomically
+
+_FIRST_FILES = {"data.json", "tokenizer.json"}  # written before the config, which marks the folder as complete
+
+
+def check_workdir(workdir: Path, config: Config) -> None:
+    """Refuses, before any work, a folder of another config, one that is no working folder, and one that cannot be written."""
+    if (workdir / CONFIG_FILE).exists():
+        check_same_run(workdir, config)
+    elif workdir.is_dir() and any(path.name not in _FIRST_FILES and not path.name.startswith(".") for path in workdir.iterdir()):
+        raise InputError(f"--workdir={workdir} is not empty and holds no {CONFIG_FILE}: not a working folder of a run")
+    elif workdir.exists() and not workdir.is_dir():
+        raise InputError(f"--workdir={workdir} is not a folder")
+    existing = next(path for path in (workdir, *workdir.absolute().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise InputError(f"--workdir={workdir}: {existing} cannot be written to")
+
+
+def open_workdir(workdir: Path, config: Config, prepared: Prepared, create: bool) -> None:
+    """Checks that this config and this data made the folder; with `create`, makes it or notes what of the config may change."""
+    check_workdir(workdir, config)
+    identity = {
+        "split_sha256": prepared.split.sha256,
+        "catalogue_sha256": prepared.catalogue.sha256,
+        "items_sha256": hashlib.sha256("\n".join(prepared.events.item_ids.tolist()).encode()).hexdigest(),
+    }
+    if (workdir / CONFIG_FILE).exists():
+        try:
+            saved = json.loads((workdir / "data.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise InputError(f"{workdir / 'data.json'}: cannot be read ({error})") from error
+        for name, value in identity.items():
+            if saved.get(name) != value:
+                raise InputError(f"{workdir} was made from other data: its {name} is {saved.get(name)}, this data's {value}")
+    if not create:
+        return
+    if (workdir / "checkpoints").is_dir():
+        from iam_jax.checkpoint import Checkpoints  # takes a second to import
+
+        checkpoints = Checkpoints(workdir, config.train.keep, config.eval.metric, read_only=True)
+        checkpoints.best()  # another eval.metric than was measured is refused before the config is written
+        checkpoints.close()
+    files = {
+        "data.json": json.dumps(identity, indent=2) + "\n",
+        "tokenizer.json": prepared.catalogue.tokenizer_json,
+        CONFIG_FILE: to_json(config),
+    }
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        for name, text in files.items():
+            if text:
+                write_atomically(workdir / name, lambda path, text=text: path.write_text(text, encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"--workdir={workdir}: {error.strerror}") from error

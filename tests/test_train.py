@@ -1,0 +1,304 @@
+"""A run is what it would have been without its interruptions, bitwise; and it keeps what is best and what was last good."""
+
+import dataclasses
+import itertools
+import json
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from iam_jax import objective
+from iam_jax import train as train_lib
+from iam_jax.checkpoint import Checkpoints
+from iam_jax.config import default_config, resolve
+from iam_jax.data.prepare import prepare
+from iam_jax.errors import InputError, NonFiniteError
+from iam_jax.evaluate import Evaluator
+from iam_jax.interrupt import Signals, Stop
+from iam_jax.train import init_state, make_run, make_train_step, train
+
+OBJECTIVES = {
+    "full": {"objective.token": 0.1},
+    "sampled": {"objective.vectors": "both"},
+    "cached": {"objective.vectors": "text", "objective.softmax": "cached", "objective.refresh_steps": 2},
+}
+BATCHES = train_lib.training_batches
+
+
+@pytest.fixture(scope="module")
+def make(tiny):
+    def make(**changes):
+        config = default_config()
+        config.update_from_flattened_dict(tiny | {name.replace("__", "."): value for name, value in changes.items()})
+        resolved = resolve(config)
+        return make_run(resolved, prepare(resolved.data))
+
+    return make
+
+
+class Counted:
+    """training_batches that counts, and asks to stop while a chosen step runs."""
+
+    def __init__(self, signals, stop):
+        self.signals, self.stop, self.drawn = signals, stop, []
+
+    def __call__(self, rows, batch_rows, seed, start):
+        for number, batch in enumerate(BATCHES(rows, batch_rows, seed, start)):
+            self.drawn.append(start + number)
+            self.signals.requested |= self.stop == start + number + 1
+            yield batch
+
+
+def go(monkeypatch, run, workdir, stop=None, evaluator=None):
+    """Trains until the end, or until step `stop`; returns the batches drawn."""
+    signals = Signals()
+    signals.requested = stop == 0
+    batches = Counted(signals, stop)
+    monkeypatch.setattr(train_lib, "training_batches", batches)
+    with jax.set_mesh(run.mesh):
+        evaluator = evaluator or Evaluator(run.model, run.config, run.prepared, run.items, run.mesh)
+        if stop is None:
+            train(run, workdir, evaluator, signals)
+        else:
+            with pytest.raises(Stop):
+                train(run, workdir, evaluator, signals)
+    return batches.drawn
+
+
+def saved(run, workdir, step):
+    """The whole state and the progress of a checkpoint; minutes left out."""
+    with jax.set_mesh(run.mesh):
+        checkpoints = Checkpoints(workdir, 2, "ndcg@10", read_only=True)
+        state = checkpoints.restore(step, jax.tree.map(lambda x: x, init_state(run)))
+    return state, {name: value for name, value in checkpoints.progress(step).items() if name != "minutes"}
+
+
+def lines(workdir):
+    every = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if not name.endswith("_per_second")} for line in every]
+
+
+def assert_same(left, right):
+    assert jax.tree.structure(left) == jax.tree.structure(right)
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(left), jax.tree.leaves(right), strict=True):
+        np.testing.assert_array_equal(a, b, err_msg=jax.tree_util.keystr(path), strict=True)
+
+
+def differ(left, right):
+    return any(not np.array_equal(a, b) for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True))
+
+
+# ---- interrupted and resumed
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_interruptions_change_nothing(make, monkeypatch, tmp_path, name):
+    run = make(**OBJECTIVES[name])
+    assert run.config.softmax == name and run.config.model.dropout > 0
+    assert go(monkeypatch, run, tmp_path / "whole") == list(range(6))
+    whole, parts = saved(run, tmp_path / "whole", 6), tmp_path / "parts"
+
+    # before the first step, between two steps, when a validation and a refresh of the cache are due, at the end
+    for stop, drawn in ((0, []), (3, [0, 1, 2]), (4, [3]), (6, [4, 5])):
+        assert go(monkeypatch, run, parts, stop) == drawn
+        state, progress = saved(run, parts, stop)
+        assert progress["next_batch"] == progress["step"] == stop
+        assert progress["validated"] == (4 if stop == 6 else 0)
+        assert differ(state["params"], whole[0]["params"]) == (stop < 6)
+        if name == "cached":
+            assert jax.numpy.any(state["cache"] != 0) == (stop > 0)
+    assert go(monkeypatch, run, parts) == []  # what was left is the last validation
+    state, progress = saved(run, parts, 6)
+    assert_same(state, whole[0])
+    assert progress == whole[1] and progress["window"] == {}
+    assert lines(parts) == lines(tmp_path / "whole")
+    assert [line["step"] for line in lines(parts)] == [2, 4, 4, 6, 6]
+
+
+def test_a_killed_run_goes_on_from_its_newest_checkpoint(make, monkeypatch, tmp_path):
+    run = make(**OBJECTIVES["full"], train__save_every=2, train__keep=1, log__every=1)
+    go(monkeypatch, run, tmp_path / "whole")
+
+    class Killed(Exception):
+        pass
+
+    def killed(*_, **__):
+        raise Killed
+
+    with monkeypatch.context() as patch:  # in the validation at step 4, before its checkpoint
+        patch.setattr(Evaluator, "rank", killed)
+        with pytest.raises(Killed):
+            go(patch, run, tmp_path / "parts")
+    assert [line["step"] for line in lines(tmp_path / "parts")] == [1, 2, 3, 4]
+    assert go(monkeypatch, run, tmp_path / "parts") == [2, 3, 4, 5]
+    assert_same(saved(run, tmp_path / "parts", 6), saved(run, tmp_path / "whole", 6))
+    assert lines(tmp_path / "parts") == lines(tmp_path / "whole")
+
+
+def test_a_larger_number_of_steps_continues_and_a_finished_run_rests(make, monkeypatch, tmp_path):
+    long, short = make(**OBJECTIVES["full"], train__steps=9), make(**OBJECTIVES["full"])
+    go(monkeypatch, long, tmp_path / "whole")
+    go(monkeypatch, short, tmp_path / "parts")
+    before = lines(tmp_path / "parts")
+    with monkeypatch.context() as patch:
+        patch.setattr(train_lib, "make_train_step", None)
+        assert go(patch, short, tmp_path / "parts") == []
+    assert lines(tmp_path / "parts") == before
+    assert go(monkeypatch, long, tmp_path / "parts") == [6, 7, 8]
+    assert_same(saved(long, tmp_path / "parts", 9)[0], saved(long, tmp_path / "whole", 9)[0])
+
+
+# ---- what training computes
+
+
+def test_the_loss_falls(make, monkeypatch, tmp_path):
+    run = make(**OBJECTIVES["full"], train__steps=80, train__eval_every=80, log__every=20, model__dropout=0.0)
+    go(monkeypatch, run, tmp_path)
+    told = [line for line in lines(tmp_path) if "item_loss" in line]
+    assert [line["step"] for line in told] == [20, 40, 60, 80]
+    assert told[-1]["item_loss"] < told[0]["item_loss"] - 0.5
+    assert told[-1]["token_loss"] < told[0]["token_loss"] - 0.5
+    assert told[-1]["epoch"] == 80 * 4 / len(run.rows)
+    progress = saved(run, tmp_path, 80)[1]
+    batches = list(itertools.islice(BATCHES(run.rows, 4, run.config.train.seed), 80))
+    assert progress["tokens"] == sum(int((batch["user"] > 0).sum()) for batch in batches)
+    assert told[-1]["tokens_seen"] == progress["tokens"]
+
+
+def test_micro_batches_add_up_to_the_batch(make):
+    batch = next(BATCHES(make().rows, 4, 0))
+    results = {}
+    for parts in (1, 2, 4):
+        run = make(**OBJECTIVES["full"], optimizer__accumulate=parts, model__dropout=0.0, optimizer__epsilon=1e-2)
+        with jax.set_mesh(run.mesh):
+            results[parts] = make_train_step(run)(init_state(run), batch, run.items, np.int32(0))
+    counts = (batch["target"] >= 0).sum(1)
+    assert len(set(counts.tolist())) > 1  # so that a mean of the micro-batches' means would not do
+    state, metrics = results[1]
+    assert metrics["item_count"] == counts.sum() and metrics["token_count"] == (batch["label"] >= 0).sum()
+    (mu,) = [s.mu for s in jax.tree.leaves(state["optimizer"], is_leaf=lambda s: hasattr(s, "mu")) if hasattr(s, "mu")]
+    assert all(jnp.abs(leaf).max() > 1e-4 for leaf in jax.tree.leaves(mu))
+    for parts in (2, 4):
+        for tree, other in zip(results[parts], results[1], strict=True):
+            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), tree, other)
+
+
+# ---- which steps are kept, and when it ends
+
+
+class Scripted:
+    """An evaluator by which every target gets the next rank of a list."""
+
+    def __init__(self, ranks):
+        self.ranks = iter(ranks)
+
+    def rank(self, params, targets, poll, label):
+        return np.full(len(targets), next(self.ranks)), np.zeros(len(targets), int)
+
+
+def scripted(make, monkeypatch, workdir, ranks, **changes):
+    run = make(**OBJECTIVES["full"], train__steps=len(ranks), train__eval_every=1, log__every=1000, **changes)
+    drawn = go(monkeypatch, run, workdir, evaluator=Scripted(ranks))
+    return run, drawn, Checkpoints(workdir, run.config.train.keep, run.config.eval.metric, read_only=True)
+
+
+def test_the_best_step_outlives_newer_ones(make, monkeypatch, tmp_path, capsys):
+    run, _, checkpoints = scripted(make, monkeypatch, tmp_path, [5, 1, 3, 1, 9, 7], train__keep=2)
+    assert checkpoints.steps() == [2, 5, 6]
+    assert checkpoints.resolve("best") == 2 and checkpoints.resolve("last") == 6
+    progress = saved(run, tmp_path, 6)[1]
+    assert (progress["best"], progress["best_step"], progress["since_best"], progress["stopped"]) == (1.0, 2, 4, "")
+    told = [line.split(": ")[0] for line in capsys.readouterr().out.splitlines() if "(best)" in line]
+    assert told == ["step 1", "step 2"]
+
+
+def test_patience(make, monkeypatch, tmp_path, capsys):
+    changes = {"train__patience": 2, "train__keep": 1}
+    run, drawn, checkpoints = scripted(make, monkeypatch, tmp_path, [5, 3, 3, 4, 1, 1], **changes)
+    assert drawn == [0, 1, 2, 3] and checkpoints.steps() == [2, 4]
+    assert "training ended at step 4: no better ndcg@10 in 2 validations" in capsys.readouterr().out
+    assert go(monkeypatch, run, tmp_path) == []  # the same command does not go on
+
+
+def test_another_metric_compares_with_its_own_best(make, monkeypatch, tmp_path):
+    scripted(make, monkeypatch, tmp_path, [9, 8])  # hr@10 is 1 and ndcg@10 below 0.5
+    run, drawn, checkpoints = scripted(make, monkeypatch, tmp_path, [9, 8, 8, 20], eval__metric="hr@10")
+    assert drawn == [2, 3] and saved(run, tmp_path, 4)[1]["best"] == 1.0
+    assert checkpoints.resolve("best") == 1  # of equals the first
+
+
+def test_time_ends_training_after_a_validation(make, monkeypatch, tmp_path):
+    now, shard_batch = [0.0], train_lib.shard_batch
+    monkeypatch.setattr(train_lib, "time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    def slow(*args):
+        now[0] += 60
+        return shard_batch(*args)
+
+    monkeypatch.setattr(train_lib, "shard_batch", slow)
+
+    def for_minutes(minutes):
+        run = make(**OBJECTIVES["full"], train__steps=8, train__eval_every=2, train__max_minutes=minutes)
+        drawn = go(monkeypatch, run, tmp_path, evaluator=Scripted([6, 5, 4, 3]))
+        return drawn, saved(run, tmp_path, Checkpoints(tmp_path, 2, "ndcg@10").steps()[-1])[1]
+
+    drawn, progress = for_minutes(2.5)  # a step takes a minute
+    assert drawn == [0, 1, 2] and progress["stopped"] == "train.max_minutes = 2.5" and progress["validated"] == 3
+    assert for_minutes(2.5)[0] == []
+    drawn, progress = for_minutes(4.5)
+    assert drawn == [3, 4] and progress["step"] == progress["validated"] == 5
+    drawn, progress = for_minutes(0.0)
+    assert drawn == [5, 6, 7] and progress["stopped"] == ""
+
+
+def test_without_validation_targets_the_last_step_is_the_best(make, monkeypatch, tmp_path):
+    monkeypatch.setattr(train_lib, "validation_subset", lambda *_: np.zeros(0, np.int64))
+    run, _, checkpoints = scripted(make, monkeypatch, tmp_path, [1, 1, 1])
+    assert checkpoints.steps() == [3] and checkpoints.resolve("best") == 3
+    assert go(monkeypatch, run, tmp_path) == []
+
+
+# ---- what is not finite
+
+
+def with_nan_loss(value, model):
+    return value * jnp.nan
+
+
+def with_nan_gradient(value, model):
+    return value + jnp.sqrt(0 * jnp.square(model.state_DE[...]).sum())  # zero, its derivative inf * 0
+
+
+@pytest.mark.parametrize(("poison", "named"), [(with_nan_loss, "item_sum"), (with_nan_gradient, "gradient_norm")])
+def test_training_stops_on_what_is_not_finite(make, monkeypatch, tmp_path, poison, named):
+    run = make(**OBJECTIVES["full"], train__steps=8)
+    go(monkeypatch, run, tmp_path / "whole")
+    go(monkeypatch, run, tmp_path / "parts", stop=5)
+    last_good = saved(run, tmp_path / "parts", 5)
+    real = objective.losses
+
+    def poisoned(model, *rest):
+        sums = real(model, *rest)
+        return sums | {"item": poison(sums["item"], model)}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(objective, "losses", poisoned)
+        with pytest.raises(NonFiniteError, match=f"step 6: .*{named}.* not finite; the last good checkpoint is step 5"):
+            go(patch, run, tmp_path / "parts")
+        with pytest.raises(NonFiniteError, match="step 1: .* there is no checkpoint yet"):
+            go(patch, run, tmp_path / "fresh")
+    assert Checkpoints(tmp_path / "parts", 2, "ndcg@10", read_only=True).steps() == [4, 5]
+    assert_same(saved(run, tmp_path / "parts", 5), last_good)
+    go(monkeypatch, run, tmp_path / "parts")
+    assert_same(saved(run, tmp_path / "parts", 8), saved(run, tmp_path / "whole", 8))
+
+
+def test_nothing_to_train_on(make):
+    run = make()
+    events = run.prepared.events
+    alone = dataclasses.replace(events, label=np.where(np.isin(np.arange(len(events.item)), events.offsets), 0, 2).astype(np.uint8))
+    with pytest.raises(InputError, match="no user has two training events"):
+        make_run(run.config, dataclasses.replace(run.prepared, split=dataclasses.replace(run.prepared.split, events=alone)))

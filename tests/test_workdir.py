@@ -1,0 +1,72 @@
+"""The working folder: refused before any work where it is another's, left unchanged then."""
+
+import dataclasses
+import json
+
+import pytest
+from helpers import make_config, tiny_data
+
+from iam_jax.errors import InputError
+from iam_jax.workdir import check_workdir, open_workdir
+
+
+def listing(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def config():
+    return make_config()
+
+
+def test_a_new_folder_holds_config_data_and_is_opened_again(tmp_path, config):
+    data = tiny_data()
+    open_workdir(tmp_path / "a" / "b", config, data, create=False)
+    assert not (tmp_path / "a").exists()
+    open_workdir(tmp_path / "a" / "b", config, data, create=True)
+    before = listing(tmp_path)
+    assert {"a/b/config.json", "a/b/data.json"} <= before.keys()
+    assert json.loads(before["a/b/data.json"])["split_sha256"] == data.split.sha256
+    open_workdir(tmp_path / "a" / "b", config, data, create=True)
+    assert listing(tmp_path) == before
+
+
+def test_other_configs_are_refused_by_key(tmp_path, config):
+    open_workdir(tmp_path / "w", config, tiny_data(), create=True)
+    before = listing(tmp_path)
+    other = dataclasses.replace(config, model=dataclasses.replace(config.model, dropout=0.25))
+    with pytest.raises(InputError, match=r"model\.dropout"):
+        check_workdir(tmp_path / "w", other)
+    free = dataclasses.replace(config, eval=dataclasses.replace(config.eval, filter_seen=False))
+    check_workdir(tmp_path / "w", free)
+    assert listing(tmp_path) == before
+
+
+def test_other_data_are_refused(tmp_path, config):
+    data = tiny_data()
+    open_workdir(tmp_path / "w", config, data, create=True)
+    before = listing(tmp_path)
+    ids = data.events.item_ids.copy()
+    ids[0] = "another"  # neither the split's hash nor the tokens need show it: an item may have no event
+    renamed = dataclasses.replace(data.events, item_ids=ids)
+    for other, name in (
+        (dataclasses.replace(data, split=dataclasses.replace(data.split, sha256="0")), "split_sha256"),
+        (dataclasses.replace(data, split=dataclasses.replace(data.split, events=renamed)), "items_sha256"),
+    ):
+        with pytest.raises(InputError, match=name):
+            open_workdir(tmp_path / "w", config, other, create=True)
+    assert listing(tmp_path) == before
+
+
+def test_what_is_no_working_folder_is_refused(tmp_path, config):
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("x")
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "data.json").write_text("{}")  # killed before the config was written: begun again
+    before = listing(tmp_path)
+    for name, message in (("file", "not a folder"), ("full", "not empty"), ("file/below", "cannot be written")):
+        with pytest.raises(InputError, match=message):
+            check_workdir(tmp_path / name, config)
+    check_workdir(tmp_path / "begun", config)
+    assert listing(tmp_path) == before

@@ -17,8 +17,8 @@ def get_config():
     config.objective.negatives = 128
     config.optimizer.learning_rate = 3e-3
     config.optimizer.warmup_steps = 50
-    config.optimizer.decay_steps = 600
-    config.train.steps = 600
+    config.optimizer.decay_steps = 400
+    config.train.steps = 400
     config.train.batch_rows = 8
     config.train.eval_every = 200
     config.train.save_every = 200

@@ -1,0 +1,290 @@
+"""Whole commands, each a process of its own, as a user types them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import orbax.checkpoint as ocp
+import polars as pl
+import pytest
+
+from iam_jax import main as main_lib
+from iam_jax.errors import NonFiniteError
+from iam_jax.interrupt import Signals, Stop
+
+TITLE = "item,title\na,red lantern\nb,blue kettle\nc,old clock\nd,teal rug\n"
+EVENTS = "user,item,timestamp\n" + "".join(f"u{u},{item},{t}\n" for u in range(9) for t, item in enumerate("abcd"))
+
+
+def config_text(fields, more=""):
+    lines = "".join(f"    config.{name} = {value!r}\n" for name, value in fields.items())
+    return f"from iam_jax.config import default_config\n\n\ndef get_config():\n    config = default_config()\n{lines}{more}    return config\n"
+
+
+@pytest.fixture(scope="session")
+def steps(tiny):
+    """Long enough to be interrupted."""
+    return tiny | {"train.steps": 400, "train.eval_every": 150, "log.every": 5}
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory, steps):
+    folder = tmp_path_factory.mktemp("main")
+    (folder / "tiny.py").write_text(config_text(steps))
+    return folder
+
+
+def start(folder, *arguments, **env):
+    command = [sys.executable, "-m", "iam_jax.main", *arguments]
+    return subprocess.Popen(command, cwd=folder, env=os.environ | env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def run(folder, *arguments, code=0, **env):
+    process = start(folder, *arguments, **env)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == code, (out, err)
+    return out, err
+
+
+def wait_for(process, condition):
+    end = time.monotonic() + 60
+    while not condition():
+        assert process.poll() is None and time.monotonic() < end, process.communicate()
+        time.sleep(0.01)
+
+
+def contents(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def checkpoint(workdir, step):
+    saved = {}
+    for item in ("params", "rest"):
+        saved |= ocp.StandardCheckpointer().restore(workdir / "checkpoints" / str(step) / item)
+    return saved
+
+
+def assert_same(left, right):
+    assert type(left) is type(right)
+    if isinstance(left, dict):
+        assert left.keys() == right.keys()
+        for name in left:
+            assert_same(left[name], right[name])
+    elif isinstance(left, (list, tuple)):
+        for a, b in zip(left, right, strict=True):
+            assert_same(a, b)
+    else:
+        np.testing.assert_array_equal(left, right)
+
+
+# ---- runs
+
+
+@pytest.fixture(scope="session")
+def whole(folder):
+    return run(folder, "--config=tiny.py", "--workdir=whole")
+
+
+def test_a_run_says_what_it_did_and_leaves_its_files(folder, whole):
+    out, err = whole
+    assert err == ""
+    for said in ("split ", "data ready in ", "validation ndcg@10", "test: 60 users", "wrote whole/evaluation.json"):
+        assert said in out
+    table = out[out.index("test: 60 users") :].splitlines()
+    assert [line.split()[0] for line in table[3:7]] == ["model", "popularity", "last_item", "oracle"]
+    names = {path.name for path in (folder / "whole").iterdir()}
+    assert names == {
+        "config.json", "data.json", "tokenizer.json", "metrics.jsonl", "tensorboard", "checkpoints", "evaluation.json", "ranks.parquet",
+    }  # fmt: skip
+    evaluation = json.loads((folder / "whole" / "evaluation.json").read_text())
+    assert evaluation["split_sha256"] == out.split("split ")[1].split()[0]
+    hr = {name: result["test"]["hr@10"] for name, result in evaluation["results"].items()}
+    assert hr["oracle"] == max(hr.values()) and all(f"{value:.4f}" in out for value in hr.values())
+    assert pl.read_parquet(folder / "whole" / "ranks.parquet")["split"].value_counts().sort("split")["count"].to_list() == [60, 60]
+
+
+def test_the_same_command_twice_gives_the_same_bytes(folder, whole):
+    run(folder, "--config=tiny.py", "--workdir", "twice", PYTHONHASHSEED="7", JAX_ENABLE_COMPILATION_CACHE="false")
+    for name in ("evaluation.json", "ranks.parquet", "config.json", "data.json", "tokenizer.json"):
+        assert (folder / "twice" / name).read_bytes() == (folder / "whole" / name).read_bytes(), name
+    assert_same(checkpoint(folder / "twice", 400), checkpoint(folder / "whole", 400))
+
+
+def test_ctrl_c_and_sigterm_and_on_with_the_same_command(folder, whole):
+    workdir, command = folder / "parts", ("--config=tiny.py", "--workdir=parts")
+    done = 0
+    for number in (signal.SIGINT, signal.SIGTERM):
+        process = start(folder, *command)
+
+        def lines():
+            path = workdir / "metrics.jsonl"
+            return len(path.read_text().splitlines()) if path.exists() else 0
+
+        wait_for(process, lambda: lines() >= done + 3)  # noqa: B023
+        process.send_signal(number)
+        out, err = process.communicate(timeout=60)
+        assert process.returncode == 75, (out, err)
+        assert err == "stopped; the same command goes on from here\n"
+        assert not (workdir / "evaluation.json").exists()
+        saved = sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())  # nothing but complete ones
+        assert 0 < saved[-1] < 400
+        done = lines()
+    out, _ = run(folder, *command)
+    assert f"continuing from step {saved[-1]}" in out
+    for name in ("evaluation.json", "ranks.parquet"):
+        assert (workdir / name).read_bytes() == (folder / "whole" / name).read_bytes()
+    assert_same(checkpoint(workdir, 400), checkpoint(folder / "whole", 400))
+
+    def told(workdir):
+        every = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+        return [{name: value for name, value in line.items() if not name.endswith("_per_second")} for line in every]
+
+    assert told(workdir) == told(folder / "whole")
+    metrics = (workdir / "metrics.jsonl").read_bytes()
+    out, _ = run(folder, *command)  # finished: evaluated again, not trained
+    assert (workdir / "metrics.jsonl").read_bytes() == metrics
+    assert (workdir / "evaluation.json").read_bytes() == (folder / "whole" / "evaluation.json").read_bytes()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("where", ["config", "data"])
+def test_a_signal_before_training_leaves_nothing(tmp_path, tiny, number, where):
+    wait = "    import pathlib, time\n\n    pathlib.Path('here').touch()\n    time.sleep(60)\n"
+    if where == "data":  # the file is part of the program: it makes the shop slow
+        body = wait.replace("    ", "        ").replace("import pathlib", "import pathlib")
+        wait = f"    from iam_jax.data import synthetic\n\n    def slow(*_, **__):\n{body}\n    synthetic.generate = slow\n"
+    (tmp_path / "tiny.py").write_text(config_text(tiny, wait))
+    process = start(tmp_path, "--config=tiny.py", XDG_CACHE_HOME=str(tmp_path / "cache"))
+    wait_for(process, (tmp_path / "here").exists)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 75, (out, err)
+    assert err == ("stopped; the same command goes on from here\n" if where == "data" else "")
+    assert {path.name for path in tmp_path.iterdir()} - {"__pycache__"} == {"tiny.py", "here"}
+
+
+def test_evaluate_needs_the_working_folder_only(folder, whole):
+    def evaluation():
+        return json.loads((folder / "whole" / "evaluation.json").read_text())
+
+    before, trained = contents(folder / "whole"), evaluation()
+    out, err = run(folder, "--mode=evaluate", "--workdir=whole")
+    assert err == "" and "data ready in" in out and "test: 60 users" in out
+    assert contents(folder / "whole") == before  # the same bytes as after training
+
+    run(folder, "--mode=evaluate", "--workdir=whole", "--config.eval.filter_seen=false", "--step=last", "--config.eval.metric=hr@10")
+    other = evaluation()
+    assert trained["protocol"]["filter_seen"] and not other["protocol"]["filter_seen"]
+    assert other["step"] == 400
+    assert other["results"]["popularity"] != trained["results"]["popularity"]
+    same = {name: data for name, data in contents(folder / "whole").items() if name not in ("evaluation.json", "ranks.parquet")}
+    assert same.items() <= before.items() and len(before) == len(same) + 2
+    for name in ("evaluation.json", "ranks.parquet"):
+        (folder / "whole" / name).write_bytes(before[name])
+
+
+# ---- wrong input
+
+TINY, TABLE = "--config=tiny.py", "--config=table.py"
+WRONG = {
+    "unknown field": ((TINY, "--config.model.widht=3"), "--config.model.widht", "did you mean --config.model.width"),
+    "unknown section": ((TINY, "--config.modle.width=3"), "--config.modle.width"),
+    "unknown in the file": (("--config=unknown.py",), "unknown.py", "widht"),
+    "out of range": ((TINY, "--config.train.batch_rows=0"), "config.train.batch_rows = 0", "1 or more"),
+    "do not fit": ((TINY, "--config.model.heads=3"), "config.model.heads = 3", "must divide model.width"),
+    "wrong type": ((TINY, "--config.model.width=wide"), "--config.model.width=wide"),
+    "wrong type in the file": (("--config=type.py",), "type.py", "width"),
+    "schedule": ((TINY, "--config.model.schedule=intra outer"), "config.model.schedule", "'outer'"),
+    "no config": ((), "--config=FILE is missing"),
+    "missing file": (("--config=nowhere.py",), "--config=nowhere.py", "no such file"),
+    "file with an error": (("--config=broken.py",), "broken.py", "SyntaxError"),
+    "file without a config": (("--config=empty.py",), "empty.py", "get_config"),
+    "file that ends": (("--config=exit.py",), "exit.py"),
+    "bad flag": ((TINY, "--wrokdir=x"), "wrokdir"),
+    "no flag": ((TINY, "train"), "'train' is no flag"),
+    "bad mode": ((TINY, "--mode=eval"), "--mode=eval", "evaluate"),
+    "no run": ((TINY, "--mode=evaluate", "--workdir=nowhere"), "nowhere", "no run there"),
+    "no run, no config": (("--mode=evaluate", "--workdir=nowhere"), "nowhere/config.json"),
+    "not a run": ((TINY, "--workdir=notes"), "notes", "not empty"),
+    "no data": ((TABLE, "--config.data.path=nowhere"), "nowhere"),
+    "missing column": ((TABLE, "--config.data.path=column"), "interactions.csv", "timestamp"),
+    "unknown item": ((TABLE, "--config.data.path=item"), "interactions.csv", "item", "'zebra'"),
+    "unknown text column": ((TABLE, "--config.data.path=good", "--config.data.text={name}"), "config.data.text", "{name}", "title"),
+    "k-core that leaves nothing": ((TABLE, "--config.data.path=good", "--config.data.k_core=99"), "k_core"),
+}
+
+
+@pytest.fixture(scope="module")
+def wrong(tmp_path_factory, tiny):
+    folder = tmp_path_factory.mktemp("wrong")
+    (folder / "tiny.py").write_text(config_text(tiny))
+    (folder / "table.py").write_text(config_text(tiny | {"data.source": "table"}))
+    (folder / "unknown.py").write_text(config_text(tiny | {"model.widht": 3}))
+    (folder / "type.py").write_text(config_text(tiny | {"model.width": "wide"}))
+    (folder / "broken.py").write_text("def get_config(:\n")
+    (folder / "empty.py").write_text("def get_config():\n    return {}\n")
+    (folder / "exit.py").write_text("raise SystemExit('enough')\n")
+    (folder / "notes").mkdir()
+    (folder / "notes" / "thesis.tex").write_text("precious")
+    events = {"good": EVENTS, "column": EVENTS.replace("timestamp", "when"), "item": EVENTS.replace("u5,c", "u5,zebra")}
+    for name, text in events.items():
+        (folder / name).mkdir()
+        (folder / name / "interactions.csv").write_text(text)
+        (folder / name / "items.csv").write_text(TITLE)
+    return folder
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_input_is_told_in_one_line_and_nothing_is_written(wrong, case):
+    arguments, *named = WRONG[case]
+    before = contents(wrong)
+    out, err = run(wrong, *arguments, code=2, XDG_CACHE_HOME=str(wrong / "cache"), PYTHONDONTWRITEBYTECODE="1")
+    assert err.startswith("error: ") and err.count("\n") == 1 and err.endswith("\n"), err
+    assert len(err) < 400 and "Traceback" not in err
+    assert all(name in err for name in named), err
+    assert contents(wrong) == before and not (wrong / "cache").exists() and not (wrong / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ((TINY, "--config.model.width=8", "--config.train.steps=400"), ("config", "model.width (16 there, 8 here)")),
+        ((TINY, "--config.train.steps=399"), ("train.steps (400 there, 399 here)",)),
+        ((TINY, "--config.eval.metric=hr@7", "--config.eval.ks=(7,)"), ("eval.metric = 'hr@7' was not measured",)),
+        (("--mode=evaluate", "--step=77"), ("--step=77", "300, 400")),
+        (("--mode=evaluate", "--step=newest"), ("--step=newest",)),
+    ],
+)
+def test_a_run_is_left_as_it_is_by_what_does_not_fit(folder, whole, arguments, named):
+    before = contents(folder / "whole")
+    _, err = run(folder, *arguments, "--workdir=whole", code=2)
+    assert err.startswith("error: ") and err.count("\n") == 1 and all(name in err for name in named), err
+    assert contents(folder / "whole") == before
+
+
+def test_help(folder):
+    out, err = run(folder, "--help")
+    assert "--workdir" in out and "--config" in out and err == ""
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "told"),
+    [
+        (NonFiniteError("step 3: item_sum not finite"), 4, "error: step 3: item_sum not finite\n"),
+        (FloatingPointError("a score of user 'u' is not finite"), 4, "error: a score of user 'u' is not finite\n"),
+        (Stop(), 75, "stopped; the same command goes on from here\n"),
+    ],
+)
+def test_exit_codes(monkeypatch, capsys, raised, code, told):
+    def run(_):
+        raise raised
+
+    monkeypatch.setattr(main_lib, "run", run)
+    monkeypatch.setattr(Signals, "install", lambda self: None)
+    with pytest.raises(SystemExit) as ended:
+        main_lib._main([])
+    assert ended.value.code == code and capsys.readouterr().err == told

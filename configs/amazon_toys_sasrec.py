@@ -1,3 +1,14 @@
+"""SASRec (arXiv 1808.09781) on Amazon 2014 Toys and Games: one id token per item, causal attention, full softmax.
+
+    python -m iam_jax.main --config=configs/amazon_toys_sasrec.py
+
+A config of the same decoder: pre-layer-norm, learned positions, a ReLU MLP of the model's width, the item table shared by input and
+output. Not in the original: full softmax instead of one negative per target, no dropout inside the attention weights.
+
+Cost: 12 minutes of training on 2 CPU cores that other work shared: 25 epochs. Result (seed 0, 2026-11-23): test NDCG@10
+0.0452 [0.0428, 0.0476], HR@10 0.0762; its validation score was still rising.
+"""
+
 from iam_jax.config import default_config
 
 

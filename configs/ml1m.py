@@ -1,3 +1,17 @@
+"""MovieLens 1M: item-aware attention over titles and genres, item vectors from a table.
+
+    python -m iam_jax.main --config=configs/ml1m.py
+    python -m iam_jax.main --config=configs/ml1m.py --config.train.steps=200        # a first look
+
+downloads the original zip, or reads it, or tables, from --config.data.path=DIR. On an accelerator, --config.data.row_tokens=2048
+(150 items of context instead of 38), --config.model.width=128 and --config.model.dtype=bfloat16 are the first things to try.
+
+Cost: 2.7 s until the data are ready the first time; 200 steps and the final ranking take 7 minutes on 2 CPU cores that other work
+shared, at most 1.5 GB resident.
+Result after 200 steps (a tenth of an epoch; seed 0, 2026-11-23), 6,040 users, 3,416 items: test NDCG@10 0.0268 [0.0237, 0.0301];
+popularity 0.0200, last-item transitions 0.1057. The whole run has not been measured.
+"""
+
 from iam_jax.config import default_config
 
 

@@ -2,10 +2,12 @@
 
     python -m iam_jax.main --config=configs/table.py --config.data.path=DIR --workdir=runs/mine
 
-DIR holds `interactions.csv` (user, item, timestamp) and `items.csv` (item, then text columns); .tsv, .csv.gz, .tsv.gz and .parquet do as
-well. `--config.data.text="{title} | {brand}"` says which columns make an item's text, `--config.data.item_tokens` how much of it is kept.
+DIR holds `interactions.csv` (user, item, timestamp) and `items.csv` (item, then text columns); .tsv, .csv.gz, .tsv.gz and
+.parquet do as well. `--config.data.text="{title} | {brand}"` says which columns make an item's text, `--config.data.item_tokens`
+how much of it is kept.
 
-COST
+Cost and result: those of amazon_toys.py for 20,000 users and 12,000 items with short titles; both grow with the tokens of all
+histories together.
 """
 
 from iam_jax.config import default_config

@@ -11,6 +11,7 @@ _START = time.time()
 
 import difflib  # noqa: E402
 import os  # noqa: E402
+import re  # noqa: E402
 import signal  # noqa: E402
 import sys  # noqa: E402
 from pathlib import Path  # noqa: E402
@@ -114,7 +115,8 @@ def _parse(argv: list[str]) -> list[str]:
             text = f"--config={file}: " * bool(file) + text.splitlines()[-1].removeprefix("iam_jax.errors.InputError: ")
         _fail(text, 2)
     except Exception as error:  # a config file is a program: anything may be wrong with it
-        _fail(f"--config={file or workdir}: {type(error).__name__}: {error}", 2)
+        text = re.sub(r" Other fields present: .*?(\\n|\n|$)", " ", str(error))  # a whole section of the config
+        _fail(f"--config={file or workdir}: {type(error).__name__}: {text}", 2)
 
 
 def _given(argv: list[str], name: str) -> str | None:

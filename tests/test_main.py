@@ -22,7 +22,8 @@ EVENTS = "user,item,timestamp\n" + "".join(f"u{u},{item},{t}\n" for u in range(9
 
 def config_text(fields, more=""):
     lines = "".join(f"    config.{name} = {value!r}\n" for name, value in fields.items())
-    return f"from iam_jax.config import default_config\n\n\ndef get_config():\n    config = default_config()\n{lines}{more}    return config\n"
+    head = "from iam_jax.config import default_config\n\n\ndef get_config():\n    config = default_config()\n"
+    return f"{head}{lines}{more}    return config\n"
 
 
 @pytest.fixture(scope="session")
@@ -153,10 +154,10 @@ def test_ctrl_c_and_sigterm_and_on_with_the_same_command(folder, whole):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("where", ["config", "data"])
 def test_a_signal_before_training_leaves_nothing(tmp_path, tiny, number, where):
-    wait = "    import pathlib, time\n\n    pathlib.Path('here').touch()\n    time.sleep(60)\n"
-    if where == "data":  # the file is part of the program: it makes the shop slow
-        body = wait.replace("    ", "        ").replace("import pathlib", "import pathlib")
-        wait = f"    from iam_jax.data import synthetic\n\n    def slow(*_, **__):\n{body}\n    synthetic.generate = slow\n"
+    wait = "    import pathlib, time\n    pathlib.Path('here').touch()\n    time.sleep(60)\n"
+    if where == "data":  # a config file is part of the program: this one makes the shop slow
+        wait = "    def slow(*_, **__):\n" + wait.replace("    ", "        ")
+        wait += "    from iam_jax.data import synthetic\n    synthetic.generate = slow\n"
     (tmp_path / "tiny.py").write_text(config_text(tiny, wait))
     process = start(tmp_path, "--config=tiny.py", XDG_CACHE_HOME=str(tmp_path / "cache"))
     wait_for(process, (tmp_path / "here").exists)
@@ -242,7 +243,7 @@ def wrong(tmp_path_factory, tiny):
 def test_wrong_input_is_told_in_one_line_and_nothing_is_written(wrong, case):
     arguments, *named = WRONG[case]
     before = contents(wrong)
-    out, err = run(wrong, *arguments, code=2, XDG_CACHE_HOME=str(wrong / "cache"), PYTHONDONTWRITEBYTECODE="1")
+    _out, err = run(wrong, *arguments, code=2, XDG_CACHE_HOME=str(wrong / "cache"), PYTHONDONTWRITEBYTECODE="1")
     assert err.startswith("error: ") and err.count("\n") == 1 and err.endswith("\n"), err
     assert len(err) < 400 and "Traceback" not in err
     assert all(name in err for name in named), err

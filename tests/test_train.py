@@ -311,7 +311,7 @@ def test_training_stops_on_what_is_not_finite(make, monkeypatch, tmp_path, poiso
         patch.setattr(train_lib, "make_train_step", once(make_train_step))
         with pytest.raises(NonFiniteError, match=f"step 6: .*{named}.* not finite; the last good checkpoint is step 5"):
             go(patch, run, tmp_path / "parts")
-        with pytest.raises(NonFiniteError, match="step 1: .* there is no checkpoint yet"):
+        with pytest.raises(NonFiniteError, match=r"step 1: .* there is no checkpoint yet"):
             go(patch, run, tmp_path / "fresh")
     assert Checkpoints(tmp_path / "parts", 2, "ndcg@10", read_only=True).steps() == [4, 5]
     assert_same(saved(run, tmp_path / "parts", 5), last_good)

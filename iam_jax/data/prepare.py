@@ -78,7 +78,9 @@ def _cached_split(config: DataConfig, cache: Path) -> Split:
     settings = [_VERSION, {field: getattr(config, field) for field in _SPLIT_FIELDS}, config.tokenizer == "id"]
     tables = None
     if config.source == "synthetic":
-        identity = ["synthetic", dataclasses.asdict(config.synthetic)]
+        from iam_jax.data import synthetic
+
+        identity = ["synthetic", synthetic.VERSION, dataclasses.asdict(config.synthetic)]
     elif config.source == "table" or _is_tables(config.path):
         identity = ["table", table.fingerprint_tables(config.path)]
     else:

@@ -30,6 +30,7 @@ from iam_jax.data.splits import Events
 from iam_jax.data.table import Tables
 from iam_jax.errors import InputError
 
+VERSION = 1  # of the shops: raise it with whatever changes what the same arguments give, since prepared data are kept
 WORDS = {  # facet -> its values, each with the words that titles use for it
     "style": "rustic farmhouse, nordic scandinavian, vintage retro, modern contemporary",
     "colour": "crimson scarlet, navy indigo, olive khaki, ivory cream, charcoal graphite, teal turquoise",

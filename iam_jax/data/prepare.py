@@ -35,6 +35,8 @@ class Prepared:
 def prepare(config: DataConfig) -> Prepared:
     """Reads, checks, filters, orders, splits and tokenises. Raises InputError for whatever is wrong with the data."""
     cache = cache_root(config.cache)
+    if config.path.startswith("~"):
+        config = dataclasses.replace(config, path=str(Path(config.path).expanduser()))
     if config.tokenizer not in ("bpe", "id"):
         load_tokenizer(config.tokenizer)  # a wrong path is found out before the data is read, and anything written
     split = _cached_split(config, cache)

@@ -75,7 +75,7 @@ def make_run(config: Config, prepared: Prepared) -> Run:
 
 
 def make_train_step(run: Run):
-    """(state, batch, items, step, cache) -> (state, metrics), jitted, the state's buffers donated. A batch is split into
+    """(state, batch, items, step) -> (state, metrics), jitted, the state's buffers donated. A batch is split into
     optimizer.accumulate micro-batches whose gradients add up to that of the whole."""
     config, model = run.config, run.model
     optimizer, schedule = make_optimizer(config.optimizer), learning_rate(config.optimizer)

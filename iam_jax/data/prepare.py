@@ -76,7 +76,8 @@ def _load(config: DataConfig) -> table.Tables:
 
 
 def _cached_split(config: DataConfig, cache: Path) -> Split:
-    """A cache hit needs no parsing: tables are recognised by the hash of their bytes, the others by what made them."""
+    """Kept under what made it: tables by the hash of their bytes, so that a hit needs no parsing; synthetic data by their
+    arguments; public data by the hash of their content, for which their prepared form is read."""
     settings = [_VERSION, {field: getattr(config, field) for field in _SPLIT_FIELDS}, config.tokenizer == "id"]
     tables = None
     if config.source == "synthetic":

@@ -73,6 +73,10 @@ class ModelConfig:
     scale_embedding: bool = True  # token embeddings times sqrt(width), as in the original Transformer
     tie_items: bool = False  # the item table is the token embedding (tokenizer "id" only), states are not projected
     tie_tokens: bool = True  # the token objective's output embedding is the input embedding
+    attention: str = (
+        "auto"  # implementation of range attention: auto (the platform's kernel; on CPU local or reference) | reference | tpu | gpu
+    )
+    item_states: str = "auto"  # leading intra layers once per distinct item: auto (where exact and less work) | on | off
     scan: bool = True  # lax.scan over the schedule's repeats: compiles faster, computes the same
     remat: bool = False  # recompute a layer's activations in the backward pass
 
@@ -130,6 +134,7 @@ class EvalConfig:
     filter_seen: bool = True  # the items of the history are no candidates
     batch_rows: int = 32  # rows of histories computed at one time
     chunk_items: int = 8192  # catalogue items of one matrix product
+    item_states_gib: float = 2.0  # the catalogue's states after the leading intra layers are kept if they fit; 0: never
     validation_users: int = 0  # users of the validations during training (a fixed random subset); 0: all
     baselines: bool = True  # popularity and last-item transitions beside the model
     resamples: int = 1000  # of the bootstrap over users
@@ -175,7 +180,7 @@ class Config:
 # compared instead.
 FREE_FIELDS = (
     "eval.", "score.", "log.", "mesh.", "data.path", "data.cache", "train.max_minutes", "train.keep",
-    "model.scan", "model.remat",
+    "model.scan", "model.remat", "model.attention",
 )  # fmt: skip
 
 
@@ -323,8 +328,12 @@ def _check(config: Config) -> None:
     choice("model.positions", model.positions, "rotary", "learned")
     choice("model.inter_positions", model.inter_positions, "token", "item")
     choice("model.dtype", model.dtype, "float32", "bfloat16")
+    choice("model.attention", model.attention, "auto", "reference", "tpu", "gpu")
+    choice("model.item_states", model.item_states, "auto", "on", "off")
     rotary = model.positions == "rotary"
     require(model.inter_positions == "token" or rotary, "model.inter_positions", "'item' needs rotary positions")
+    alone = rotary and schedule.leading_intra > 0
+    require(model.item_states != "on" or alone, "model.item_states", "'on' needs rotary positions and a schedule that begins with intra")
     require(0 <= model.dropout < 1, "model.dropout", "must be in [0, 1)")
     require(not model.tie_items or by_id, "model.tie_items", "needs data.tokenizer = 'id'")
     require(not model.tie_items or objective.vectors == "table", "model.tie_items", "needs objective.vectors = 'table'")
@@ -374,6 +383,6 @@ def _check(config: Config) -> None:
     choice("eval.metric", evaluation.metric, *names)
     for field in ("batch_rows", "chunk_items", "resamples"):
         require(getattr(evaluation, field) >= 1, f"eval.{field}", "must be 1 or more")
-    for field in ("validation_users", "seed"):
+    for field in ("validation_users", "seed", "item_states_gib"):
         require(getattr(evaluation, field) >= 0, f"eval.{field}", "must be 0 or more")
     require(config.log.every >= 1, "log.every", "must be 1 or more")

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from iam_jax import baselines, metrics
 from iam_jax.config import Config
 from iam_jax.data.batches import Rows, evaluation_batches, evaluation_segments
+from iam_jax.data.item_rows import CatalogueItems, without_items
 from iam_jax.data.prepare import Prepared
 from iam_jax.data.splits import LABELS, TEST, VALIDATION, Events
 from iam_jax.files import write_atomically
@@ -62,30 +63,60 @@ class Evaluator:
     def __init__(self, model: Model, config: Config, prepared: Prepared, items: Items, mesh: jax.sharding.Mesh):
         self.config, self.prepared, self.items, self.mesh = config, prepared, items, mesh
         self._rows: dict[bytes, Rows] = {}
+        self._catalogue = self._catalogue_items()
         chunk = config.eval.chunk_items
 
         @jax.jit
-        def history_vectors(params: Params, batch: dict) -> jax.Array:
+        def history_vectors(params: Params, batch: dict, leading_XD: jax.Array | None) -> jax.Array:
             recommender = model.bind(params)
-            x_BTD = recommender.states(batch)
+            x_BTD = recommender.states(batch, leading_XD=leading_XD)
             return recommender.project(jnp.take_along_axis(x_BTD, batch["target_at"][..., None], axis=1))
 
-        self._history_vectors = history_vectors
-        self._item_vectors = jax.jit(lambda params, items: item_vectors(model.bind(params), config, items))
+        @jax.jit
+        def vectors(params: Params, items: Items, leading_XD: jax.Array | None) -> jax.Array:
+            boundary_XD = None if leading_XD is None else leading_XD[self._catalogue.boundary_slots]
+            return item_vectors(model.bind(params), config, items, boundary_XD)
+
+        self._history_vectors, self._item_vectors = history_vectors, vectors
+        self._leading_states = jax.jit(lambda params, rows, chunks: model.bind(params).leading_states(rows, chunks), static_argnums=2)
         self._rank = jax.jit(lambda h, v, target, seen: rank_chunked(h, v, target, seen, chunk))
 
-    def history_vectors(self, params: Params, targets: np.ndarray, poll: Callable[[], None], label: str) -> np.ndarray:
-        """[n, E] float32: the projected state from which each target event is predicted."""
+    def _catalogue_items(self) -> CatalogueItems | None:
+        """The whole catalogue for the leading intra layers, if model.item_states has it and the states fit."""
+        model = self.config.model
+        alone = model.positions == "rotary" and self.config.schedule.leading_intra > 0
+        if not alone or model.item_states == "off":
+            return None
+        items = CatalogueItems(self.prepared.catalogue, self.config.data.row_tokens, self.config.eval.batch_rows)
+        size = items.rows["token"].size * model.width * jnp.dtype(model.dtype).itemsize
+        return items if size <= self.config.eval.item_states_gib * 2**30 else None
+
+    def leading_states(self, params: Params, rows: Rows) -> jax.Array | None:
+        """The catalogue's states after the leading intra layers, where that is less work than to compute them for the rows."""
+        items = self._catalogue
+        if items is None or (self.config.model.item_states == "auto" and items.rows["token"].size > len(rows) * rows.row_tokens):
+            return None
+        return self._leading_states(params, shard_batch(self.mesh, items.rows), items.chunks)
+
+    def rows(self, targets: np.ndarray) -> Rows:
+        """The histories of the target events, packed."""
         key = targets.tobytes()
         if key not in self._rows:
             segments = evaluation_segments(self.prepared.events, self.prepared.catalogue, self.config.data.row_tokens, targets)
             self._rows[key] = Rows(self.prepared.events, self.prepared.catalogue, segments, self.config.data.row_tokens)
-        rows = self._rows[key]
+        return self._rows[key]
+
+    def history_vectors(
+        self, params: Params, targets: np.ndarray, leading_XD: jax.Array | None, poll: Callable[[], None], label: str
+    ) -> np.ndarray:
+        """[n, E] float32: the projected state from which each target event is predicted."""
+        rows = self.rows(targets)
         batches = math.ceil(len(rows) / self.config.eval.batch_rows)
         out = None
-        for batch in self._progress(evaluation_batches(rows, self.config.eval.batch_rows), batches, f"{label}: histories"):
+        finish = without_items if leading_XD is None else self._catalogue
+        for batch in self._progress(evaluation_batches(rows, self.config.eval.batch_rows, finish), batches, f"{label}: histories"):
             poll()
-            h = np.asarray(self._history_vectors(params, shard_batch(self.mesh, batch)))
+            h = np.asarray(self._history_vectors(params, shard_batch(self.mesh, batch), leading_XD))
             out = np.zeros((len(targets), h.shape[-1]), np.float32) if out is None else out
             there = batch["segment"] >= 0
             out[batch["segment"][there]] = h[there]
@@ -94,8 +125,9 @@ class Evaluator:
     def rank(self, params: Params, targets: np.ndarray, poll: Callable[[], None] = lambda: None, label: str = "evaluation") -> Ranks:
         """Rank [n] and ties [n] of the target events. Raises FloatingPointError on a score that is not finite."""
         events = self.prepared.events
-        h_nE = self.history_vectors(params, targets, poll, label)
-        v_IE = self._item_vectors(params, self.items)
+        leading_XD = self.leading_states(params, self.rows(targets))
+        h_nE = self.history_vectors(params, targets, leading_XD, poll, label)
+        v_IE = self._item_vectors(params, self.items, leading_XD)
         X = max(8, min(1024, _SCORES // len(events.item_ids)))
         rank, ties = np.zeros(len(targets), np.int64), np.zeros(len(targets), np.int64)
         for start in self._progress(range(0, len(targets), X), math.ceil(len(targets) / X), f"{label}: ranking"):

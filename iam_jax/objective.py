@@ -15,7 +15,9 @@ import numpy as np
 from iam_jax.config import Config
 from iam_jax.data.batches import Segments
 from iam_jax.data.catalogue import Catalogue
+from iam_jax.data.item_rows import CHUNKS
 from iam_jax.data.splits import Events
+from iam_jax.model.attention import group_starts, history_ends
 from iam_jax.model.heads import Recommender
 
 _ARRAYS = ("token_IT", "length_I", "trained_I", "target_share_I", "drawn_share_I", "drawn_until_I")  # of Items
@@ -63,17 +65,41 @@ def summed_up(weight_I: np.ndarray) -> np.ndarray:
 def cross_entropy(
     h_XE: jax.Array, v_CE: jax.Array, label_X: jax.Array, *, allowed_C: jax.Array | None = None, chunk: int = 2048
 ) -> jax.Array:
-    """Sum of -log softmax(h v^T)[label] over the positions with a label >= 0, in float32. At most `chunk` positions' logits
-    exist at one time, in the backward pass too. allowed_C: candidates that take part."""
+    """Sum of -log softmax(h v^T)[label] over the positions with a label >= 0, in float32; as `label_log_probs`."""
+    return -label_log_probs(h_XE, v_CE, label_X, allowed_C=allowed_C, chunk=chunk).sum()
+
+
+def label_log_probs(
+    h_XE: jax.Array, v_CE: jax.Array, label_X: jax.Array, *, allowed_C: jax.Array | None = None, chunk: int = 2048
+) -> jax.Array:
+    """[X] float32: log softmax(h v^T)[label], 0 where the label is below 0. At most `chunk` positions' logits exist at one time, in
+    the backward pass too. allowed_C: candidates that take part."""
 
     def part(label_x, h_xE):
         logits_xC = jnp.einsum("xE,CE->xC", h_xE, v_CE, preferred_element_type=jnp.float32)
         if allowed_C is not None:
             logits_xC = jnp.where(allowed_C, logits_xC, -jnp.inf)
         picked_x = jnp.take_along_axis(logits_xC, jnp.maximum(label_x, 0)[:, None], axis=1)[:, 0]
-        return jnp.where(label_x >= 0, jax.nn.logsumexp(logits_xC, axis=1) - picked_x, 0).sum()
+        return jnp.where(label_x >= 0, picked_x - jax.nn.logsumexp(logits_xC, axis=1), 0)
 
-    return _sum_over_chunks(part, chunk, label_X, h_XE)
+    return _over_chunks(part, chunk, label_X, h_XE)
+
+
+def log_likelihoods(model: Recommender, batch: dict, candidates: int, chunk: int = 2048) -> jax.Array:
+    """[B, C] float32: log p(text of candidate | history), the sum over its tokens, the boundary token included; 0 where a row has fewer
+    candidates. batch: from `data.candidates.candidate_rows`. Refused by config for `intra_both`, which sees what it would predict."""
+    if "intra_both" in model.config.schedule.relations:
+        raise ValueError("log-likelihoods need a schedule without intra_both: it sees the tokens that are to be predicted")
+    x_BTD = model.states(batch)
+    t = jnp.arange(x_BTD.shape[1])
+    starts_BT = group_starts(batch["user"], batch["group"], batch["candidate"])
+    # A candidate's first token is predicted from the end of the history, the others from the token before them.
+    from_BT = jnp.where(starts_BT == t, history_ends(batch["candidate"]), t) - 1
+    x_XD = jnp.take_along_axis(x_BTD, from_BT[..., None], axis=1).reshape(-1, x_BTD.shape[-1])
+    label_BT = jnp.where(batch["candidate"] > 0, batch["token"], -1)
+    log_prob_X = label_log_probs(x_XD, model.output_embedding(), label_BT.reshape(-1), chunk=chunk)
+    sums = jnp.zeros((len(x_BTD), candidates + 1)).at[jnp.arange(len(x_BTD))[:, None], batch["candidate"]]
+    return sums.add(log_prob_X.reshape(label_BT.shape))[:, 1:]
 
 
 def sampled_cross_entropy(
@@ -97,18 +123,19 @@ def sampled_cross_entropy(
         negative_xC = (candidate_C >= 0) & (candidate_C != target_x[:, None])
         logits_xC = jnp.where(negative_xC, logits_xC, -jnp.inf)
         total_x = jax.nn.logsumexp(jnp.concatenate([positive_x[:, None], logits_xC], axis=1), axis=1)
-        return jnp.where(target_x >= 0, total_x - positive_x, 0).sum()
+        return jnp.where(target_x >= 0, total_x - positive_x, 0)
 
-    return _sum_over_chunks(part, chunk, target_X, h_XE, vt_XE)
+    return _over_chunks(part, chunk, target_X, h_XE, vt_XE).sum()
 
 
-def _sum_over_chunks(part: Callable[..., jax.Array], chunk: int, label_X: jax.Array, *y_XE: jax.Array) -> jax.Array:
-    """Sum of part(label, *y) over chunks of at most `chunk` positions, each computed again for the backward pass. What fills up
-    the last chunk has the label -1."""
+def _over_chunks(part: Callable[..., jax.Array], chunk: int, label_X: jax.Array, *y_XE: jax.Array) -> jax.Array:
+    """[X]: part(label, *y) of chunks of at most `chunk` positions, each computed again for the backward pass. What fills up the last
+    chunk has the label -1."""
     part = jax.checkpoint(part)
     if len(label_X) <= chunk:
         return part(label_X, *y_XE)
-    return jax.lax.map(lambda xs: part(*xs), (_chunks(label_X, chunk, -1), *(_chunks(y, chunk) for y in y_XE))).sum()
+    values = jax.lax.map(lambda xs: part(*xs), (_chunks(label_X, chunk, -1), *(_chunks(y, chunk) for y in y_XE)))
+    return values.reshape(-1)[: len(label_X)]
 
 
 def _chunks(y: jax.Array, chunk: int, fill: int = 0) -> jax.Array:
@@ -127,11 +154,13 @@ def all_text_vectors(model: Recommender, items: Items, chunk: int = 1024, key: j
     return vectors.reshape(-1, vectors.shape[-1])[: len(items.token_IT)]
 
 
-def item_vectors(model: Recommender, config: Config, items: Items) -> jax.Array:
-    """v_IE of the whole catalogue as ranking uses them: table, text or their sum."""
+def item_vectors(model: Recommender, config: Config, items: Items, boundary_ID: jax.Array | None = None) -> jax.Array:
+    """v_IE of the whole catalogue as ranking uses them: table, text or their sum. boundary_ID: the items' boundary states after the
+    leading intra layers, where they are known."""
     if not config.uses_text:
         return model.table(items.trained_I)
-    text_IE = all_text_vectors(model, items)
+    known = boundary_ID is not None and config.objective.text_layers == "leading"
+    text_IE = model.text_head(boundary_ID) if known else all_text_vectors(model, items)
     return text_IE if config.objective.vectors == "text" else text_IE + model.table(items.trained_I)
 
 
@@ -139,11 +168,16 @@ def losses(model: Recommender, config: Config, items: Items, batch: dict, key: j
     """Sums `item` and `token` of the two objectives over the batch's targets; divided by the `counts` they are nats. key: of
     dropout and of the drawn negatives; None for neither dropout nor draws (then the softmax must be full or cached)."""
     keys = (None,) * 3 if key is None else tuple(jax.random.split(key, 3))
-    x_BTD = model.states(batch, keys[0])
+    leading_XD = vt_XE = None
+    if "leading" in batch:
+        leading_XD = model.leading_states(batch["leading"], CHUNKS, None if key is None else jax.random.fold_in(keys[0], 0))
+        if config.uses_text and config.objective.text_layers == "leading":
+            vt_XE = model.text_head(leading_XD[batch["target_slot"].reshape(-1)])
+    x_BTD = model.states(batch, keys[0], leading_XD)
     x_BMD = jnp.take_along_axis(x_BTD, batch["target_at"][..., None], axis=1)
     h_XE = model.project(x_BMD.reshape(-1, x_BMD.shape[-1]))
     target_X = batch["target"].reshape(-1)
-    sums = {"item": _item_loss(model, config, items, h_XE, target_X, keys[1], keys[2], cache_IE)}
+    sums = {"item": _item_loss(model, config, items, h_XE, target_X, keys[1], keys[2], cache_IE, vt_XE)}
     if config.objective.token:
         x_XD, label_X = x_BTD.reshape(-1, x_BTD.shape[-1]), batch["label"].reshape(-1)
         sums["token"] = cross_entropy(x_XD, model.output_embedding(), label_X, chunk=config.objective.chunk)
@@ -155,7 +189,8 @@ def counts(batch: dict) -> dict:
     return {"item": (batch["target"] >= 0).sum(), "token": (batch["label"] >= 0).sum()}
 
 
-def _item_loss(model, config: Config, items: Items, h_XE, target_X, text_key, draw_key, cache_IE):
+def _item_loss(model, config: Config, items: Items, h_XE, target_X, text_key, draw_key, cache_IE, vt_XE):
+    """vt_XE: text vectors of the targets where they are known already."""
     objective, chunk = config.objective, config.objective.chunk
     with_table = objective.vectors != "text"
     if config.softmax == "full":
@@ -168,7 +203,7 @@ def _item_loss(model, config: Config, items: Items, h_XE, target_X, text_key, dr
     safe_X = jnp.maximum(target_X, 0)
     if config.softmax == "cached":
         # The targets' own vectors are fresh, as positives and as each other's negatives; so the text learns from them.
-        fresh_XE = model.text_vectors(items.token_IT[safe_X], items.length_I[safe_X], text_key)
+        fresh_XE = vt_XE if vt_XE is not None else model.text_vectors(items.token_IT[safe_X], items.length_I[safe_X], text_key)
         place_X = _first_places(target_X, len(cache_IE))
         v_IE = jax.lax.stop_gradient(cache_IE).at[place_X].set(fresh_XE, mode="drop", unique_indices=True)
         if with_table:
@@ -180,7 +215,9 @@ def _item_loss(model, config: Config, items: Items, h_XE, target_X, text_key, dr
     safe_C = jnp.maximum(candidate_C, 0)
     v_CE = 0
     if config.uses_text:
-        v_CE = model.text_vectors(items.token_IT[safe_C], items.length_I[safe_C], text_key)
+        fresh_C = safe_C if vt_XE is None else safe_C[len(target_X) :]
+        v_CE = model.text_vectors(items.token_IT[fresh_C], items.length_I[fresh_C], text_key)
+        v_CE = v_CE if vt_XE is None else jnp.concatenate([vt_XE, v_CE])
     if with_table:
         v_CE = v_CE + model.table(items.trained_I)[safe_C]
     others = jnp.maximum((target_X >= 0).sum() - 1, 0)  # the position's own target is none of its negatives

@@ -11,7 +11,8 @@ from iam_jax.errors import InputError
 
 # D model: sharded by fsdp. N heads, F feed-forward, V vocabulary, I items: by tensor. K key-value heads may be too few.
 AXES = {"D": "fsdp", "N": "tensor", "F": "tensor", "V": "tensor", "I": "tensor"}
-BATCH = PartitionSpec(("data", "fsdp"))
+BATCH_AXES, HEADS_AXIS = ("data", "fsdp"), AXES["N"]
+BATCH = PartitionSpec(BATCH_AXES)
 
 _NAME = re.compile(r"_([A-Z]+)$")
 

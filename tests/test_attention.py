@@ -31,7 +31,8 @@ def test_key_ranges_against_their_meaning(packed):
     ranges = ranges_of(batch["user"], batch["group"])
     assert set(ranges) == set(RELATIONS)
     s = np.arange(SLOTS)
-    for relation, bounds in ranges.items():
+    for relation, (bounds, second) in ranges.items():
+        assert second is None
         start, stop = (np.asarray(bound)[..., None] for bound in bounds)
         assert (start >= 0).all() and (stop <= SLOTS).all() and (start <= stop).all()
         expected = [allowed_keys(relation, *row) for row in zip(batch["user"], batch["group"], strict=True)]
@@ -40,7 +41,8 @@ def test_key_ranges_against_their_meaning(packed):
 
 def test_key_ranges_by_hand():
     batch = stack([pack_row(8, (1, [2]), (0, [1, 2]))] * 2)  # p a a | b c c, two slots of padding
-    got = {name: [list(map(int, bound[0])) for bound in bounds] for name, bounds in key_ranges(batch["user"], batch["group"]).items()}
+    ranges = key_ranges(batch["user"], batch["group"])
+    got = {name: [list(map(int, bound[0])) for bound in first] for name, (first, _) in ranges.items()}
     assert got == {
         "full": [[0, 0, 0, 3, 3, 3, 0, 0], [1, 2, 3, 4, 5, 6, 0, 0]],
         "intra": [[0, 1, 1, 3, 4, 4, 0, 0], [1, 2, 3, 4, 5, 6, 0, 0]],
@@ -52,7 +54,7 @@ def test_key_ranges_by_hand():
 def test_users_apart_where_only_the_user_changes():
     """Two users of one item each: the item number is 1 on both sides of the border."""
     user, group = np.array([[1, 1, 2, 2]], np.int32), np.ones((1, 4), np.int32)
-    for relation, (start, _) in key_ranges(user, group).items():
+    for relation, ((start, _), _) in key_ranges(user, group).items():
         assert start[0].tolist() == [0, 0, 2, 2], relation
 
 

@@ -83,7 +83,7 @@ def slow_training_segments(events, catalogue, row_tokens, context, whole_text):
 def slow_row(events, catalogue, segments, members, row_tokens, width):
     """One row token by token, from the layout's words."""
     prompt = catalogue.tokens[catalogue.offsets[-2] :].tolist()
-    row = {name: [] for name in ("token", "user", "group", "position", "target_at", "target", "segment", "label")}
+    row = {name: [] for name in ("token", "user", "group", "position", "item", "within", "target_at", "target", "segment", "label")}
     owner = []  # (user in the row, event) of each token
     for number, index in enumerate(members, start=1):
         start, stop, first, last = (int(getattr(segments, name)[index]) for name in ("start", "stop", "first", "last"))
@@ -98,6 +98,8 @@ def slow_row(events, catalogue, segments, members, row_tokens, width):
             row["user"].append(number)
             row["group"].append(group)
             row["position"].append(position)
+            row["item"].append(int(events.item[event]) if event is not None else catalogue.items)
+            row["within"].append(sum(owner_ == (number, event) for owner_ in owner))
             owner.append((number, event))
         for event in range(first, last):
             row["target_at"].append(ends[event - 1 if event > start else None])
@@ -107,7 +109,7 @@ def slow_row(events, catalogue, segments, members, row_tokens, width):
     for slot in range(len(owner)):
         follows = slot + 1 < len(owner) and owner[slot + 1][0] == owner[slot][0] and owner[slot + 1] in targets
         row["label"].append(row["token"][slot + 1] if follows else -1)
-    fill = {"target_at": 0, "target": -1, "segment": -1, "label": -1}
+    fill = {"item": catalogue.items, "target_at": 0, "target": -1, "segment": -1, "label": -1}
     size = dict.fromkeys(row, row_tokens) | dict.fromkeys(("target_at", "target", "segment"), width)
     return {name: values + [fill.get(name, 0)] * (size[name] - len(values)) for name, values in row.items()}
 
@@ -267,6 +269,8 @@ def test_a_row_by_hand():
         "user": [1, 1, 1, 1, 1, 2, 2, 2, 2, 0, 0, 0],
         "group": [0, 0, 1, 2, 2, 0, 0, 1, 1, 0, 0, 0],
         "position": [0, 1, 2, 3, 4, 0, 1, 2, 3, 0, 0, 0],
+        "item": [2, 2, 0, 1, 1, 2, 2, 1, 1, 2, 2, 2],
+        "within": [0, 1, 0, 0, 1, 0, 1, 0, 1, 0, 0, 0],
         "label": [-1, 1, 11, 12, -1, -1, 11, 12, -1, -1, -1, -1],
         "target_at": [1, 2, 6],
         "target": [0, 1, 1],
@@ -351,7 +355,7 @@ def test_a_batch_is_a_pure_function_of_seed_and_number():
         return all(np.array_equal(a[name], b[name]) for a, b in zip(first, second, strict=True) for name in a)
 
     batches = take(training_batches(rows, size, seed=7))
-    assert set(batches[0]) == {"token", "user", "group", "position", "target_at", "target", "segment", "label"}
+    assert set(batches[0]) == {"token", "user", "group", "position", "item", "within", "target_at", "target", "segment", "label"}
     assert all(batch["token"].shape == (size, 40) and batch["target"].dtype == np.int32 for batch in batches)
     assert equal(batches, take(training_batches(many_rows(), size, seed=7)))  # nothing but the seeds matters
     for start in (1, n // size, n // size + 1, count - 1):  # within an epoch, across its end, and beyond
@@ -383,4 +387,5 @@ def test_evaluation_batches_hold_every_row_once_and_nothing_else(size):
             np.testing.assert_array_equal(stacked[name][number], values)
     for name, values in stacked.items():
         padding = values[len(rows) :]
-        assert values.dtype == np.int32 and np.all(padding == (-1 if name in ("target", "segment", "label") else 0))
+        nothing = {"item": rows.catalogue.items} | dict.fromkeys(("target", "segment", "label"), -1)
+        assert values.dtype == np.int32 and np.all(padding == nothing.get(name, 0))

@@ -14,20 +14,19 @@ from iam_jax.schedule import parse_schedule
 
 BATCH = packed_batch()
 REAL = BATCH["user"] > 0
-INPUTS = ("token", "user", "group", "position")
 
 
 @functools.cache
-def model_of(**fields):
+def model_of(longest=None, **fields):
     """(model, random parameters) of a tiny decoder."""
-    model = make_model(make_config(model=fields), vocabulary=24, items=3)
+    model = make_model(make_config(model=fields), vocabulary=24, items=3, longest=longest)
     return model, random_params(model)
 
 
 @functools.cache
 def states_of(layers=None, **fields):
     model, _ = model_of(**fields)
-    return quick_jit(lambda params, batch: model.bind(params).decoder(*(batch[name] for name in INPUTS), layers=layers))
+    return quick_jit(lambda params, batch: model.bind(params).decoder(batch, last=layers))
 
 
 def run(batch=BATCH, layers=None, **fields):
@@ -113,7 +112,7 @@ def probe(**fields):
     def run(params):
         def states(embedding):
             bound = params | {"decoder": params["decoder"] | {"embedding_VD": embedding}}
-            return model.bind(bound).decoder(*(BATCH[name] for name in INPUTS)).reshape(24, -1)
+            return model.bind(bound).decoder(BATCH).reshape(24, -1)
 
         x, pullback = jax.vjp(states, params["decoder"]["embedding_VD"])
         jacobian = jax.lax.map(lambda t: pullback(jnp.zeros_like(x).at[t].set(direction[t]))[0], jnp.arange(24))
@@ -137,10 +136,18 @@ def reach(schedule):
     return out
 
 
-@pytest.mark.parametrize(("schedule", "self_key"), STACKS.items())
-def test_states_depend_on_what_they_may_see_and_on_nothing_else(schedule, self_key):
+IMPLEMENTATIONS = {"reference": {}, "local": {"longest": 3}, "tpu": {"attention": "tpu"}, "gpu": {"attention": "gpu"}}
+
+
+@pytest.mark.parametrize(
+    ("schedule", "self_key", "implementation"),
+    [(schedule, self_key, "reference") for schedule, self_key in STACKS.items()]
+    + [("(intra inter)*2", True, name) for name in ("local", "tpu", "gpu")]
+    + [("intra_both inter", False, "local"), ("full inter", False, "tpu"), ("full inter", False, "gpu")],
+)
+def test_states_depend_on_what_they_may_see_and_on_nothing_else(schedule, self_key, implementation):
     """Bitwise, values and gradients: perturbing input s changes exactly the states that the relations let it reach."""
-    fields = {"schedule": schedule, "self_key": self_key}
+    fields = {"schedule": schedule, "self_key": self_key, **IMPLEMENTATIONS[implementation]}
     params, run = model_of(**fields)[1], probe(**fields)
     expected = reach(schedule)
     states, jacobian = map(np.asarray, run(params))
@@ -169,11 +176,11 @@ def test_inter_attention_ignores_the_other_tokens_of_its_item(include_self):
     """The attention module alone: output t depends on the keys it may see, and on its own input only through the query (which a
     single key ignores) or as a self key."""
     model, params = model_of(schedule="inter")
-    bounds = key_ranges(BATCH["user"], BATCH["group"])["inter"]
+    ranges = key_ranges(BATCH["user"], BATCH["group"])["inter"]
 
     def attend(params, x_BTD):
         attention = model.bind(params).decoder.blocks["0_0"].attention
-        return attention(x_BTD, *bounds, BATCH["position"], include_self)
+        return attention(x_BTD, ranges, BATCH["position"], None, include_self)
 
     @jax.jit
     def run(params, x):
@@ -213,6 +220,41 @@ def test_a_users_first_item_gets_the_residual_path_alone():
 # ---- fast paths against the plain loop
 
 
+@pytest.mark.parametrize("implementation", ["local", "tpu", "gpu"])
+@pytest.mark.parametrize("name", ["grouped, normed queries", "self key, item positions"])
+def test_states_are_the_same_by_every_implementation(implementation, name):
+    fields = VARIANTS[name] if implementation != "local" else VARIANTS[name] | {"schedule": "(intra_both inter)*2 intra"}
+    (model, params), other = model_of(**fields), model_of(**fields, **IMPLEMENTATIONS[implementation])[0]
+    programs = [jax.make_jaxpr(lambda p, m=m: m.bind(p).decoder(BATCH))(params) for m in (model, other)]
+    mark = "custom_vjp" if implementation == "local" else "pallas_call"
+    assert [mark in str(program) for program in programs] == [False, True]
+    expected, got = (np.asarray(quick_jit(lambda p, m=m: m.bind(p).decoder(BATCH))(params)) for m in (model, other))
+    np.testing.assert_allclose(got[REAL], expected[REAL], rtol=2e-5, atol=2e-5)
+
+
+STATES = {
+    "schedule": "(intra inter)*3 full", "dropout": 0.3,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("at", range(8))
+def test_layers_compose(at, scan):
+    """The states after `at` layers, taken up again, give those after all: with the dropout of each layer its own."""
+    model, params = model_of(**STATES, scan=scan)
+    key = jax.random.key(0)
+
+    @quick_jit
+    def run(params):
+        decoder = model.bind(params).decoder
+        first = decoder(BATCH, key=key, last=at)
+        return decoder(BATCH, key=key, first=at, x_BTD=first), decoder(BATCH, key=key), first
+
+    composed, whole, first = map(np.asarray, run(params))
+    np.testing.assert_allclose(composed, whole, rtol=1e-5, atol=1e-5)
+    assert (np.abs(first - whole).max() > 0.1) == (at < 7)
+
+
 @functools.cache
 def trained_by(**fields):
     """(params, key) -> (states, gradients) of a fixed weighing of the states."""
@@ -220,7 +262,7 @@ def trained_by(**fields):
     weights = np.random.default_rng(0).standard_normal((2, 12, 16)).astype(np.float32)
 
     def loss(params, key):
-        x = model.bind(params).decoder(*(BATCH[name] for name in INPUTS), key=key)
+        x = model.bind(params).decoder(BATCH, key=key)
         return (x * weights).sum(), x
 
     return jax.value_and_grad(loss, has_aux=True)

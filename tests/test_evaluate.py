@@ -55,9 +55,12 @@ class Counter:
     def __init__(self, params):
         self.params = params
 
-    def states(self, batch):
+    def leading_states(self, rows, chunks):
+        return self.params["embedding"][rows["token"]].reshape(-1, 4)
+
+    def states(self, batch, leading_XD=None):
         same = batch["user"][:, :, None] == batch["user"][:, None, :]
-        x_BSD = self.params["embedding"][batch["token"]]
+        x_BSD = self.params["embedding"][batch["token"]] if leading_XD is None else leading_XD[batch["slot"]]
         return jnp.where(jnp.tril(same)[..., None], x_BSD[:, None], 0).sum(2)
 
     def project(self, x):
@@ -73,10 +76,10 @@ def integers(prepared, seed=0):
     return {name: jnp.float32(rng.integers(-2, 3, shape)) for name, shape in shapes.items()}
 
 
-def make_evaluator(prepared, model=None, **sections):
+def make_evaluator(prepared, made=None, **sections):
     config = make_config(**sections)
     items = objective.make_items(prepared.catalogue, prepared.events, tiny_rows(prepared, config).segments, config)
-    return Evaluator(model or SimpleNamespace(bind=Counter), config, prepared, items, make_mesh(MeshConfig()))
+    return Evaluator(made or SimpleNamespace(bind=Counter), config, prepared, items, make_mesh(MeshConfig()))
 
 
 def tokens_of(prepared, item):
@@ -109,14 +112,15 @@ def slow_ranks(prepared, params, targets, filter_seen, slots):
     return ranks
 
 
-@pytest.mark.parametrize("filter_seen", [True, False])
+@pytest.mark.parametrize(("filter_seen", "item_states"), [(True, "on"), (True, "off"), (False, "on")])
 @pytest.mark.parametrize(("slots", "batch_rows", "chunk", "scores"), [(24, 32, 8192, 1 << 24), (64, 1, 3, 0), (24, 3, 4, 0), (9, 2, 1, 0)])
-def test_ranks_depend_on_no_packing_batch_or_chunk(monkeypatch, filter_seen, slots, batch_rows, chunk, scores):
+def test_ranks_depend_on_no_packing_batch_or_chunk(monkeypatch, filter_seen, item_states, slots, batch_rows, chunk, scores):
     prepared = tiny_data(users=12)
     params, targets = integers(prepared), np.concatenate([prepared.events.targets(label) for label in (VALIDATION, TEST)])
     monkeypatch.setattr(evaluate, "_SCORES", scores)  # 0: eight targets at a time
     settings = {"filter_seen": filter_seen, "batch_rows": batch_rows, "chunk_items": chunk}
-    evaluator = make_evaluator(prepared, data={"row_tokens": slots}, eval=settings)
+    evaluator = make_evaluator(prepared, data={"row_tokens": slots}, model={"item_states": item_states}, eval=settings)
+    assert (evaluator.leading_states(params, evaluator.rows(targets)) is not None) == (item_states == "on")
     rank, ties = evaluator.rank(params, targets)
     expected = slow_ranks(prepared, params, targets, filter_seen, slots)
     assert list(zip(rank.tolist(), ties.tolist(), strict=True)) == expected
@@ -172,7 +176,7 @@ def test_histories_are_read_as_each_alone():
     params, events = random_params(model), prepared.events
     targets = np.setdiff1d(np.arange(len(events.item)), events.offsets[:-1])
     evaluator = make_evaluator(prepared, model)
-    packed = evaluator.history_vectors(params, targets, **POLL)
+    packed = evaluator.history_vectors(params, targets, None, **POLL)
     (rows,) = evaluator._rows.values()
     assert len(rows) < len(targets) / 2  # rows do hold several users
 

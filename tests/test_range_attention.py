@@ -1,122 +1,370 @@
+"""One suite for every backend of range_attention; the kernels are interpreted, with blocks so small that a row has several."""
+
+import logging
 from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import pack_row, stack
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from iam_jax.kernels.range_attention import range_attention
+from iam_jax.kernels import gpu, local, tpu
+from iam_jax.kernels import range_attention as module
+from iam_jax.kernels.range_attention import choose, range_attention
+from iam_jax.model.attention import key_ranges
 
-SHAPES = [(2, 7, 7, 4, 2, 6), (1, 5, 5, 3, 3, 2), (1, 3, 9, 2, 1, 4)]  # B, T, S, N, K, H
+BACKENDS = ("reference", "local", "tpu", "gpu")
+BLOCK = 16
+SHAPE = (2, 40, 40, 4, 2, 16)  # B, T, S, N, K, H
+SHAPES = [SHAPE, (1, 21, 50, 2, 1, 32), (1, 33, 9, 3, 3, 24)]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_blocks():
+    with pytest.MonkeyPatch.context() as patch:
+        for backend in (tpu, gpu):
+            patch.setattr(backend, "block_size", lambda *args, **kwargs: BLOCK)
+        yield
 
 
 @cache
-def compiled(include_self):
+def compiled(backend, include_self=False, two=False, reach=None):
     @jax.jit
-    def run(q, k, v, do, start, stop):
-        o, pullback = jax.vjp(lambda q, k, v: range_attention(q, k, v, start, stop, include_self=include_self), q, k, v)
+    def run(q, k, v, do, start, stop, *second):
+        def attend(q, k, v):
+            options = {"include_self": include_self, "second": second if two else None, "reach": reach, "implementation": backend}
+            return range_attention(q, k, v, start, stop, **options)
+
+        o, pullback = jax.vjp(attend, q, k, v)
         return o, *pullback(do)
 
     return run
 
 
-def reference(q, k, v, do, start, stop, include_self):
+def brute_force(q, k, v, do, ranges, include_self):
     """Values and gradients in float64, one query and one head at a time."""
     q, k, v, do = (np.asarray(x, np.float64) for x in (q, k, v, do))
     o, dq, dk, dv = (np.zeros_like(x) for x in (q, q, k, v))
-    scale, grouped = q.shape[-1] ** -0.5, q.shape[2] // k.shape[2]
+    scale, grouped, S = q.shape[-1] ** -0.5, q.shape[2] // k.shape[2], k.shape[1]
     for b, t, n in np.ndindex(q.shape[:3]):
-        keys = sorted({*range(start[b, t], stop[b, t])} | ({t} if include_self else set()))
+        keys = sorted({s for start, stop in ranges for s in range(start[b, t], stop[b, t])} | ({t} if include_self and t < S else set()))
         if not keys:
             continue
         K, V = k[b, keys, n // grouped], v[b, keys, n // grouped]
-        p = np.exp(K @ q[b, t, n] * scale)
+        p = np.exp((K @ q[b, t, n]) * scale - (K @ q[b, t, n] * scale).max())
         p /= p.sum()
         o[b, t, n] = p @ V
         ds = p * (V @ do[b, t, n] - o[b, t, n] @ do[b, t, n]) * scale
         dq[b, t, n] = ds @ K
-        for place, s in enumerate(keys):
-            dk[b, s, n // grouped] += ds[place] * q[b, t, n]
-            dv[b, s, n // grouped] += p[place] * do[b, t, n]
+        dk[b, keys, n // grouped] += ds[:, None] * q[b, t, n]
+        dv[b, keys, n // grouped] += p[:, None] * do[b, t, n]
     return o, dq, dk, dv
 
 
-def inputs(shape, seed, dtype=np.float32):
+def arrays_of(shape, seed, dtype=np.float32):
     B, T, S, N, K, H = shape
     rng = np.random.default_rng(seed)
     sizes = ((B, T, N, H), (B, S, K, H), (B, S, K, H), (B, T, N, H))
-    arrays = [jnp.asarray(rng.standard_normal(size), dtype) for size in sizes]
-    bounds = np.sort(rng.integers(0, S + 1, (2, B, T)), axis=0).astype(np.int32)
-    bounds[1] = np.where(rng.random((B, T)) < 0.2, bounds[0], bounds[1])  # some rows are empty
-    return arrays, bounds
+    return [jnp.asarray(rng.standard_normal(size), dtype) for size in sizes]
+
+
+def flat(ranges):
+    return [bound for pair in ranges for bound in pair]
+
+
+def agree(got, expected, dtype=np.float32):
+    if dtype == np.float32:
+        for x, y in zip(got, expected, strict=True):
+            assert x.dtype == np.float32
+            np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)
+        return
+    # 8 bits: inputs are the same, weights and results are rounded.
+    for x, y in zip(got, expected, strict=True):
+        assert x.dtype == dtype
+        assert np.linalg.norm(np.asarray(x, np.float64) - y) <= 0.015 * np.linalg.norm(y)
+        assert np.abs(np.asarray(x, np.float64) - y).max(initial=0) <= 0.02 * np.abs(y).max(initial=0)
+
+
+# ---- packings: users, items, prompts, padding, candidates
+
+
+@st.composite
+def packings(draw, slots=SHAPE[1], longest=SHAPE[1]):
+    """Two rows; an item may be longer than a block, or a single token."""
+    rows = []
+    for _ in range(2):
+        users, free = [], slots
+        for _ in range(draw(st.integers(0, 4))):
+            items = draw(st.lists(st.one_of(st.integers(1, 3), st.integers(1, longest)), min_size=1, max_size=6))
+            user = (draw(st.integers(0, min(5, longest))), items)
+            if (size := user[0] + sum(user[1])) <= free:
+                users.append(user)
+                free -= size
+        row = pack_row(slots, *users)
+        # The last items of some users are candidates behind the rest.
+        row["candidate"] = np.zeros(slots, np.int32)
+        for number, (_, items) in enumerate(users, start=1):
+            history = draw(st.integers(1, len(items)))
+            mine = (row["user"] == number) & (row["group"] > history)
+            row["candidate"][mine] = row["group"][mine] - history
+        rows.append(row)
+    return stack(rows)
+
+
+ranges_of = jax.jit(key_ranges)
+
+
+def relation_ranges(packing, relation, candidates):
+    ranges = ranges_of(packing["user"], packing["group"], packing["candidate"] if candidates else None)[relation]
+    return [tuple(map(np.asarray, part)) for part in ranges if part is not None]
+
+
+@pytest.mark.parametrize("backend", ["reference", "tpu", "gpu"])
+@settings(max_examples=25, deadline=None)
+@given(packings(), st.sampled_from(["full", "intra", "inter", "intra_both"]), st.booleans(), st.booleans(), st.integers(0, 99))
+def test_relations_in_float32(backend, packing, relation, candidates, include_self, seed):
+    ranges, arrays = relation_ranges(packing, relation, candidates), arrays_of(SHAPE, seed)
+    got = compiled(backend, include_self, len(ranges) == 2)(*arrays, *flat(ranges))
+    agree(got, brute_force(*arrays, ranges, include_self))
 
 
 @settings(max_examples=40, deadline=None)
-@given(shape=st.sampled_from(SHAPES), seed=st.integers(0, 10**6), include_self=st.booleans())
-def test_values_and_gradients_in_float32(shape, seed, include_self):
-    arrays, (start, stop) = inputs(shape, seed)
-    got = compiled(include_self)(*arrays, start, stop)
-    for x, y in zip(got, reference(*arrays, start, stop, include_self), strict=True):
-        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)
+@given(packings(longest=9), st.sampled_from(["intra", "intra_both"]), st.booleans(), st.booleans(), st.integers(0, 99))
+def test_local_relations_in_float32(packing, relation, candidates, include_self, seed):
+    ranges, arrays = relation_ranges(packing, relation, candidates), arrays_of(SHAPE, seed)
+    reach = (8, 0) if relation == "intra" else (8, 8)
+    got = compiled("local", include_self, False, reach)(*arrays, *flat(ranges))
+    agree(got, brute_force(*arrays, ranges, include_self))
 
 
-@pytest.mark.parametrize("include_self", [False, True])
-def test_bfloat16(include_self):
-    """From the same rounded inputs: values within 2^-7 of the mean size of the values (weights and result have 8 bits each),
-    gradients within 2 % of their norm."""
-    arrays, (start, stop) = inputs(SHAPES[0], 3, jnp.bfloat16)
-    o, *grads = compiled(include_self)(*arrays, start, stop)
-    q, k, v, do = arrays
-    expected, *expected_grads = reference(*arrays, start, stop, include_self)
-    size = reference(q, k, jnp.abs(v), do, start, stop, include_self)[0]
-    assert o.dtype == jnp.bfloat16 and (size > 0).any()
-    assert (np.abs(np.asarray(o, np.float64) - expected) <= size / 128).all()
-    for x, y in zip(grads, expected_grads, strict=True):
-        assert x.dtype == jnp.bfloat16
-        assert np.linalg.norm(np.asarray(x, np.float64) - y) <= 0.02 * np.linalg.norm(y)
+def random_ranges(shape, seed, parts, reach=None):
+    """Any ranges, disjoint where there are two; a third of the rows is empty in each part, some with a start behind their stop."""
+    B, T, S = shape[:3]
+    rng = np.random.default_rng(seed)
+    bounds = np.sort(rng.integers(0, S + 1, (2 * parts, B, T)), axis=0)
+    if reach is not None:
+        bounds = np.clip(bounds, np.arange(T) - reach[0], np.arange(T) + reach[1] + 1).clip(0, S)
+    bounds = bounds.astype(np.int32)
+    ranges = [[bounds[2 * part], bounds[2 * part + 1]] for part in range(parts)]
+    for pair in ranges:
+        empty = rng.random((B, T)) < 0.3
+        pair[1] = np.where(empty, pair[0] - rng.integers(0, 3, (B, T)), pair[1]).astype(np.int32)
+    return [tuple(pair) for pair in ranges]
 
 
-def test_empty_rows_are_exactly_zero_with_zero_gradients():
-    (q, k, v, do), _ = inputs(SHAPES[0], 0)
-    empty = np.broadcast_to(np.arange(7) % 2 == 1, (2, 7))
-    start, stop = np.where(empty, 3, 1).astype(np.int32), np.where(empty, 3, 6).astype(np.int32)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_any_ranges(backend, dtype, shape):
+    """Lengths that differ and are no multiple of a block, odd groups of heads, no structure at all."""
+    reach = (11, 5) if backend == "local" else None
+    if backend == "local" and shape[1] != shape[2]:
+        pytest.skip("local: as many keys as queries")
+    for seed, (parts, include_self) in enumerate([(1, False), (2, False), (1, True), (2, True)]):
+        arrays, ranges = arrays_of(shape, seed, dtype), random_ranges(shape, seed, parts, reach)
+        got = compiled(backend, include_self, parts == 2, reach)(*arrays, *flat(ranges))
+        agree(got, brute_force(*arrays, ranges, include_self), dtype)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("H", [16, 40, 64, 128, 256])
+def test_head_sizes(backend, H):
+    shape, reach = (1, 20, 20, 2, 1, H), (6, 0) if backend == "local" else None
+    for dtype in (np.float32, jnp.bfloat16):
+        arrays, ranges = arrays_of(shape, H, dtype), random_ranges(shape, H, 1, reach)
+        agree(compiled(backend, False, False, reach)(*arrays, *flat(ranges)), brute_force(*arrays, ranges, False), dtype)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_empty_rows_are_exactly_zero_with_zero_gradients(backend):
+    reach = (39, 39) if backend == "local" else None
+    q, k, v, do = arrays_of(SHAPE, 0)
+    empty = np.broadcast_to(np.arange(40) % 2 == 1, (2, 40))
+    start, stop = np.where(empty, 3, 1).astype(np.int32), np.where(empty, 3, 26).astype(np.int32)
     q = q * 1e4  # logits far beyond exp's range
-    o, dq, dk, dv = compiled(False)(q, k, v, do, start, stop)
+    run = compiled(backend, reach=reach)
+    o, dq, dk, dv = run(q, k, v, do, start, stop)
     assert (np.asarray(o)[empty] == 0).all() and (np.asarray(dq)[empty] == 0).all()
     assert np.asarray(o)[~empty].all()
     assert all(np.isfinite(x).all() for x in (o, dq, dk, dv))
     only_empty = np.where(empty[..., None, None], do, 0)
-    assert not any(np.asarray(x).any() for x in compiled(False)(q, k, v, only_empty, start, stop)[1:])
-    # A start behind its stop is empty too.
-    o, *grads = compiled(False)(q, k, v, do, np.full_like(start, 5), np.full_like(stop, 2))
+    assert not any(np.asarray(x).any() for x in run(q, k, v, only_empty, start, stop)[1:])
+    # A start behind its stop is empty too, and so is a batch without a single key.
+    o, *grads = run(q, k, v, do, np.full_like(start, 5), np.full_like(stop, 2))
     assert not any(np.asarray(x).any() for x in (o, *grads))
 
 
-def test_self_key_counts_once():
-    (q, k, v, do), _ = inputs(SHAPES[0], 1)
-    t = np.broadcast_to(np.arange(7, dtype=np.int32), (2, 7))
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_self_key_counts_once(backend):
+    reach = (39, 0) if backend == "local" else None
+    q, k, v, do = arrays_of(SHAPE, 1)
+    t = np.broadcast_to(np.arange(40, dtype=np.int32), (2, 40))
     zero = np.zeros_like(t)
-    inside, without = compiled(True)(q, k, v, do, zero, t + 1), compiled(False)(q, k, v, do, zero, t + 1)
-    outside = compiled(True)(q, k, v, do, zero, t)  # the same keys
-    for a, b, c in zip(inside, without, outside, strict=True):
-        np.testing.assert_array_equal(a, b)
-        np.testing.assert_array_equal(a, c)
-    alone = compiled(True)(q, k, v, do, zero, zero)[0]
+    with_self, without = compiled(backend, True, False, reach), compiled(backend, False, False, reach)
+    inside, plain = with_self(q, k, v, do, zero, t + 1), without(q, k, v, do, zero, t + 1)
+    outside = with_self(q, k, v, do, zero, t)  # the same keys
+    for a, b, c in zip(inside, plain, outside, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(a, c, rtol=1e-5, atol=1e-5)
+    alone = with_self(q, k, v, do, zero, zero)[0]
     np.testing.assert_allclose(alone, np.repeat(v, 2, axis=2), rtol=1e-6)
-    assert not np.allclose(compiled(False)(q, k, v, do, zero, t)[0], outside[0])
+    assert not np.allclose(without(q, k, v, do, zero, t)[0], outside[0])
+    second = compiled(backend, True, True, reach)(q, k, v, do, zero, t // 2, t // 2, t + 1)  # the self key is in the second range
+    for a, b in zip(second, plain, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
-def test_keys_outside_the_range_leave_no_bit():
-    (q, k, v, do), _ = inputs(SHAPES[0], 2)
-    start, stop = np.full((2, 7), 2, np.int32), np.full((2, 7), 5, np.int32)
-    run = partial(compiled(False), q, do=do, start=start, stop=stop)
-    o, dq, dk, dv = run(k=k, v=v)
-    outside = np.r_[0:2, 5:7]
-    o2, dq2, dk2, dv2 = run(k=k.at[:, outside].add(1e6), v=v.at[:, outside].add(1e6))
-    for a, b in ((o, o2), (dq, dq2), (dk, dk2), (dv, dv2)):
-        np.testing.assert_array_equal(a, b)
-    assert not np.asarray(dk)[:, outside].any() and not np.asarray(dv)[:, outside].any()
-    for edge in (2, 4):
-        assert (run(k=k, v=v.at[:, edge].add(1))[0] != o).any(axis=(2, 3)).all()
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("include_self", [False, True])
+def test_keys_outside_the_ranges_leave_no_bit(backend, include_self):
+    """Bitwise within one compiled program: values, and the gradients of what is seen."""
+    reach = (39, 39) if backend == "local" else None
+    q, k, v, do = arrays_of(SHAPE, 2)
+    first = np.full((2, 40), 2, np.int32), np.full((2, 40), 5, np.int32)
+    second = np.full((2, 40), 17, np.int32), np.full((2, 40), 31, np.int32)
+    allowed = np.zeros(40, bool)
+    allowed[2:5] = allowed[17:31] = True
+    run = partial(compiled(backend, include_self, True, reach), q)
+    o, dq, dk, dv = run(k, v, do, *first, *second)
+    outside = np.flatnonzero(~allowed)
+    o2, dq2, dk2, dv2 = run(k.at[:, outside].add(1e4), v.at[:, outside].add(1e4), do, *first, *second)
+    # A token that is its own key sees itself; the others keep every bit.
+    for a, b in ((o, o2), (dq, dq2)):
+        np.testing.assert_array_equal(np.asarray(a)[:, allowed], np.asarray(b)[:, allowed])
+        assert include_self or (np.asarray(a) == b).all()
+    if not include_self:
+        for a, b in ((dk, dk2), (dv, dv2)):
+            np.testing.assert_array_equal(a, b)
+            assert not np.asarray(a)[:, outside].any()
+    for edge in (2, 4, 17, 30):
+        assert (run(k, v.at[:, edge].add(1), do, *first, *second)[0] != o).any(axis=(2, 3)).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_one_query_has_no_influence_on_another(backend):
+    reach = (39, 0) if backend == "local" else None
+    q, k, v, do = arrays_of(SHAPE, 3)
+    t = np.broadcast_to(np.arange(40, dtype=np.int32), (2, 40))
+    start = np.maximum(t - 20, 0)
+    run = compiled(backend, False, False, reach)
+    o, dq, *_ = map(np.asarray, run(q, k, v, do, start, t + 1))
+    for changed in (0, 15, 16, 39):
+        o2, dq2, *_ = run(q.at[0, changed].add(1), k, v, do, start, t + 1)
+        same = np.ones((2, 40), bool)
+        same[0, changed] = False
+        np.testing.assert_array_equal((np.asarray(o2) == o).all((2, 3)) | ~same, True)
+        np.testing.assert_array_equal((np.asarray(dq2) == dq).all((2, 3)) | ~same, True)
+        # Row 0 has one key: its weight is 1 whatever the query.
+        assert (np.asarray(o2)[0, changed] != o[0, changed]).any() == (changed > 0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_of_parts_are_those_of_the_whole(backend):
+    """Two neighbouring ranges are one range: what a merge outside the gradient would get wrong."""
+    reach = (39, 0) if backend == "local" else None
+    arrays = arrays_of(SHAPE, 4)
+    t = np.broadcast_to(np.arange(40, dtype=np.int32), (2, 40))
+    whole = compiled(backend, False, False, reach)(*arrays, 0 * t, t + 1)
+    parts = compiled(backend, False, True, reach)(*arrays, 0 * t, t // 3, t // 3, t + 1)
+    for a, b in zip(whole, parts, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-6)
+
+
+def test_local_says_where_a_range_goes_beyond_its_reach():
+    q, k, v, _ = arrays_of(SHAPE, 0)
+    t = np.broadcast_to(np.arange(40, dtype=np.int32), (2, 40))
+    start = np.maximum(t - 4, 0)
+    start[0, 30], start[1, 7] = 25, 0
+    for reach, broken in (((4, 0), {(0, 30), (1, 7)}), ((5, 0), {(1, 7)}), ((7, 0), set())):
+        o = np.asarray(range_attention(q, k, v, start, t + 1, reach=reach, implementation="local"))
+        assert set(zip(*np.nonzero(np.isnan(o).any((2, 3))), strict=True)) == broken
+    o = np.asarray(range_attention(q, k, v, start, np.minimum(t + 3, 40), reach=(7, 1), implementation="local"))
+    assert np.isnan(o)[:, :38].all() and np.isfinite(o[:, 39]).all()
+
+
+# ---- the choice
+
+
+def shapes(dtype=jnp.float32, H=16, T=4096, S=None):
+    return jax.ShapeDtypeStruct((1, T, 2, H), dtype), jax.ShapeDtypeStruct((1, S or T, 2, H), dtype)
+
+
+def test_the_automatic_choice(monkeypatch):
+    told = []
+    monkeypatch.setattr(module, "_say_once", told.append)
+    assert choose(*shapes(), (11, 0), platform="cpu") == "local"
+    assert choose(*shapes(T=22), (11, 0), platform="cpu") == "reference"  # local would meet every key
+    assert choose(*shapes(T=24), (11, 0), platform="cpu") == "local"
+    assert choose(*shapes(), (64, 63), platform="cpu") == "local"
+    assert choose(*shapes(), (128, 0), platform="cpu") == "reference"
+    assert choose(*shapes(), None, platform="cpu") == "reference"
+    assert choose(*shapes(T=256, S=512), (11, 0), platform="cpu") == "reference"
+    for platform in ("tpu", "gpu"):
+        assert choose(*shapes(), (11, 0), platform=platform) == choose(*shapes(), None, platform=platform) == platform
+        assert not told
+        assert choose(*shapes(H=512), (11, 0), platform=platform) == "local"
+        assert f"{platform!r} " in told.pop() and not told
+        assert choose(*shapes(H=512), None, platform=platform) == "reference"
+        assert "'reference' is used, with memory in the square" in told[0] and "256" in told.pop()
+    assert choose(*shapes(), None) == "reference"  # tests run on a CPU
+
+
+def test_a_fallback_is_said_once(caplog):
+    module._say_once.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        for _ in range(3):
+            choose(*shapes(H=512), None, platform="tpu")
+    assert sum("'reference' is used" in record.message for record in caplog.records) == 1
+    module._say_once.cache_clear()
+
+
+def test_what_cannot_be_done_is_refused():
+    q, k, v, _ = arrays_of(SHAPE, 0)
+    t = np.zeros((2, 40), np.int32)
+    with pytest.raises(ValueError, match=r"implementation 'local' needs `reach`"):
+        range_attention(q, k, v, t, t, implementation="local")
+    with pytest.raises(ValueError, match=r"'local' needs as many keys as queries, not 30 and 40"):
+        range_attention(q, k[:, :30], v[:, :30], t, t, reach=(3, 0), implementation="local")
+    with pytest.raises(ValueError, match=r"implementation = 'splash': must be one of reference, local, tpu, gpu"):
+        range_attention(q, k, v, t, t, implementation="splash")
+    with pytest.raises(ValueError, match="different types: float32, bfloat16, float32"):
+        range_attention(q, k.astype(jnp.bfloat16), v, t, t)
+    with pytest.raises(ValueError, match=r"ranges of shape \(2, 39\) for queries of shape \(2, 40\)"):
+        range_attention(q, k, v, t[:, :39], t)
+    with pytest.raises(ValueError, match="does not fit"):
+        range_attention(q[:, :, :3], k, v, t, t)
+    for backend in ("tpu", "gpu"):
+        with pytest.raises(ValueError, match=f"implementation '{backend}' .*256"):
+            range_attention(*(jnp.zeros((2, 40, 2, 300)),) * 3, t, t, implementation=backend)
+
+
+def test_cudnn_is_for_what_it_can_do():
+    assert module.cudnn_refuses(shapes(jnp.float32, 64)[0]).startswith("has no float32")
+    assert module.cudnn_refuses(shapes(jnp.bfloat16, 20)[0]) == "has no head size 20"
+    assert module.cudnn_refuses(shapes(jnp.bfloat16, 256)[0]) == "has no head size 256"
+    assert module.cudnn_refuses(shapes(jnp.bfloat16, 64, T=33)[0]) == "needs an even length"
+    assert module.cudnn_refuses(shapes(jnp.float16, 128)[0]) == module.cudnn_refuses(shapes(jnp.bfloat16, 16)[0]) == ""
+
+
+def test_local_keeps_no_array_in_the_square_of_the_length():
+    def memory(backend, T):
+        q, k = shapes(T=T)
+        t = jax.ShapeDtypeStruct((1, T), jnp.int32)
+        compiled_ = compiled(backend, False, False, (11, 0)).lower(q, k, k, q, t, t).compile()
+        return compiled_.memory_analysis().temp_size_in_bytes
+
+    linear, square = (memory(backend, 4096) / memory(backend, 1024) for backend in ("local", "reference"))
+    assert linear < 4.5 and square > 12
+
+
+@pytest.mark.parametrize("reach", [(11, 0), (11, 11), (0, 0), (39, 0)])
+def test_blocks_of_local_join_again(reach):
+    """`added` is the transpose of `keys`."""
+    q, k, *_ = arrays_of(SHAPE, 0)
+    cut = local._Cut(q, k, reach)
+    x, keys = jax.vjp(cut.keys, k)
+    y = jnp.asarray(np.random.default_rng(0).standard_normal(x.shape), jnp.float32)
+    np.testing.assert_allclose(cut.added(y), keys(y)[0], rtol=1e-5, atol=1e-5)

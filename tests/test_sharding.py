@@ -8,9 +8,11 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import make_config, random_params, stack, tiny_data
+from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from iam_jax.config import MeshConfig
@@ -49,8 +51,45 @@ def names_of(tree) -> dict:
     return {jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
 
 
-def train_on(mesh_shape: tuple[int, int, int]) -> dict:
-    """Two training steps on the first devices: what is where, the first loss, and the parameters after it."""
+def mesh_of(mesh_shape: tuple[int, int, int]) -> jax.sharding.Mesh:
+    devices = np.array(jax.devices()[: int(np.prod(mesh_shape))]).reshape(mesh_shape)
+    return jax.sharding.Mesh(devices, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+
+
+def attend_on(mesh_shape: tuple[int, int, int]) -> dict:
+    """Values and gradients of every backend, of two key-value heads and of one (which is fewer than (2, 2, 2) has tensor shards), of
+    rows that divide and of rows that do not."""
+    from iam_jax.kernels.range_attention import range_attention
+
+    results, rng = {}, np.random.default_rng(0)
+    with jax.set_mesh(mesh_of(mesh_shape)):
+        for K, B in ((2, 8), (1, 4), (2, 3)):
+            q, k, v, do = (rng.standard_normal((B, 20, n, 16)).astype(np.float32) for n in (4, K, K, 4))
+            t = np.tile(np.arange(20, dtype=np.int32), (B, 1))
+            for backend in ("local", "tpu", "gpu"):
+
+                @jax.jit
+                def run(q, k, v, do, t, backend=backend):
+                    def attend(q, k, v):
+                        first, second = (jnp.maximum(t - 9, 0), t // 5 * 5), (t // 5 * 5 + 1, t + 1)
+                        options = {"second": second, "include_self": True, "reach": (9, 0), "implementation": backend}
+                        return range_attention(q, k, v, *first, **options)
+
+                    o, pullback = jax.vjp(attend, q, k, v)
+                    return o, *pullback(do)
+
+                compiled = run.lower(q, k, v, do, t).as_text()
+                results[f"{backend}, {K} heads, {B} rows"] = {
+                    "results": [np.asarray(x).tolist() for x in run(q, k, v, do, t)],
+                    "by hand": "manual_computation" in compiled or "shard_map" in compiled,
+                }
+    return results
+
+
+def train_on(mesh_shape: tuple[int, int, int], once: bool = False) -> dict:
+    """Two training steps on the first devices: what is where, the first loss, and the parameters after it. once: the leading intra
+    layers once per distinct item."""
+    from iam_jax.data.item_rows import DistinctItems, without_items
     from iam_jax.objective import make_items
     from iam_jax.train import Run, init_state, make_train_step, training_rows
 
@@ -62,8 +101,8 @@ def train_on(mesh_shape: tuple[int, int, int]) -> dict:
     jax.monitoring.register_event_duration_secs_listener(
         lambda event, _, fun_name="", **__: compiled.append(fun_name) if event.endswith("backend_compile_duration") else None
     )
-    devices = jax.devices()[: int(np.prod(mesh_shape))]
-    mesh = jax.sharding.Mesh(np.array(devices).reshape(mesh_shape), ("data", "fsdp", "tensor"))
+    mesh = mesh_of(mesh_shape)
+    finish = DistinctItems(rows, 8, multiple=mesh_shape[0] * mesh_shape[1]) if once else without_items
     run = Run(
         config,
         prepared,
@@ -81,7 +120,7 @@ def train_on(mesh_shape: tuple[int, int, int]) -> dict:
         held = {name: x.addressable_shards[0].data.size / x.size for name, x in names_of(state["params"]).items()}
         specs = {name: list(x.sharding.spec) for name, x in names_of(state["params"]).items()}
         optimizer = {name.split("/mu/")[1]: list(x.sharding.spec) for name, x in names_of(state["optimizer"]).items() if "/mu/" in name}
-        batch = shard_batch(mesh, stack([rows[i] for i in range(8)]))
+        batch = shard_batch(mesh, finish(stack([rows[i] for i in range(8)])))
         step = make_train_step(run)
         state, metrics = step(state, batch, run.items, np.int32(0))
         donated = [x.is_deleted() for x in before]
@@ -106,17 +145,29 @@ def results():
     root = Path(__file__).parents[1]
     done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, env=env, cwd=root, timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
-    return dict(zip(MESHES, json.loads(done.stdout), strict=True))
+    training, once, attention = json.loads(done.stdout)
+    return dict(zip(MESHES, training, strict=True)) | {"once": once, "attention": attention}
 
 
-@pytest.mark.parametrize("shape", MESHES[1:], ids=str)
+@pytest.mark.parametrize("shape", [*MESHES[1:], "once"], ids=str)
 def test_a_step_is_that_of_one_device(results, shape):
-    """The step moves every parameter by up to 0.1; what many devices make of it is within 1e-5 of the largest parameter."""
+    """The step moves every parameter by up to 0.1; what many devices make of it is within 1e-5 of the largest parameter. once: the
+    (2, 2, 2) mesh with each distinct item once, against one device with every occurrence."""
     one, many = results[(1, 1, 1)], results[shape]
     assert many["loss"] == pytest.approx(one["loss"], rel=1e-5) and many["norm"] == pytest.approx(one["norm"], rel=1e-5)
     for name, x in one["after"].items():
         np.testing.assert_allclose(many["after"][name], x, rtol=1e-5, atol=1e-5, err_msg=name)
         assert np.abs(np.subtract(x, one["start"][name])).max() > 1e-3, name
+
+
+def test_attention_is_that_of_one_device(results):
+    """The kernels, which XLA cannot split, are split by hand over rows and heads."""
+    one, many = results["attention"]
+    assert len(one) == 9
+    for name, alone in one.items():
+        assert not alone["by hand"] and many[name]["by hand"] == (not name.startswith("local")), name
+        for a, b in zip(alone["results"], many[name]["results"], strict=True):
+            np.testing.assert_allclose(b, a, rtol=1e-5, atol=1e-6, err_msg=name)
 
 
 @pytest.mark.parametrize("shape", MESHES, ids=str)
@@ -211,4 +262,9 @@ def test_rows_that_do_not_divide_are_replicated(monkeypatch):
 
 
 if __name__ == "__main__":
-    json.dump([train_on(shape) for shape in MESHES], sys.stdout)
+    everything = [
+        [train_on(shape) for shape in MESHES],
+        train_on(MESHES[-1], once=True),
+        [attend_on(shape) for shape in (MESHES[0], MESHES[-1])],
+    ]
+    json.dump(everything, sys.stdout)

@@ -68,8 +68,8 @@ class Counted:
     def __init__(self, signals, stop):
         self.signals, self.stop, self.drawn = signals, stop, []
 
-    def __call__(self, rows, batch_rows, seed, start):
-        for number, batch in enumerate(BATCHES(rows, batch_rows, seed, start)):
+    def __call__(self, rows, batch_rows, seed, start, finish):
+        for number, batch in enumerate(BATCHES(rows, batch_rows, seed, start, finish)):
             self.drawn.append(start + number)
             self.signals.requested |= self.stop == start + number + 1
             yield batch

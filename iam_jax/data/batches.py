@@ -2,6 +2,7 @@
 
 import bisect
 import dataclasses
+from collections.abc import Callable
 
 import grain
 import numpy as np
@@ -12,6 +13,7 @@ from iam_jax.data.splits import Events
 # Every batch is a dict of int32 arrays. B rows, T token slots, M targets a row at most.
 #   token_BT, user_BT (1, 2, … in the row; 0 is padding), group_BT (item number inside the user; 0 is the prompt),
 #   position_BT (inside the user); label_BT: the next token where it is a target, else -1
+#   item_BT: the item a token belongs to, and within_BT its place in it; the prompt and padding are entry I, the number of items
 #   target_at_BM: slot of the state that predicts the target; target_BM: the item, -1 for none; segment_BM: which segment of
 #   the plan the target belongs to
 Batch = dict[str, np.ndarray]
@@ -110,6 +112,9 @@ class Rows:
         counts = segments.last - segments.first
         per_row = np.array([counts[row].sum() for row in self.rows])
         self.targets_per_row = int(per_row.max(initial=1))
+        # Tokens of a row's items and of those targets that are no input, at most.
+        beyond = np.where(segments.last > segments.stop, self._lengths[:-1][events.item[segments.last - 1]], 0)
+        self.most_item_tokens = max((int((self.sizes + beyond)[row].sum()) for row in self.rows), default=0)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -131,7 +136,7 @@ class Rows:
         # One entry per group: each segment's prompt, if there is one, then its items.
         groups = stop - start + prompt
         segment_of = np.repeat(np.arange(len(index)), groups)
-        number = _count_up(groups)
+        number = count_up(groups)
         event = start[segment_of] + number - prompt
         item = np.where(number >= prompt, self.events.item[np.maximum(event, 0)], catalogue.items)  # the prompt is entry I
         length = self._lengths[item]
@@ -141,16 +146,18 @@ class Rows:
         within = np.arange(slots) - (ends - length)[group_of]
         segment_start = (ends - length)[np.cumsum(groups) - groups]
 
-        out = {name: np.zeros(T, np.int32) for name in ("token", "user", "group", "position")}
+        out = {name: np.zeros(T, np.int32) for name in ("token", "user", "group", "position", "within")}
         out["token"][:slots] = catalogue.tokens[catalogue.offsets[item][group_of] + within]
         out["user"][:slots] = segment_of[group_of] + 1
         out["group"][:slots] = (number + (1 - prompt))[group_of]
         out["position"][:slots] = np.arange(slots) - segment_start[segment_of[group_of]]
+        out["item"] = np.full(T, catalogue.items, np.int32)
+        out["item"][:slots], out["within"][:slots] = item[group_of], within
 
         # The state that predicts event e is the last of the group before it.
         counts = last - first
         target_segment = np.repeat(np.arange(len(index)), counts)
-        target = first[target_segment] + _count_up(counts)
+        target = first[target_segment] + count_up(counts)
         group_before = (np.cumsum(groups) - groups)[target_segment] + (target - start[target_segment]) + prompt - 1
         M = self.targets_per_row
         out |= {name: np.full(M, -1, np.int32) for name in ("target_at", "target", "segment")}
@@ -167,7 +174,7 @@ class Rows:
         return out
 
 
-def _count_up(counts: np.ndarray) -> np.ndarray:
+def count_up(counts: np.ndarray) -> np.ndarray:
     """[3, 2] -> [0, 1, 2, 0, 1]"""
     return np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
 
@@ -177,16 +184,23 @@ def training_rows(events: Events, catalogue: Catalogue, row_tokens: int, context
     return Rows(events, catalogue, segments, row_tokens, np.random.default_rng([seed, 0]))
 
 
-def training_batches(rows: Rows, batch_rows: int, seed: int, start: int = 0) -> "grain.DatasetIterator[Batch]":
-    """An endless iterator over batches start, start + 1, …: rows newly shuffled every epoch, each row once an epoch."""
+def training_batches(
+    rows: Rows, batch_rows: int, seed: int, start: int = 0, finish: Callable[[Batch], Batch] | None = None
+) -> "grain.DatasetIterator[Batch]":
+    """An endless iterator over batches start, start + 1, …: rows newly shuffled every epoch, each row once an epoch. `finish` makes
+    a batch into what the model reads (item_rows.py)."""
     dataset = grain.MapDataset.source(rows).shuffle(seed=seed).repeat().batch(batch_rows)
+    if finish is not None:
+        dataset = dataset.map(finish)
     return iter(dataset[start:].to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)))
 
 
-def evaluation_batches(rows: Rows, batch_rows: int) -> "grain.DatasetIterator[Batch]":
+def evaluation_batches(rows: Rows, batch_rows: int, finish: Callable[[Batch], Batch] | None = None) -> "grain.DatasetIterator[Batch]":
     """All rows once, in order; the last batch is filled up with empty rows so that every batch has the same shape."""
-    padded = grain.MapDataset.source(_Padded(rows, -len(rows) % batch_rows))
-    return iter(padded.batch(batch_rows).to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)))
+    dataset = grain.MapDataset.source(_Padded(rows, -len(rows) % batch_rows)).batch(batch_rows)
+    if finish is not None:
+        dataset = dataset.map(finish)
+    return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)))
 
 
 class _Padded:
@@ -199,7 +213,8 @@ class _Padded:
     def __getitem__(self, row: int) -> Batch:
         if row < len(self.rows):
             return self.rows[row]
-        empty = {name: np.zeros(self.rows.row_tokens, np.int32) for name in ("token", "user", "group", "position")}
+        empty = {name: np.zeros(self.rows.row_tokens, np.int32) for name in ("token", "user", "group", "position", "within")}
+        empty["item"] = np.full(self.rows.row_tokens, self.rows.catalogue.items, np.int32)
         empty["label"] = np.full(self.rows.row_tokens, -1, np.int32)
         nothing = np.full(self.rows.targets_per_row, -1, np.int32)
         return empty | {"target_at": nothing * 0, "target": nothing, "segment": nothing}

@@ -24,11 +24,12 @@ class Model:
         return jax.eval_shape(self.init, jax.random.key(0))
 
 
-def make_model(config: Config, vocabulary: int, items: int) -> Model:
-    """vocabulary: token ids, boundary included; items: rows of the item table."""
+def make_model(config: Config, vocabulary: int, items: int, longest: int | None = None) -> Model:
+    """vocabulary: token ids, boundary included; items: rows of the item table; longest: tokens of the longest item (or prompt), which
+    bounds what an intra layer has to look at; None: not known, then intra layers cost as much as full ones on a CPU."""
 
     def build(key: jax.Array) -> Recommender:
-        return Recommender(config, vocabulary, items, nnx.Rngs(params=key))
+        return Recommender(config, vocabulary, items, longest, nnx.Rngs(params=key))
 
     def init(key: jax.Array) -> Params:
         return nnx.to_pure_dict(nnx.split(build(key))[1])

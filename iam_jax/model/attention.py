@@ -1,35 +1,64 @@
 """From segments to relations: the key range of every token, per relation (README, "The mathematics")."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-Ranges = dict[str, tuple[jax.Array, jax.Array]]
+Range = tuple[jax.Array, jax.Array]
 
 
-def key_ranges(user_BT: jax.Array, group_BT: jax.Array) -> Ranges:
-    """For each relation, the first key and the one after the last that a token may see. user 0 is padding: it sees nothing."""
-    B, T = user_BT.shape
-    t = jnp.broadcast_to(jnp.arange(T), (B, T))
+class Ranges(NamedTuple):
+    """The keys that each token may see in one relation: start and stop of one range, or of two."""
 
-    def changes(x_BT):
-        return jnp.concatenate([jnp.ones((B, 1), bool), x_BT[:, 1:] != x_BT[:, :-1]], axis=1)
+    first: Range
+    second: Range | None = None
 
-    new_user = changes(user_BT)
-    new_item = new_user | changes(group_BT)
-    user_start = lax.cummax(jnp.where(new_user, t, 0), axis=1)
-    item_start = lax.cummax(jnp.where(new_item, t, 0), axis=1)
-    last = jnp.concatenate([new_item[:, 1:], jnp.ones((B, 1), bool)], axis=1)
+
+def group_starts(user_BT: jax.Array, group_BT: jax.Array, candidate_BT: jax.Array | None = None) -> jax.Array:
+    """[B, T] int32: the first slot of each token's group."""
+    return _last_true(_changes(user_BT) | _changes(group_BT) | (False if candidate_BT is None else _changes(candidate_BT)))
+
+
+def history_ends(candidate_BT: jax.Array) -> jax.Array:
+    """[B, T] int32: for the tokens of candidates, the slot behind their history's last token; otherwise anything."""
+    before_BT = jnp.pad(candidate_BT[:, :-1], ((0, 0), (1, 0)))
+    return _last_true((candidate_BT > 0) & (before_BT == 0))
+
+
+def key_ranges(user_BT: jax.Array, group_BT: jax.Array, candidate_BT: jax.Array | None = None) -> dict[str, Ranges]:
+    """The ranges of every relation. user 0 is padding: it sees nothing. candidate_BT: 1, 2, … for the candidates behind a user's
+    history, each an item of its own that sees the history and itself; 0 for the history."""
+    T = user_BT.shape[1]
+    t = jnp.broadcast_to(jnp.arange(T), user_BT.shape)
+    user_start = _last_true(_changes(user_BT))
+    item_start = group_starts(user_BT, group_BT, candidate_BT)
+    last = jnp.pad(item_start[:, 1:] == t[:, 1:], ((0, 0), (0, 1)), constant_values=True)
     item_end = lax.cummin(jnp.where(last, t + 1, T), axis=1, reverse=True)
 
     real = user_BT > 0
-    ranges = {
-        "full": (user_start, t + 1),
-        "intra": (item_start, t + 1),
-        "inter": (user_start, item_start),
-        "intra_both": (item_start, item_end),
-    }
-    return {name: (jnp.where(real, start, 0), jnp.where(real, stop, 0)) for name, (start, stop) in ranges.items()}
+
+    def cut(start, stop, of=real):
+        return jnp.where(of, start, 0), jnp.where(of, stop, 0)
+
+    full, inter = Ranges(cut(user_start, t + 1)), Ranges(cut(user_start, item_start))
+    if candidate_BT is not None:
+        is_candidate = real & (candidate_BT > 0)
+        history = cut(user_start, jnp.where(is_candidate, history_ends(candidate_BT), t + 1))
+        full = Ranges(history, cut(item_start, t + 1, is_candidate))
+        inter = Ranges(cut(user_start, jnp.where(is_candidate, history_ends(candidate_BT), item_start)))
+    return {"full": full, "intra": Ranges(cut(item_start, t + 1)), "inter": inter, "intra_both": Ranges(cut(item_start, item_end))}
+
+
+def _changes(x_BT: jax.Array) -> jax.Array:
+    """Where a slot differs from the one before it, the first slot included."""
+    return jnp.pad(x_BT[:, 1:] != x_BT[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+
+
+def _last_true(x_BT: jax.Array) -> jax.Array:
+    """The last slot up to each one where x is true, 0 where there is none."""
+    return lax.cummax(jnp.where(x_BT, jnp.arange(x_BT.shape[1]), 0), axis=1)
 
 
 def rotary(x_BTNH: jax.Array, position_BT: jax.Array, theta: float) -> jax.Array:

@@ -11,7 +11,7 @@ from flax import nnx
 
 from iam_jax.config import ModelConfig
 from iam_jax.kernels.range_attention import range_attention
-from iam_jax.model.attention import key_ranges, rotary
+from iam_jax.model.attention import Ranges, key_ranges, rotary
 from iam_jax.schedule import Schedule
 
 _ACTIVATIONS = {"silu": jax.nn.silu, "gelu": jax.nn.gelu, "relu": jax.nn.relu}
@@ -61,7 +61,7 @@ class Attention(nnx.Module):
         if config.qk_norm:
             self.query_norm, self.key_norm = Norm(config, H), Norm(config, H)
 
-    def __call__(self, x_BTD, start_BT, stop_BT, position_BT, include_self: bool):
+    def __call__(self, x_BTD, ranges: Ranges, position_BT, reach: tuple[int, int] | None, include_self: bool):
         config, dtype = self.config, x_BTD.dtype
         q_BTNH = jnp.einsum("BTD,DNH->BTNH", x_BTD, self.query_DNH[...].astype(dtype))
         k_BSKH = jnp.einsum("BSD,DKH->BSKH", x_BTD, self.key_DKH[...].astype(dtype))
@@ -74,7 +74,16 @@ class Attention(nnx.Module):
             q_BTNH, k_BSKH = self.query_norm(q_BTNH), self.key_norm(k_BSKH)
         if config.positions == "rotary":
             q_BTNH, k_BSKH = (rotary(y, position_BT, config.rope_theta) for y in (q_BTNH, k_BSKH))
-        o_BTNH = range_attention(q_BTNH, k_BSKH, v_BSKH, start_BT, stop_BT, include_self=include_self)
+        o_BTNH = range_attention(
+            q_BTNH,
+            k_BSKH,
+            v_BSKH,
+            *ranges.first,
+            include_self=include_self,
+            second=ranges.second,
+            reach=reach,
+            implementation=None if config.attention == "auto" else config.attention,
+        )
         o_BTD = jnp.einsum("BTNH,NHD->BTD", o_BTNH, self.out_NHD[...].astype(dtype))
         return o_BTD + self.out_D[...].astype(dtype) if config.bias else o_BTD
 
@@ -112,9 +121,9 @@ class Block(nnx.Module):
         self.attention_norm, self.mlp_norm = Norm(config, config.width), Norm(config, config.width)
         self.attention, self.mlp = Attention(config, layers, rngs), MLP(config, layers, rngs)
 
-    def __call__(self, x_BTD, start_BT, stop_BT, position_BT, include_self: bool, key: jax.Array | None):
+    def __call__(self, x_BTD, ranges, position_BT, reach, include_self: bool, key: jax.Array | None):
         keys = (None, None) if key is None else jax.random.split(key)
-        y_BTD = self.attention(self.attention_norm(x_BTD), start_BT, stop_BT, position_BT, include_self)
+        y_BTD = self.attention(self.attention_norm(x_BTD), ranges, position_BT, reach, include_self)
         x_BTD = x_BTD + dropout(y_BTD, self.rate, keys[0])
         return x_BTD + dropout(self.mlp(self.mlp_norm(x_BTD)), self.rate, keys[1])
 
@@ -122,12 +131,14 @@ class Block(nnx.Module):
 class Decoder(nnx.Module):
     """Token ids to states. Each layer of a stage holds its parameters for all repeats, stacked along a leading axis."""
 
-    def __init__(self, config: ModelConfig, schedule: Schedule, vocabulary: int, max_positions: int, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, schedule: Schedule, vocabulary: int, max_positions: int, longest: int | None, rngs: nnx.Rngs):
+        """longest: tokens of the longest group, item or prompt; None: not known."""
         self.config, self.schedule = config, schedule
         D, layers = config.width, len(schedule.relations)
         self.embedding_VD = weight(rngs, (vocabulary, D), D)
         self.position_PD = weight(rngs, (max_positions, D), D) if config.positions == "learned" else None
         self.final_norm = Norm(config, D)
+        self.longest = longest
 
         def stacked(repeats: int) -> Block:
             graph, _ = nnx.split(nnx.eval_shape(lambda: Block(config, layers, nnx.Rngs(0))))
@@ -138,21 +149,21 @@ class Decoder(nnx.Module):
             {f"{s}_{i}": stacked(stage.repeats) for s, stage in enumerate(schedule.stages) for i in range(len(stage.relations))}
         )
 
-    def __call__(self, token_BT, user_BT, group_BT, position_BT, *, key: jax.Array | None = None, layers: int | None = None):
-        """States x_BTD, before the final norm.
+    def __call__(
+        self, batch: dict, *, key: jax.Array | None = None, first: int = 0, last: int | None = None, x_BTD: jax.Array | None = None
+    ) -> jax.Array:
+        """States x_BTD after layers first, …, last - 1 (None: all), before the final norm.
 
-        token_BT: ids; user_BT: segments 1, 2, …, 0 for padding; group_BT: item number in the user, 0 for the prompt;
-        position_BT: position in the user. key: of dropout, None for none. layers: stop after so many layers, None for all.
+        batch: int32 [B, T]; `token`: ids; `user`: segments 1, 2, …, 0 for padding; `group`: item number in the user, 0 for the prompt;
+        `position`: position in the user; optional `candidate`: 1, 2, … for the candidates behind a user's history, each with the group and
+        the positions that follow the history; 0 for the history. key: of dropout, None for none. x_BTD: states before layer `first`; None:
+        the embeddings.
         """
         config = self.config
-        ranges = key_ranges(user_BT, group_BT)
-        x_BTD = self.embedding_VD[...][token_BT]
-        if config.scale_embedding:
-            x_BTD = x_BTD * config.width**0.5
-        if self.position_PD is not None:
-            x_BTD = x_BTD + self.position_PD[...][position_BT]
-        x_BTD = dropout(x_BTD.astype(config.dtype), config.dropout, key)
-        remaining = len(self.schedule.relations) if layers is None else layers
+        ranges = key_ranges(batch["user"], batch["group"], batch.get("candidate"))
+        if x_BTD is None:
+            x_BTD = self._embed(batch["token"], batch["position"], key)
+        last = len(self.schedule.relations) if last is None else last
 
         for s, stage in enumerate(self.schedule.stages):
             unit = len(stage.relations)
@@ -163,26 +174,44 @@ class Decoder(nnx.Module):
             def layer(i, x_BTD, params, key, split=split, stage=stage):
                 relation = stage.relations[i]
                 by_item = config.inter_positions == "item" and relation == "inter"
+                position = batch["group"] if by_item else batch["position"]
+                include_self = config.self_key and relation == "inter"
                 block = nnx.merge(split[i][0], params)
-                position = group_BT if by_item else position_BT
-                return block(x_BTD, *ranges[relation], position, config.self_key and relation == "inter", key)
+                return block(x_BTD, ranges[relation], position, self._reach(relation), include_self, key)
 
             if config.remat:
                 layer = jax.checkpoint(layer, static_argnums=0)
 
-            def repeat(x_BTD, xs, count=unit, layer=layer):
+            def repeat(x_BTD, xs, places=range(unit), layer=layer):
                 params, keys = xs
-                for i in range(count):
+                for i in places:
                     x_BTD = layer(i, x_BTD, params[i], None if keys is None else keys[i])
                 return x_BTD, None
 
-            whole, rest = divmod(min(remaining, unit * stage.repeats), unit)
-            if config.scan and whole > 1:
-                x_BTD, _ = jax.lax.scan(repeat, x_BTD, jax.tree.map(lambda a, n=whole: a[:n], (params, keys)))
-            else:
-                for r in range(whole):
-                    x_BTD, _ = repeat(x_BTD, jax.tree.map(lambda a, r=r: a[r], (params, keys)))
-            if rest:
-                x_BTD, _ = repeat(x_BTD, jax.tree.map(lambda a, r=whole: a[r], (params, keys)), count=rest)
-            remaining -= min(remaining, unit * stage.repeats)
+            # The stage's own layers begin, …, end - 1: whole repeats in the middle, parts of a repeat at both ends.
+            begin, end = (min(max(n, 0), unit * stage.repeats) for n in (first, last))
+            first, last = first - unit * stage.repeats, last - unit * stage.repeats
+            whole = range(-(-begin // unit), end // unit)
+            places = [(r, range(max(begin - r * unit, 0), min(end - r * unit, unit))) for r in range(begin // unit, -(-end // unit))]
+            for r, part in places:
+                if config.scan and len(whole) > 1 and r in whole:
+                    if r == whole[0]:
+                        x_BTD, _ = jax.lax.scan(repeat, x_BTD, jax.tree.map(lambda a, n=whole: a[n[0] : n[-1] + 1], (params, keys)))
+                else:
+                    x_BTD, _ = repeat(x_BTD, jax.tree.map(lambda a, r=r: a[r], (params, keys)), places=part)
         return x_BTD
+
+    def _embed(self, token_BT, position_BT, key: jax.Array | None) -> jax.Array:
+        config = self.config
+        x_BTD = self.embedding_VD[...][token_BT]
+        if config.scale_embedding:
+            x_BTD = x_BTD * config.width**0.5
+        if self.position_PD is not None:
+            x_BTD = x_BTD + self.position_PD[...][position_BT]
+        return dropout(x_BTD.astype(config.dtype), config.dropout, key)
+
+    def _reach(self, relation: str) -> tuple[int, int] | None:
+        """How many slots before and behind a token its keys may lie."""
+        if self.longest is None or not relation.startswith("intra"):
+            return None
+        return self.longest - 1, self.longest - 1 if relation == "intra_both" else 0

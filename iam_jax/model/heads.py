@@ -11,10 +11,10 @@ from iam_jax.model.decoder import Decoder, Norm, weight
 class Recommender(nnx.Module):
     """Scores are products of projected history states h_XE and item vectors v_CE, both float32."""
 
-    def __init__(self, config: Config, vocabulary: int, items: int, rngs: nnx.Rngs):
+    def __init__(self, config: Config, vocabulary: int, items: int, longest: int | None, rngs: nnx.Rngs):
         model, D = config.model, config.model.width
         self.config = config
-        self.decoder = Decoder(model, config.schedule, vocabulary, config.data.row_tokens, rngs)
+        self.decoder = Decoder(model, config.schedule, vocabulary, config.data.row_tokens, longest, rngs)
         if not model.tie_items:
             # The projections start as the identity: an untrained history prefers items whose text is like its last item's. From
             # random ones the first epochs pass before any of the text counts (configs/demo.py: validation NDCG@10 0.03 instead
@@ -29,10 +29,33 @@ class Recommender(nnx.Module):
         if config.objective.token and not model.tie_tokens:
             self.output_VD = weight(rngs, (vocabulary, D), D)
 
-    def states(self, batch: dict, key: jax.Array | None = None) -> jax.Array:
-        """x_BTD float32 after the final norm, of `token`, `user`, `group`, `position` [B, T]."""
-        x_BTD = self.decoder(batch["token"], batch["user"], batch["group"], batch["position"], key=key)
+    def states(self, batch: dict, key: jax.Array | None = None, leading_XD: jax.Array | None = None) -> jax.Array:
+        """x_BTD float32 after the final norm, of `token`, `user`, `group`, `position` and optionally `candidate` [B, T].
+
+        leading_XD: states after the leading intra layers, of items computed once each; the batch's `slot` [B, T] says which row is
+        whose (`leading_states`, data/item_rows.py).
+        """
+        if leading_XD is None:
+            x_BTD = self.decoder(batch, key=key)
+        else:
+            x_BTD = self.decoder(batch, key=key, first=self.config.schedule.leading_intra, x_BTD=leading_XD[batch["slot"]])
         return self.decoder.final_norm(x_BTD.astype(jnp.float32))
+
+    def leading_states(self, rows: dict, chunks: int, key: jax.Array | None = None) -> jax.Array:
+        """x_XD [R T, D]: states after the leading intra layers of items packed into rows [R, T] (data/item_rows.py), in `chunks` parts one
+        after another; parts without a token are skipped, so that the work is that of the items that are there."""
+        layers = self.config.schedule.leading_intra
+        parts = jax.tree.map(lambda x: x.reshape(chunks, -1, *x.shape[1:]), rows)
+
+        def part(batch, key):
+            return self.decoder(batch, key=key, last=layers)
+
+        def unless_empty(xs):
+            skipped = jnp.zeros(jax.eval_shape(part, *xs).shape, self.config.model.dtype)
+            return jax.lax.cond((xs[0]["user"] > 0).any(), part, lambda *_: skipped, *xs)
+
+        x = jax.lax.map(unless_empty, (parts, None if key is None else jax.random.split(key, chunks)))
+        return x.reshape(-1, x.shape[-1])
 
     def project(self, x_XD: jax.Array) -> jax.Array:
         return x_XD if self.config.model.tie_items else x_XD @ self.state_DE[...]
@@ -48,10 +71,13 @@ class Recommender(nnx.Module):
         t = jnp.broadcast_to(jnp.arange(token_CT.shape[1]), token_CT.shape)
         real_CT = (t < length_C[:, None]).astype(jnp.int32)
         leading = self.config.objective.text_layers == "leading"
-        layers = self.config.schedule.leading_intra if leading else None
-        x_CTD = self.decoder(token_CT, real_CT, real_CT, t, key=key, layers=layers)
-        x_CD = jnp.take_along_axis(x_CTD, (length_C - 1)[:, None, None], axis=1)[:, 0].astype(jnp.float32)
-        return self.text_norm(x_CD) @ self.text_DE[...]
+        batch = {"token": token_CT, "user": real_CT, "group": real_CT, "position": t}
+        x_CTD = self.decoder(batch, key=key, last=self.config.schedule.leading_intra if leading else None)
+        return self.text_head(jnp.take_along_axis(x_CTD, (length_C - 1)[:, None, None], axis=1)[:, 0])
+
+    def text_head(self, x_CD: jax.Array) -> jax.Array:
+        """v_CE from the items' boundary states."""
+        return self.text_norm(x_CD.astype(jnp.float32)) @ self.text_DE[...]
 
     def output_embedding(self) -> jax.Array:
         """e_VD: the token objective's logits are x_XD e_VD^T."""

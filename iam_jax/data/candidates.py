@@ -1,0 +1,56 @@
+"""Candidates behind a history, all in one row: each is scored as if it stood there alone."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from iam_jax.data.batches import Batch, count_up
+from iam_jax.data.catalogue import Catalogue
+
+
+def candidate_rows(
+    catalogue: Catalogue,
+    histories: Sequence[np.ndarray],
+    candidates: Sequence[np.ndarray],
+    max_tokens: int,
+    row_tokens: int | None = None,
+) -> Batch:
+    """One row per user: the prompt, the items of the history, then every candidate as an item of its own.
+
+    histories, candidates: per user, rows of the catalogue, [n] and [C] (users may have different C). max_tokens: prompt, history and the
+    longest candidate together, what the model was trained on; of a longer history the most recent items are kept. row_tokens: T; None:
+    the least. Returns int32 [B, T] `token`, `user`, `group`, `position` and `candidate` (1, 2, … in the order given, 0 for the history).
+    Whatever its place in the row, a candidate's positions begin where the history ends, and its group follows the history's last.
+    Raises ValueError where nothing precedes the candidates or they do not fit.
+    """
+    lengths = catalogue.lengths
+    rows = []
+    for number, (history, items) in enumerate(zip(histories, candidates, strict=True)):
+        free = max_tokens - int(lengths[-1]) - int(lengths[items].max(initial=0))
+        kept = np.cumsum(lengths[history][::-1]) <= free
+        history = np.asarray(history)[len(history) - int(kept.sum()) :]
+        before = int(lengths[-1] + lengths[history].sum())
+        if not before:
+            raise ValueError(f"user {number}: no prompt, and no item of the history fits before the candidates in {max_tokens} tokens")
+        prompt = [catalogue.items] if catalogue.prompt else []
+        entry = np.concatenate([prompt, history, items]).astype(np.int64)
+        length = lengths[entry]
+        place = np.repeat(np.arange(len(entry)), length)  # of a token's group in the row
+        within = count_up(length)
+        last = len(prompt) + len(history)  # groups before the candidates
+        group = np.minimum(place, last) + (0 if prompt else 1)
+        begin = np.where(np.arange(len(entry)) < last, np.cumsum(length) - length, before)
+        rows.append(
+            {
+                "token": catalogue.tokens[catalogue.offsets[entry][place] + within],
+                "user": np.ones(len(place)),
+                "group": group,
+                "position": begin[place] + within,
+                "candidate": np.maximum(place - last + 1, 0),
+            }
+        )
+    longest = max(len(row["token"]) for row in rows)
+    row_tokens = row_tokens or longest
+    if longest > row_tokens:
+        raise ValueError(f"row_tokens = {row_tokens}: a history with its candidates needs {longest}")
+    return {name: np.stack([np.pad(row[name], (0, row_tokens - len(row[name]))) for row in rows]).astype(np.int32) for name in rows[0]}

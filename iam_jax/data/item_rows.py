@@ -1,0 +1,94 @@
+"""Each item once: distinct items packed into rows of their own, for the layers whose states depend on the item alone.
+
+The states after the leading intra layers are computed for these rows, and every occurrence of an item takes them over
+(`Recommender.leading_states`). Axes as in batches.py, and R rows of items; entry I of the catalogue is the prompt.
+"""
+
+import math
+
+import numpy as np
+
+from iam_jax.data.batches import Batch, Rows, count_up
+from iam_jax.data.catalogue import Catalogue
+
+CHUNKS = 8  # parts of the rows that are computed one after another; parts without a token are skipped
+
+
+def pack_items(catalogue: Catalogue, items: np.ndarray, row_tokens: int, rows: int | None = None) -> tuple[Batch, np.ndarray]:
+    """The items [n], one after another, none across the end of a row: `token`, `user` (each item one of its own), `group` and
+    `position` [R, T], and the slot [n] where each begins, counted through all rows. `rows`: R, if it is not to be the least."""
+    length = catalogue.lengths[items]
+    ends = np.cumsum(length)
+    first = [0]  # of each row
+    while first[-1] < len(items):
+        begin = ends[first[-1]] - length[first[-1]]
+        first.append(int(np.searchsorted(ends, begin + row_tokens, side="right")))
+    row = np.repeat(np.arange(len(first) - 1), np.diff(first))
+    before = (ends - length)[first[:-1]]  # tokens before each row
+    start = row * row_tokens + ends - length - before[row]
+    R = rows if rows is not None else len(before)
+    if len(before) > R:
+        raise ValueError(f"{len(items)} items need {len(before)} rows of {row_tokens} slots, not {R}")
+
+    out = {name: np.zeros(R * row_tokens, np.int32) for name in ("token", "user", "group", "position")}
+    within = count_up(length)
+    slot = np.repeat(start, length) + within
+    out["token"][slot] = catalogue.tokens[np.repeat(catalogue.offsets[items], length) + within]
+    out["user"][slot] = np.repeat(np.arange(len(items)) + 1, length)
+    out["group"][slot] = 1
+    out["position"][slot] = within
+    return {name: x.reshape(R, row_tokens) for name, x in out.items()}, start
+
+
+class CatalogueItems:
+    """All of the catalogue: takes a batch's `item` and `within` for the `slot` of every token."""
+
+    def __init__(self, catalogue: Catalogue, row_tokens: int, rows_at_once: int):
+        entries = np.arange(catalogue.items + catalogue.prompt)
+        least = len(pack_items(catalogue, entries, row_tokens)[0]["token"])
+        self.chunks = math.ceil(least / rows_at_once)
+        self.rows, start = pack_items(catalogue, entries, row_tokens, self.chunks * rows_at_once)
+        self.start = np.append(start, 0)  # without a prompt, padding is entry I
+        self.boundary_slots = start[: catalogue.items] + catalogue.lengths[:-1] - 1
+
+    def __call__(self, batch: Batch) -> Batch:
+        slot = self.start[batch["item"]] + batch["within"]
+        return without_items(batch) | {"slot": slot.astype(np.int32)}
+
+
+class DistinctItems:
+    """The items of each micro-batch of training, targets included: adds `leading`, the rows of items, and in them the slot of every
+    token, `slot` [B, T], and of every target's boundary token, `target_slot` [B, M]. Shapes do not depend on the batch."""
+
+    def __init__(self, rows: Rows, batch_rows: int, parts: int = 1, multiple: int = 1):
+        """batch_rows in `parts` micro-batches; `multiple`: the rows of items are a multiple of so many in every chunk."""
+        self.catalogue, self.row_tokens, self.parts = rows.catalogue, rows.row_tokens, parts
+        # A row of items has fewer free slots than the longest item; more tokens than all occurrences there cannot be.
+        tokens = rows.most_item_tokens * batch_rows // parts
+        least = math.ceil(tokens / (self.row_tokens - int(self.catalogue.lengths.max()) + 1)) + 1
+        self.rows = math.ceil(least / (CHUNKS * multiple)) * CHUNKS * multiple
+
+    def __call__(self, batch: Batch) -> Batch:
+        micros = [{name: x.reshape(self.parts, -1, *x.shape[1:])[part] for name, x in batch.items()} for part in range(self.parts)]
+        added = [self._micro(micro) for micro in micros]
+        leading = {name: np.concatenate([rows[name] for rows, _, _ in added]) for name in added[0][0]}
+        slot, target_slot = (np.concatenate(slots) for slots in list(zip(*added, strict=True))[1:])
+        return without_items(batch) | {"leading": leading, "slot": slot, "target_slot": target_slot}
+
+    def _micro(self, batch: Batch) -> tuple[Batch, np.ndarray, np.ndarray]:
+        catalogue = self.catalogue
+        distinct = self.distinct(batch)
+        rows, start = pack_items(catalogue, distinct, self.row_tokens, self.rows)
+        start_I = np.zeros(catalogue.items + 1, np.int64)
+        start_I[distinct] = start
+        target = np.maximum(batch["target"], 0)
+        target_slot = np.where(batch["target"] >= 0, start_I[target] + catalogue.lengths[target] - 1, 0)
+        return rows, (start_I[batch["item"]] + batch["within"]).astype(np.int32), target_slot.astype(np.int32)
+
+    def distinct(self, batch: Batch) -> np.ndarray:
+        """The different items, and the prompt, of a batch and its targets."""
+        return np.unique(np.concatenate([batch["item"][batch["user"] > 0], batch["target"][batch["target"] >= 0]]))
+
+
+def without_items(batch: Batch) -> Batch:
+    return {name: x for name, x in batch.items() if name not in ("item", "within")}

@@ -1,0 +1,191 @@
+import functools
+
+import jax
+import numpy as np
+import pytest
+from helpers import make_config, quick_jit, random_params, stack, tiny_data, tiny_rows
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from iam_jax import objective
+from iam_jax.data.catalogue import Catalogue
+from iam_jax.data.item_rows import CHUNKS, CatalogueItems, DistinctItems, pack_items, without_items
+from iam_jax.evaluate import Evaluator
+from iam_jax.model import make_model
+from iam_jax.sharding import make_mesh
+
+DATA = {"row_tokens": 24, "context_items": 1}
+
+
+@st.composite
+def catalogues(draw):
+    lengths = draw(st.lists(st.integers(1, 7), min_size=1, max_size=12))
+    prompt = draw(st.integers(0, 3))
+    offsets = np.cumsum([0, *lengths, prompt])
+    return Catalogue(np.arange(offsets[-1], dtype=np.int32) + 1, offsets, 1000, 0, "")
+
+
+@settings(deadline=None)
+@given(catalogues(), st.data())
+def test_items_are_packed_whole_and_in_order(catalogue, data):
+    """Every token id is another, so that a slot tells its token."""
+    entries = np.arange(catalogue.items + catalogue.prompt)
+    items = np.array(sorted(data.draw(st.sets(st.sampled_from(entries.tolist()), min_size=1))))
+    slots = data.draw(st.integers(int(catalogue.lengths.max()), 16))
+    rows, start = pack_items(catalogue, items, slots)
+    found = {name: x.reshape(-1) for name, x in rows.items()}
+    used = 0
+    for item, first in zip(items, start, strict=True):
+        length = catalogue.lengths[item]
+        there = slice(first, first + length)
+        assert first // slots == (first + length - 1) // slots  # none across the end of a row
+        assert found["token"][there].tolist() == catalogue.tokens[catalogue.offsets[item] : catalogue.offsets[item + 1]].tolist()
+        assert found["position"][there].tolist() == list(range(length))
+        (user,) = set(found["user"][there])
+        assert user > 0 and (found["user"] == user).sum() == length  # no item shares a user
+        used += length
+    assert (found["user"] > 0).sum() == (found["group"] == 1).sum() == used
+    assert len(rows["token"]) == 1 or used > (len(rows["token"]) - 1) * (slots - catalogue.lengths.max())
+    more, again = pack_items(catalogue, items, slots, len(rows["token"]) + 2)
+    assert not more["user"][-2:].any() and (again == start).all()
+    with pytest.raises(ValueError, match="need"):
+        pack_items(catalogue, items, slots, len(rows["token"]) - 1)
+
+
+@pytest.mark.parametrize("prompt", [0, 2])
+@pytest.mark.parametrize(("parts", "multiple"), [(1, 1), (2, 3)])
+def test_every_token_and_target_finds_its_item(prompt, parts, multiple):
+    prepared = tiny_data(users=30, prompt=prompt)
+    rows = tiny_rows(prepared, make_config(data=DATA))
+    assert any((rows.segments.last > rows.segments.stop).tolist())  # some targets are no input
+    batch_rows = 4
+    items = DistinctItems(rows, batch_rows, parts, multiple)
+    assert items.rows % (CHUNKS * multiple) == 0
+    plain = stack([rows[row] for row in range(batch_rows)])
+    batch = items(plain)
+    assert set(batch) == set(plain) - {"item", "within"} | {"leading", "slot", "target_slot"}
+    for part in range(parts):
+        mine = slice(part * batch_rows // parts, (part + 1) * batch_rows // parts)
+        leading = {name: x.reshape(parts, -1)[part] for name, x in batch["leading"].items()}
+        real = plain["user"][mine] > 0
+        slot = batch["slot"][mine]
+        np.testing.assert_array_equal(leading["token"][slot][real], plain["token"][mine][real])
+        np.testing.assert_array_equal(leading["position"][slot][real], plain["within"][mine][real])
+        # Tokens of one occurrence share one item's row, and different items do not.
+        boundary, target = batch["target_slot"][mine], plain["target"][mine]
+        assert (leading["token"][boundary][target >= 0] == prepared.catalogue.vocabulary - 1).all()
+        for item in np.unique(target[target >= 0]):
+            (at,) = np.unique(boundary[target == item])
+            own = leading["token"][leading["user"] == leading["user"][at]]
+            assert (
+                own.tolist() == prepared.catalogue.tokens[prepared.catalogue.offsets[item] : prepared.catalogue.offsets[item + 1]].tolist()
+            )
+        assert len(np.unique(leading["user"])) - 1 == len(items.distinct({name: x[mine] for name, x in plain.items()}))
+
+
+def test_the_rows_of_items_hold_any_batch():
+    """Also where every occurrence is another item: their number is fixed before the batches are known."""
+    for seed in range(5):
+        prepared = tiny_data(seed, users=12, items=80, cold=30)
+        rows = tiny_rows(prepared, make_config(data=DATA))
+        for size in (1, 2, len(rows)):
+            items = DistinctItems(rows, size)
+            for first in range(len(rows) - size + 1):
+                items(stack([rows[row] for row in range(first, first + size)]))
+
+
+# ---- the same losses, gradients and ranks as without
+
+CASES = {
+    "table": {"model": {"schedule": "intra*2 inter*2"}},
+    "sampled text": {"model": {"schedule": "(intra inter)*2"}, "objective": {"vectors": "both", "negatives": 5, "token": 1.0}},
+    "cached text, both directions": {
+        "model": {"schedule": "intra_both intra inter full"},
+        "objective": {"vectors": "text", "softmax": "cached"},
+    },
+    "text after all layers": {
+        "model": {"schedule": "intra inter", "inter_positions": "item"},
+        "objective": {"vectors": "text", "text_layers": "all"},
+    },
+}  # fmt: skip
+
+
+@functools.cache
+def case(name):
+    prepared = tiny_data(users=30, prompt=2)
+    config = make_config(data=DATA, **CASES[name])
+    rows = tiny_rows(prepared, config)
+    items = objective.make_items(prepared.catalogue, prepared.events, rows.segments, config)
+    model = make_model(config, prepared.catalogue.vocabulary, prepared.catalogue.items, int(prepared.catalogue.lengths.max()))
+    return prepared, config, rows, items, model, random_params(model)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_losses_and_gradients_are_the_plain_ones(name):
+    prepared, config, rows, items, model, params = case(name)
+    plain = stack([rows[row] for row in range(4)])
+    once = DistinctItems(rows, 4)(plain)
+    tokens = int(rows.catalogue.lengths[DistinctItems(rows, 4).distinct(plain)].sum())
+    assert tokens < (plain["user"] > 0).sum()  # some items do occur twice
+    cache = jax.random.normal(jax.random.key(1), (prepared.catalogue.items, config.model.width))
+    key = jax.random.key(3) if config.softmax == "sampled" else None
+
+    @quick_jit
+    def run(params, batch):
+        return jax.value_and_grad(lambda p: sum(objective.losses(model.bind(p), config, items, batch, key, cache).values()))(params)
+
+    (loss, grads), (expected, expected_grads) = run(params, once), run(params, without_items(plain))
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    for path, g in jax.tree_util.tree_leaves_with_path(expected_grads):
+        mine = functools.reduce(lambda tree, step: tree[step.key], path, grads)
+        np.testing.assert_allclose(mine, g, rtol=1e-4, atol=1e-4 * max(1.0, np.abs(g).max()), err_msg=jax.tree_util.keystr(path))
+    text = str(jax.make_jaxpr(lambda p: objective.losses(model.bind(p), config, items, once, key, cache))(params))
+    assert "cond[" in text  # parts of the rows without a token are skipped
+
+
+def test_what_is_skipped_does_not_matter():
+    """A full part and an empty one give the states of the parts alone."""
+    prepared, _, _, _, model, params = case("table")
+    rows, _ = pack_items(prepared.catalogue, np.arange(prepared.catalogue.items), 24, rows=8)
+    assert not rows["user"][-1].any() and rows["user"][0].any()
+    run = quick_jit(lambda params, rows, chunks: model.bind(params).leading_states(rows, chunks), static_argnums=2)
+    parts, whole = (np.asarray(run(params, rows, chunks)).reshape(8, 24, -1) for chunks in (8, 1))
+    real = rows["user"] > 0
+    np.testing.assert_allclose(parts[real], whole[real], rtol=1e-5, atol=1e-6)
+    empty = ~real.any(1)
+    assert not parts[empty].any() and whole[empty].any()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_ranking_vectors_are_the_plain_ones(name):
+    prepared, _, _, items, model, params = case(name)
+    targets = np.setdiff1d(np.arange(len(prepared.events.item)), prepared.events.offsets[:-1])
+    results = []
+    for item_states in ("on", "off"):
+        sections = {section: dict(fields) for section, fields in CASES[name].items()}
+        sections["model"]["item_states"] = item_states
+        config = make_config(data=DATA, eval={"batch_rows": 2}, **sections)
+        evaluator = Evaluator(model, config, prepared, items, make_mesh(config.mesh))
+        leading = evaluator.leading_states(params, evaluator.rows(targets))
+        assert (leading is not None) == (item_states == "on")
+        h = evaluator.history_vectors(params, targets, leading, lambda: None, "test")
+        results.append((h, np.asarray(evaluator._item_vectors(params, items, leading))))
+    for a, b in zip(*results, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_the_whole_catalogue_is_there_once():
+    prepared = tiny_data(prompt=3)
+    items = CatalogueItems(prepared.catalogue, 24, rows_at_once=2)
+    assert len(items.rows["token"]) == 2 * items.chunks
+    assert (items.rows["user"] > 0).sum() == len(prepared.catalogue.tokens)
+    token = items.rows["token"].reshape(-1)
+    assert (token[items.boundary_slots] == prepared.catalogue.vocabulary - 1).all() and len(
+        set(items.boundary_slots)
+    ) == prepared.catalogue.items
+    rows = tiny_rows(prepared, make_config(data=DATA))
+    batch = stack([rows[row] for row in range(3)])
+    out = items(batch)
+    assert set(out) == set(batch) - {"item", "within"} | {"slot"} and out["slot"].dtype == np.int32
+    real = batch["user"] > 0
+    np.testing.assert_array_equal(token[out["slot"]][real], batch["token"][real])

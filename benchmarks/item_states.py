@@ -1,0 +1,119 @@
+"""A training step on MovieLens-1M with the leading intra layers once per distinct item, against once per token.
+
+    python benchmarks/item_states.py --path=DIR                   # the folder with ratings.dat and movies.dat
+    python benchmarks/item_states.py --path=DIR --rows=16 --schedule="intra*2 inter*2"
+
+Same parameters, same batches, dropout off: loss and gradients must agree within rounding, else the exit code is 1. Steps of the two ways
+alternate. Prints one table and writes one JSON; the result is the ratio of the medians.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import time
+from importlib import metadata
+
+import jax
+import numpy as np
+
+from iam_jax import objective
+from iam_jax.config import default_config, resolve
+from iam_jax.data.batches import training_batches
+from iam_jax.data.item_rows import DistinctItems, without_items
+from iam_jax.data.prepare import prepare
+from iam_jax.sharding import shard_batch
+from iam_jax.train import init_state, make_run, make_train_step
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--path", required=True, help="folder of MovieLens-1M")
+    parser.add_argument("--schedule", default="intra*4 inter*4")
+    parser.add_argument("--vectors", choices=("table", "text", "both"), default="table", help="objective.vectors")
+    parser.add_argument("--rows", type=int, default=64)
+    parser.add_argument("--row_tokens", type=int, default=512)
+    parser.add_argument("--width", type=int, default=64)
+    parser.add_argument("--batches", type=int, default=5, help="timed, after one that is not")
+    parser.add_argument("--json", default="item_states.json")
+    args = parser.parse_args()
+
+    config = default_config()
+    config.data.update(source="ml1m", path=args.path, row_tokens=args.row_tokens)
+    config.model.update(schedule=args.schedule, width=args.width, dropout=0.0, item_states="off")
+    config.objective.vectors = args.vectors
+    config.train.batch_rows = args.rows
+    config = resolve(config)
+    run = make_run(config, prepare(config.data))
+    finishes = {"per token": without_items, "per item": DistinctItems(run.rows, args.rows)}
+
+    with jax.set_mesh(run.mesh):
+        params = init_state(run)["params"]
+        plain = list(zip(range(args.batches + 1), training_batches(run.rows, args.rows, seed=0), strict=False))
+        batches = {way: [shard_batch(run.mesh, finish(batch)) for _, batch in plain] for way, finish in finishes.items()}
+
+        @jax.jit
+        def gradient(params, batch, items):
+            key = jax.random.key(0, impl="rbg")
+
+            def loss(params):
+                sums = objective.losses(run.model.bind(params), config, items, batch, key, None)
+                return sums["item"] / objective.counts(batch)["item"]
+
+            return jax.value_and_grad(loss)(params)
+
+        losses, gradients = zip(*(jax.device_get(gradient(params, batches[way][0], run.items)) for way in finishes), strict=True)
+        apart = max(
+            float(np.abs(a - b).max() / max(np.abs(b).max(), 1e-30)) for a, b in zip(*(jax.tree.leaves(g) for g in gradients), strict=True)
+        )
+        step = make_train_step(run)
+        states = {way: init_state(run) for way in finishes}
+        seconds = {way: [] for way in finishes}
+        for number in range(args.batches + 1):
+            for way in finishes:
+                start = time.perf_counter()
+                states[way], _ = step(states[way], batches[way][number], run.items, np.int32(number))
+                jax.block_until_ready(states[way])
+                if number:
+                    seconds[way].append(time.perf_counter() - start)
+
+    batch = plain[0][1]
+    distinct = finishes["per item"].distinct(batch)
+    groups = (np.diff(batch["group"], prepend=-1) != 0) & (batch["user"] > 0)
+    counted = {
+        "slots": int(batch["token"].size),
+        "tokens": int((batch["user"] > 0).sum()),
+        "occurrences": int(groups.sum()),
+        "distinct items": len(distinct),
+        "tokens of distinct items": int(run.prepared.catalogue.lengths[distinct].sum()),
+    }
+    medians = {way: statistics.median(times) for way, times in seconds.items()}
+    ratio = medians["per token"] / medians["per item"]
+    print(f"\n{args.schedule}, width {args.width}, objective.vectors {args.vectors}, {args.rows} rows of {args.row_tokens} slots")
+    print("; ".join(f"{value:,} {name}" for name, value in counted.items()))
+    print(
+        f"loss {losses[0]:.6f} per token, {losses[1]:.6f} per item; gradients differ by at most {apart:.1e} of each array's largest value"
+    )
+    for way, times in seconds.items():
+        print(
+            f"{way:10} {medians[way] * 1e3:10,.0f} ms a step (median of {len(times)}; {min(times) * 1e3:,.0f} to {max(times) * 1e3:,.0f})"
+        )
+    print(f"ratio      {ratio:10.2f}")
+    agree = abs(losses[0] - losses[1]) <= 1e-5 * abs(losses[0]) and apart <= 1e-3
+    record = {
+        "arguments": {name: value for name, value in vars(args).items() if name not in ("path", "json")},
+        "batch": counted, "loss": [float(x) for x in losses], "gradients_apart": apart, "seconds": seconds, "ratio": ratio, "agree": agree,
+        "device": jax.devices()[0].device_kind, "jax": metadata.version("jax"), "python": platform.python_version(),
+    }  # fmt: skip
+    with open(args.json, "w", encoding="utf-8") as file:
+        json.dump(record, file, indent=2)
+        file.write("\n")
+    print(f"wrote {args.json}")
+    if not agree:
+        print("loss or gradients do not agree", file=sys.stderr)
+    return 0 if agree else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

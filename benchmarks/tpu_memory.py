@@ -1,0 +1,122 @@
+"""Temporary memory of a whole training step on a TPU that is not there: the Pallas kernel against the dense reference.
+
+    python benchmarks/tpu_memory.py                              # v5p, rows of 2,048 to 16,384 tokens; about three minutes
+    python benchmarks/tpu_memory.py --chip=v6e --lengths=2048,4096
+
+The step (decoder, objectives, gradients, AdamW) is compiled ahead of time by libtpu (extra `tpu`) on any machine, and the compiler's own
+memory analysis is read; nothing runs. The kernel's temporaries should grow like the length, the reference's like its square. Prints one
+table and writes one JSON. Only one process at a time can hold libtpu.
+"""
+
+import argparse
+import json
+import os
+import platform
+from importlib import metadata
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no TPU machine to ask
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from iam_jax.config import default_config, resolve
+from iam_jax.model import make_model
+from iam_jax.objective import Items
+from iam_jax.optimizer import make_optimizer
+from iam_jax.sharding import BATCH, param_sharding
+from iam_jax.train import Run, make_train_step
+
+CHIPS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
+ITEM = 12  # tokens
+MODEL = {"schedule": "intra inter full", "width": 256, "heads": 4, "kv_heads": 2, "mlp_width": 512, "dtype": "bfloat16"}
+
+
+def make_config(row_tokens: int, rows: int, **model) -> ml_collections.ConfigDict:
+    config = default_config()
+    config.data.update(source="synthetic", row_tokens=row_tokens)
+    config.model.update(MODEL | model)
+    config.objective.update(token=1.0, chunk=1024)
+    config.train.batch_rows = rows
+    return config
+
+
+def compile_step(chip: str, mesh_shape: tuple[int, int, int], row_tokens: int, rows: int, **model):
+    """The compiled training step (jax.stages.Compiled) for the chip's first devices, with `model` fields over MODEL's."""
+    topology = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[chip])
+    devices = np.array(topology.devices[: int(np.prod(mesh_shape))]).reshape(mesh_shape)
+    mesh = jax.sharding.Mesh(devices, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    everywhere, split = NamedSharding(mesh, P()), NamedSharding(mesh, BATCH)
+    config = resolve(make_config(row_tokens, rows, **model))
+    made = make_model(config, vocabulary=1000, items=1000, longest=ITEM)
+
+    def abstract(shape, dtype, sharding=everywhere):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    state = {"params": made.shapes(), "optimizer": jax.eval_shape(make_optimizer(config.optimizer).init, made.shapes())}
+    state = jax.tree.map(lambda x, s: abstract(x.shape, x.dtype, s), state, param_sharding(mesh, state))
+    of_items = [jnp.bool_, jnp.float32, jnp.float32, jnp.uint32]
+    items = Items(abstract((1000, ITEM), jnp.int32), abstract((1000,), jnp.int32), *(abstract((1000,), dtype) for dtype in of_items))
+    widths = dict.fromkeys(("token", "user", "group", "position", "label"), row_tokens)
+    widths |= dict.fromkeys(("target", "target_at"), row_tokens // ITEM)
+    batch = {name: abstract((rows, width), jnp.int32, split) for name, width in widths.items()}
+    with jax.set_mesh(mesh):
+        step = make_train_step(Run(config, None, mesh, made, None, items))
+        return step.lower(state, batch, items, abstract((), jnp.int32)).compile()
+
+
+def temporaries(compiled) -> int:
+    """Bytes."""
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--chip", choices=CHIPS, default="v5p")
+    parser.add_argument("--lengths", default="2048,4096,8192,16384", help="tokens of a row")
+    parser.add_argument("--rows", type=int, default=2)
+    parser.add_argument("--json", default="tpu_memory.json")
+    args = parser.parse_args()
+    lengths = [int(length) for length in args.lengths.split(",")]
+
+    results: dict[str, dict[int, float | None]] = {}
+    for implementation in ("tpu", "reference"):
+        results[implementation] = {}
+        for length in lengths:
+            try:
+                size = temporaries(compile_step(args.chip, (1, 1, 1), length, args.rows, attention=implementation)) / 2**20
+            except jax.errors.JaxRuntimeError as error:
+                if "RESOURCE_EXHAUSTED" not in str(error):
+                    raise
+                size = None
+            results[implementation][length] = size
+            print(f"{implementation}, {length:,} tokens: {'does not fit' if size is None else f'{size:,.0f} MiB'}", flush=True)
+
+    print(f"\ntemporaries of a training step on one {args.chip}, {args.rows} rows, MiB; {MODEL}")
+    print(f"{'':12}" + "".join(f"{length:>12,}" for length in lengths) + f"{'growth':>12}")
+    for implementation, sizes in results.items():
+        first, last = sizes[lengths[0]], sizes[lengths[-1]]
+        growth = "" if first is None or last is None else f"{last / first:.1f}"
+        print(f"{implementation:12}" + "".join(f"{'-' if x is None else f'{x:,.0f}':>12}" for x in sizes.values()) + f"{growth:>12}")
+    versions = {name: metadata.version(name) for name in ("jax", "libtpu")}
+    record = {
+        "chip": args.chip,
+        "rows": args.rows,
+        "model": MODEL,
+        "mib": results,
+        "versions": versions,
+        "python": platform.python_version(),
+    }
+    with open(args.json, "w", encoding="utf-8") as file:
+        json.dump(record, file, indent=2)
+        file.write("\n")
+    print(f"wrote {args.json}")
+
+
+if __name__ == "__main__":
+    main()

@@ -14,6 +14,7 @@ import statistics
 import sys
 import time
 from importlib import metadata
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -36,7 +37,7 @@ def main() -> int:
     parser.add_argument("--row_tokens", type=int, default=512)
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--batches", type=int, default=5, help="timed, after one that is not")
-    parser.add_argument("--json", default="item_states.json")
+    parser.add_argument("--output", type=Path, default=Path("runs/benchmarks/item_states.json"))
     args = parser.parse_args()
 
     config = default_config()
@@ -102,14 +103,13 @@ def main() -> int:
     print(f"ratio      {ratio:10.2f}")
     agree = abs(losses[0] - losses[1]) <= 1e-5 * abs(losses[0]) and apart <= 1e-3
     record = {
-        "arguments": {name: value for name, value in vars(args).items() if name not in ("path", "json")},
+        "arguments": {name: value for name, value in vars(args).items() if name not in ("path", "output")},
         "batch": counted, "loss": [float(x) for x in losses], "gradients_apart": apart, "seconds": seconds, "ratio": ratio, "agree": agree,
         "device": jax.devices()[0].device_kind, "jax": metadata.version("jax"), "python": platform.python_version(),
     }  # fmt: skip
-    with open(args.json, "w", encoding="utf-8") as file:
-        json.dump(record, file, indent=2)
-        file.write("\n")
-    print(f"wrote {args.json}")
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.write_text(json.dumps(record, indent=2) + "\n")
+    print(f"wrote {args.output}")
     if not agree:
         print("loss or gradients do not agree", file=sys.stderr)
     return 0 if agree else 1

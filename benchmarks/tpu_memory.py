@@ -13,6 +13,7 @@ import json
 import os
 import platform
 from importlib import metadata
+from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no TPU machine to ask
@@ -80,7 +81,7 @@ def main() -> None:
     parser.add_argument("--chip", choices=CHIPS, default="v5p")
     parser.add_argument("--lengths", default="2048,4096,8192,16384", help="tokens of a row")
     parser.add_argument("--rows", type=int, default=2)
-    parser.add_argument("--json", default="tpu_memory.json")
+    parser.add_argument("--output", type=Path, default=Path("runs/benchmarks/tpu_memory.json"))
     args = parser.parse_args()
     lengths = [int(length) for length in args.lengths.split(",")]
 
@@ -112,10 +113,9 @@ def main() -> None:
         "versions": versions,
         "python": platform.python_version(),
     }
-    with open(args.json, "w", encoding="utf-8") as file:
-        json.dump(record, file, indent=2)
-        file.write("\n")
-    print(f"wrote {args.json}")
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.write_text(json.dumps(record, indent=2) + "\n")
+    print(f"wrote {args.output}")
 
 
 if __name__ == "__main__":

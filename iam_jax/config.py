@@ -74,7 +74,7 @@ class ModelConfig:
     tie_items: bool = False  # the item table is the token embedding (tokenizer "id" only), states are not projected
     tie_tokens: bool = True  # the token objective's output embedding is the input embedding
     attention: str = (
-        "auto"  # implementation of range attention: auto (the platform's kernel; on CPU local or reference) | reference | tpu | gpu
+        "auto"  # implementation of range attention: auto (the platform's kernel; on CPU local, blocked) | reference | tpu | gpu
     )
     item_states: str = "auto"  # leading intra layers once per distinct item: auto (where exact and less work) | on | off
     scan: bool = True  # lax.scan over the schedule's repeats: compiles faster, computes the same

@@ -11,12 +11,12 @@ from helpers import pack_row, stack
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from iam_jax.kernels import gpu, local, tpu
+from iam_jax.kernels import blocked, gpu, local, tpu
 from iam_jax.kernels import range_attention as module
 from iam_jax.kernels.range_attention import choose, range_attention
 from iam_jax.model.attention import key_ranges
 
-BACKENDS = ("reference", "local", "tpu", "gpu")
+BACKENDS = ("reference", "local", "blocked", "tpu", "gpu")
 BLOCK = 16
 SHAPE = (2, 40, 40, 4, 2, 16)  # B, T, S, N, K, H
 SHAPES = [SHAPE, (1, 21, 50, 2, 1, 32), (1, 33, 9, 3, 3, 24)]
@@ -25,7 +25,7 @@ SHAPES = [SHAPE, (1, 21, 50, 2, 1, 32), (1, 33, 9, 3, 3, 24)]
 @pytest.fixture(autouse=True, scope="module")
 def small_blocks():
     with pytest.MonkeyPatch.context() as patch:
-        for backend in (tpu, gpu):
+        for backend in (blocked, tpu, gpu):
             patch.setattr(backend, "block_size", lambda *args, **kwargs: BLOCK)
         yield
 
@@ -122,7 +122,7 @@ def relation_ranges(packing, relation, candidates):
     return [tuple(map(np.asarray, part)) for part in ranges if part is not None]
 
 
-@pytest.mark.parametrize("backend", ["reference", "tpu", "gpu"])
+@pytest.mark.parametrize("backend", ["reference", "blocked", "tpu", "gpu"])
 @settings(max_examples=25, deadline=None)
 @given(packings(), st.sampled_from(["full", "intra", "inter", "intra_both"]), st.booleans(), st.booleans(), st.integers(0, 99))
 def test_relations_in_float32(backend, packing, relation, candidates, include_self, seed):
@@ -299,9 +299,9 @@ def test_the_automatic_choice(monkeypatch):
     assert choose(*shapes(T=22), (11, 0), platform="cpu") == "reference"  # local would meet every key
     assert choose(*shapes(T=24), (11, 0), platform="cpu") == "local"
     assert choose(*shapes(), (64, 63), platform="cpu") == "local"
-    assert choose(*shapes(), (128, 0), platform="cpu") == "reference"
-    assert choose(*shapes(), None, platform="cpu") == "reference"
-    assert choose(*shapes(T=256, S=512), (11, 0), platform="cpu") == "reference"
+    assert choose(*shapes(), (128, 0), platform="cpu") == choose(*shapes(), None, platform="cpu") == "blocked"
+    assert choose(*shapes(T=511), None, platform="cpu") == "reference"
+    assert choose(*shapes(T=20, S=512), (11, 0), platform="cpu") == "blocked"
     for platform in ("tpu", "gpu"):
         assert choose(*shapes(), (11, 0), platform=platform) == choose(*shapes(), None, platform=platform) == platform
         assert not told
@@ -309,7 +309,7 @@ def test_the_automatic_choice(monkeypatch):
         assert f"{platform!r} " in told.pop() and not told
         assert choose(*shapes(H=512), None, platform=platform) == "reference"
         assert "'reference' is used, with memory in the square" in told[0] and "256" in told.pop()
-    assert choose(*shapes(), None) == "reference"  # tests run on a CPU
+    assert choose(*shapes(), None) == "blocked"  # tests run on a CPU
 
 
 def test_a_fallback_is_said_once(caplog):
@@ -328,7 +328,7 @@ def test_what_cannot_be_done_is_refused():
         range_attention(q, k, v, t, t, implementation="local")
     with pytest.raises(ValueError, match=r"'local' needs as many keys as queries, not 30 and 40"):
         range_attention(q, k[:, :30], v[:, :30], t, t, reach=(3, 0), implementation="local")
-    with pytest.raises(ValueError, match=r"implementation = 'splash': must be one of reference, local, tpu, gpu"):
+    with pytest.raises(ValueError, match=r"implementation = 'splash': must be one of reference, local, blocked, tpu, gpu"):
         range_attention(q, k, v, t, t, implementation="splash")
     with pytest.raises(ValueError, match="different types: float32, bfloat16, float32"):
         range_attention(q, k.astype(jnp.bfloat16), v, t, t)
@@ -349,22 +349,31 @@ def test_cudnn_is_for_what_it_can_do():
     assert module.cudnn_refuses(shapes(jnp.float16, 128)[0]) == module.cudnn_refuses(shapes(jnp.bfloat16, 16)[0]) == ""
 
 
-def test_local_keeps_no_array_in_the_square_of_the_length():
+def test_no_array_in_the_square_of_the_length(monkeypatch):
+    monkeypatch.setattr(blocked, "block_size", lambda *args: 128)  # the real one
+
     def memory(backend, T):
         q, k = shapes(T=T)
         t = jax.ShapeDtypeStruct((1, T), jnp.int32)
-        compiled_ = compiled(backend, False, False, (11, 0)).lower(q, k, k, q, t, t).compile()
+        compiled_ = compiled(backend, False, False, (11, 0) if backend == "local" else None).lower(q, k, k, q, t, t).compile()
         return compiled_.memory_analysis().temp_size_in_bytes
 
-    linear, square = (memory(backend, 4096) / memory(backend, 1024) for backend in ("local", "reference"))
-    assert linear < 4.5 and square > 12
+    grown = {backend: memory(backend, 4096) / memory(backend, 1024) for backend in ("local", "blocked", "reference")}
+    assert grown["local"] < 4.3 and grown["blocked"] < 4.3 and grown["reference"] > 12
 
 
-@pytest.mark.parametrize("reach", [(11, 0), (11, 11), (0, 0), (39, 0)])
-def test_blocks_of_local_join_again(reach):
-    """`added` is the transpose of `keys`."""
-    q, k, *_ = arrays_of(SHAPE, 0)
-    cut = local._Cut(q, k, reach)
-    x, keys = jax.vjp(cut.keys, k)
-    y = jnp.asarray(np.random.default_rng(0).standard_normal(x.shape), jnp.float32)
-    np.testing.assert_allclose(cut.added(y), keys(y)[0], rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize("reach", [(11, 0), (11, 11), (0, 0), (25, 17)])
+@pytest.mark.parametrize("piece", [1, 130, 300])
+def test_pieces_of_local_join_again(monkeypatch, reach, piece):
+    """Rows of 40 positions in 8 positions and heads: a piece of one block each, of some, of half a row; bitwise but for the sums."""
+    assert 2 * 40 * 4 > piece
+    arrays, ranges = arrays_of(SHAPE, 0), random_ranges(SHAPE, 1, 1, reach)
+
+    def run():
+        o, pullback = jax.vjp(lambda q, k, v: range_attention(q, k, v, *ranges[0], reach=reach, implementation="local"), *arrays[:3])
+        return o, *pullback(arrays[3])
+
+    monkeypatch.setattr(local, "_PIECE", piece)
+    pieces = local._Cut(*arrays[:2], reach).pieces
+    assert pieces > 1 or (reach == (25, 17) and piece == 300)
+    agree(run(), brute_force(*arrays, ranges, False))

@@ -9,10 +9,11 @@ is computed by a backend; the parts are merged exactly by their log-sum-exp, for
 
     reference  the mask, dense, through `jax.nn.dot_product_attention` (cuDNN where `cudnn_refuses` has no objection): any platform
     local      plain XLA over blocks of neighbours, for ranges of bounded length (`reach`), cost linear in T: any platform
+    blocked    plain XLA that visits the needed pairs of blocks one after another, memory linear in T: for CPUs
     tpu        Pallas kernels for TPU that visit the needed blocks only (kernels/tpu.py); elsewhere interpreted, for tests
     gpu        Pallas kernels for NVIDIA GPUs that visit the needed blocks only (kernels/gpu.py); elsewhere interpreted, for tests
-    None       the platform's kernel on TPU and GPU; elsewhere, and where the kernel refuses, `local` if `reach` is at most 128 keys and
-               half a row, else the reference
+    None       on TPU and GPU the platform's kernel; on a CPU `local` if `reach` is at most 128 keys and half a row, else `blocked` for rows
+               of 512 tokens or more, else the reference; where a kernel refuses, `local` or the reference
 
 A backend that is asked for by name and cannot do the work raises ValueError; where None falls back from the platform's kernel, that is
 said once, with the reason. All compute logits and softmax in float32, and multiply float32 inputs in float32 (the default on TPU and GPU is
@@ -32,13 +33,14 @@ from absl import logging
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from iam_jax.kernels import gpu, local, tpu
+from iam_jax.kernels import blocked, gpu, local, tpu
 from iam_jax.sharding import BATCH_AXES, HEADS_AXIS
 
-IMPLEMENTATIONS = ("reference", "local", "tpu", "gpu")
+IMPLEMENTATIONS = ("reference", "local", "blocked", "tpu", "gpu")
 LOCAL_KEYS = 128  # the longest reach for which None may mean `local`
+BLOCKED_KEYS = 512  # the shortest row for which None may mean `blocked`: it goes through rows one by one
 
-_BACKENDS: dict[str, ModuleType] = {"local": local, "tpu": tpu, "gpu": gpu}
+_BACKENDS: dict[str, ModuleType] = {"local": local, "blocked": blocked, "tpu": tpu, "gpu": gpu}
 
 Range = tuple[jax.Array, jax.Array]
 Reach = tuple[int, int]
@@ -84,6 +86,8 @@ def choose(q: jax.Array, k: jax.Array, reach: Reach | None, implementation: str 
     bounded = not local.refuses(q, k, reach) and sum(reach) < LOCAL_KEYS and 2 * (1 + sum(reach)) <= q.shape[1]
     otherwise = "local" if bounded else "reference"
     platform = platform or jax.default_backend()
+    if platform == "cpu" and not bounded and max(q.shape[1], k.shape[1]) >= BLOCKED_KEYS:
+        return "blocked"
     if platform not in _BACKENDS:
         return otherwise
     if reason := _BACKENDS[platform].refuses(q, k, reach):

@@ -1,0 +1,167 @@
+"""The benchmarks at toy size: their tables and their JSON agree, and what must fail does. No time is looked at."""
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+
+
+def run(name: str, output: Path, *flags: str) -> tuple[subprocess.CompletedProcess, dict | None]:
+    command = [sys.executable, FOLDER / f"{name}.py", f"--output={output}", *flags]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ, timeout=300)
+    return done, json.loads(output.read_text()) if output.exists() else None
+
+
+def load(name: str):
+    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", FOLDER / f"{name}.py")
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look there
+    spec.loader.exec_module(module)
+    return module
+
+
+def lines_of(text: str, start: str) -> list[str]:
+    return [line for line in text.splitlines() if line.startswith(start)]
+
+
+def test_attention_times_and_memory(tmp_path):
+    """At 24 tokens the dense mask needs 2 * 16 * 24 ** 2 = 18,432 bytes by the estimate, at 96 it needs 294,912."""
+    done, result = run("attention", tmp_path / "a.json", "--lengths=24,96", "--repeats=1", "--users_per_row=2", "--limit_gb=1e-4")
+    assert done.returncode == 0, done.stderr
+    assert result["platform"] == "cpu" and result["settings"]["dtype"] == "float32" and jax.__version__ in done.stdout
+    rows = {(row["relation"], row["backend"], row["length"]): row for row in result["rows"]}
+    pairs = [(relation, backend) for relation in ("intra", "inter", "full") for backend in ("reference", "blocked")]
+    pairs.append(("intra", "local"))
+    assert set(rows) == {(*pair, length) for pair in pairs for length in (24, 96)}
+    for (relation, backend, length), row in rows.items():
+        refused = backend == "reference" and length == 96
+        assert ("would need about" in row["skipped"]) == refused
+        if not refused:
+            assert 0 < row["best_seconds"] <= row["median_seconds"] and row["temporary_bytes"] > 0
+            assert row["argument_bytes"] >= 4 * length * 2 * 32 * 4  # q, k, v and the cotangent
+            assert row["result_bytes"] >= 4 * length * 2 * 32 * 4
+        (line,) = lines_of(done.stdout, f"{relation:<8} {backend} ")
+        assert line.split()[4:6] == ["-", "-"] if refused else line.split()[2 + 2 * (length == 96)] != "-"
+        assert len(lines_of(done.stdout, f"{relation} {backend} at {length}:")) == refused
+    growths = {(growth["relation"], growth["backend"]): growth for growth in result["growth"]}
+    assert set(growths) == {pair for pair in pairs if pair[1] != "reference"}
+    growth = growths["intra", "local"]
+    assert (growth["from"], growth["to"]) == (24, 96)
+    ends = rows["intra", "local", 24], rows["intra", "local", 96]
+    assert growth["time"] == pytest.approx(ends[1]["best_seconds"] / ends[0]["best_seconds"])
+    assert growth["memory"] == pytest.approx(ends[1]["temporary_bytes"] / ends[0]["temporary_bytes"])
+
+
+def test_attention_packs_users_of_the_same_length():
+    user, group = load("attention").packed(2, 40, 3)
+    assert user.shape == (2, 40) and (user[0] == user[1]).all() and np.bincount(user[0]).tolist() == [0, 14, 13, 13]
+    assert group[0].tolist() == ([1] * 12 + [2] * 2) + 2 * ([1] * 12 + [2])
+
+
+def test_attention_does_not_time_interpreted_kernels(capsys):
+    parse = load("attention").parse
+    for backend, word in (("gpu", "interpreted"), ("tpu", "interpreted"), ("flex", "on a cpu there are")):
+        with pytest.raises(SystemExit) as stop:
+            parse([f"--backends=local,{backend}"])
+        assert stop.value.code == 2 and word in capsys.readouterr().err
+    assert parse(["--backends=local,gpu", "--check"]).backends == ["local", "gpu"]
+
+
+@pytest.mark.parametrize("mistake", ["none", "value", "NaN", "leak"])
+def test_attention_check(mistake, tmp_path, monkeypatch, capsys):
+    """Parity passes, and a mistake in one backend does not: a value, a NaN in one place, and an empty row that sees something."""
+    module = load("attention")
+    right, reference_calls = module.range_attention, []
+
+    def wrong(q, k, v, start, stop, *, implementation, **options):
+        o = right(q, k, v, start, stop, implementation="reference", **options)
+        reference_calls.append(implementation)
+        if implementation == "reference":
+            return o
+        empty = (start >= stop)[..., None, None] & (not options["include_self"])
+        return {
+            "none": o,
+            "value": o.at[0, 3].multiply(1.001),
+            "NaN": o.at[0, 3, 0, 0].set(jnp.nan),
+            "leak": o + jnp.where(empty, 1e-7, 0),
+        }[mistake]
+
+    monkeypatch.setattr(module, "range_attention", wrong)
+    monkeypatch.setattr(sys, "argv", ["attention.py", "--check", "--lengths=48", "--backends=local", f"--output={tmp_path / 'a.json'}"])
+    assert module.main() == (mistake != "none")
+    text, result = capsys.readouterr().out, json.loads((tmp_path / "a.json").read_text())
+    assert {"local", "reference"} == set(reference_calls)
+    assert [row["relation"] for row in result["rows"]] == ["intra", "intra, self key", "intra_both"]
+    assert result["passed"] == ("MISMATCH" not in text) == (mistake == "none")
+    assert ("an empty row is not zero" in text) == (mistake == "leak")
+    padding = result["rows"][0]["empty_rows"]
+    assert padding == 5 and result["rows"][1]["empty_rows"] == 0
+
+
+def test_attention_dense_peer_is_the_reference():
+    """Both dense paths beside the reference are the same function; only the implementation differs."""
+    module = load("attention")
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.standard_normal((2, 40, n, 8)), jnp.float32) for n in (4, 2, 2))
+    user, group, candidate = module.ragged(2, 40)
+    ranges = module.key_ranges(user, group, candidate)
+    for relation, include_self in (("inter", False), ("inter", True), ("full", False)):
+        got, expected = (module.attend(name, include_self, None, q, k, v, ranges[relation]) for name in ("xla", "reference"))
+        np.testing.assert_array_equal(got, expected)
+    assert not np.asarray(got)[user == 0].any() and (user == 0).any()
+
+
+def test_attention_ratio_to_the_fastest_peer():
+    def row(backend, seconds, length=8, skipped=""):
+        return {"relation": "full", "backend": backend, "length": length, "best_seconds": seconds, "skipped": skipped}
+
+    rows = [row("gpu", 2.0), row("local", 0.1), row("xla", 8.0), row("flex", 4.0), row("cudnn", 1.0, skipped="no"), row("gpu", 3.0, 16)]
+    expected = {"relation": "full", "length": 8, "peer": "flex", "ratio": 0.5}
+    assert load("attention").against_peers(rows) == [expected]  # nothing to compare with at 16
+
+
+TOY = ("--schedule=intra full", "--candidates=3", "--history_items=4", "--item_tokens=5", "--vocabulary=40", "--width=16", "--repeats=2")
+
+
+def test_scoring(tmp_path):
+    done, result = run("scoring", tmp_path / "s.json", *TOY)
+    assert done.returncode == 0 and result["equal"], done.stderr
+    (measured,) = result["results"]
+    ways = {way["way"]: way for way in measured["ways"]}
+    # A history of 20 tokens, 3 candidates of 5.
+    facts = {name: (way["calls"], way["row_tokens"], way["tokens"]) for name, way in ways.items()}
+    assert facts == {"one pass": (1, 35, 35), "one by one": (3, 25, 75), "one batch": (1, 25, 75)}
+    rows = [re.split(r"\s{2,}", line[28:].strip()) for line in done.stdout.splitlines()]
+    lines = {row[0]: row for row in rows if row[0] in ways}
+    for name, way in ways.items():
+        assert way["median_seconds"] > 0 and way["temporary_bytes"] > 0 and len(way["samples"]) == 2
+        assert way["relative_to_one_pass"] == pytest.approx(way["median_seconds"] / ways["one pass"]["median_seconds"])
+        assert lines[name][1:3] == [str(way["calls"]), str(way["tokens"])]
+        assert way["largest_relative_difference"] <= 1e-5
+    assert measured["least_score"] < measured["greatest_score"] < 0
+
+
+def test_scores_that_differ_are_an_error(tmp_path, monkeypatch, capsys):
+    """Candidates behind a history that is one item shorter are other scores."""
+    module = load("scoring")
+    right = module.candidate_rows
+
+    def wrong(catalogue, histories, candidates, max_tokens):
+        return right(catalogue, [h[len(candidates[0]) > 1 :] for h in histories], candidates, max_tokens)
+
+    monkeypatch.setattr(module, "candidate_rows", wrong)
+    monkeypatch.setattr(sys, "argv", ["scoring.py", *TOY, f"--output={tmp_path / 's.json'}"])
+    assert module.main() == 1
+    result = json.loads((tmp_path / "s.json").read_text())
+    assert not result["equal"] and "NOT EQUAL" in capsys.readouterr().out
+    one_pass, _, one_batch = result["results"][0]["ways"]
+    assert one_pass["largest_relative_difference"] > 1e-3 > 1e-5 > one_batch["largest_relative_difference"]

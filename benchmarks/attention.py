@@ -133,7 +133,7 @@ def why_not(backend: str, q, k, reach: tuple[int, int] | None, limit_gb: float) 
     """What keeps the backend from the work; "" for nothing."""
     if backend == "flex" and importlib.util.find_spec("torch") is None:
         return "torch is not installed"
-    if backend == "cudnn" and (reason := cudnn_refuses(q)):
+    if backend == "cudnn" and (reason := cudnn_refuses(q, k)):
         return reason
     if backend not in PEERS:
         try:

@@ -47,7 +47,11 @@ def main() -> int:
     config.train.batch_rows = args.rows
     config = resolve(config)
     run = make_run(config, prepare(config.data))
-    finishes = {"per token": without_items, "per item": DistinctItems(run.rows, args.rows)}
+    shards = run.mesh.shape["data"] * run.mesh.shape["fsdp"]
+    finishes = {
+        "per token": without_items,
+        "per item": DistinctItems(run.rows, args.rows, multiple=shards, targets=args.vectors != "table"),
+    }
 
     with jax.set_mesh(run.mesh):
         params = init_state(run)["params"]
@@ -81,7 +85,7 @@ def main() -> int:
 
     batch = plain[0][1]
     distinct = finishes["per item"].distinct(batch)
-    groups = (np.diff(batch["group"], prepend=-1) != 0) & (batch["user"] > 0)
+    groups = ((np.diff(batch["group"], prepend=-1) != 0) | (np.diff(batch["user"], prepend=-1) != 0)) & (batch["user"] > 0)
     counted = {
         "slots": int(batch["token"].size),
         "tokens": int((batch["user"] > 0).sum()),

@@ -73,10 +73,8 @@ class ModelConfig:
     scale_embedding: bool = True  # token embeddings times sqrt(width), as in the original Transformer
     tie_items: bool = False  # the item table is the token embedding (tokenizer "id" only), states are not projected
     tie_tokens: bool = True  # the token objective's output embedding is the input embedding
-    attention: str = (
-        "auto"  # implementation of range attention: auto (the platform's kernel; on CPU local, blocked) | reference | tpu | gpu
-    )
-    item_states: str = "auto"  # leading intra layers once per distinct item: auto (where exact and less work) | on | off
+    attention: str = "auto"  # range attention: auto (the platform's kernels; plain XLA on a CPU) | reference (dense) | tpu | gpu
+    item_states: str = "auto"  # leading intra layers once per distinct item: auto (no dropout, less work) | on | off
     scan: bool = True  # lax.scan over the schedule's repeats: compiles faster, computes the same
     remat: bool = False  # recompute a layer's activations in the backward pass
 

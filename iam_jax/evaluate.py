@@ -87,9 +87,14 @@ class Evaluator:
         alone = model.positions == "rotary" and self.config.schedule.leading_intra > 0
         if not alone or model.item_states == "off":
             return None
-        items = CatalogueItems(self.prepared.catalogue, self.config.data.row_tokens, self.config.eval.batch_rows)
-        size = items.rows["token"].size * model.width * jnp.dtype(model.dtype).itemsize
-        return items if size <= self.config.eval.item_states_gib * 2**30 else None
+        gib = self.prepared.catalogue.lengths.sum() * model.width * jnp.dtype(model.dtype).itemsize / 2**30
+        if gib > self.config.eval.item_states_gib:
+            if model.item_states == "on":
+                print(f"ranking computes the leading intra layers for every history: the catalogue's states take {gib:.1f} GiB", flush=True)
+            return None
+        shards = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        at_once = math.ceil(self.config.eval.batch_rows / shards) * shards
+        return CatalogueItems(self.prepared.catalogue, self.config.data.row_tokens, at_once)
 
     def leading_states(self, params: Params, rows: Rows) -> jax.Array | None:
         """The catalogue's states after the leading intra layers, where that is less work than to compute them for the rows."""

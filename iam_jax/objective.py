@@ -87,7 +87,8 @@ def label_log_probs(
 
 def log_likelihoods(model: Recommender, batch: dict, candidates: int, chunk: int = 2048) -> jax.Array:
     """[B, C] float32: log p(text of candidate | history), the sum over its tokens, the boundary token included; 0 where a row has fewer
-    candidates. batch: from `data.candidates.candidate_rows`. Refused by config for `intra_both`, which sees what it would predict."""
+    candidates. batch: from `data.candidates.candidate_rows`; candidates: C, the most that a row has. Raises ValueError for a schedule
+    with intra_both and for a model without an output embedding."""
     if "intra_both" in model.config.schedule.relations:
         raise ValueError("log-likelihoods need a schedule without intra_both: it sees the tokens that are to be predicted")
     x_BTD = model.states(batch)
@@ -172,7 +173,7 @@ def losses(model: Recommender, config: Config, items: Items, batch: dict, key: j
     if "leading" in batch:
         leading_XD = model.leading_states(batch["leading"], CHUNKS, None if key is None else jax.random.fold_in(keys[0], 0))
         if config.uses_text and config.objective.text_layers == "leading":
-            vt_XE = model.text_head(leading_XD[batch["target_slot"].reshape(-1)])
+            vt_XE = model.text_head(model.taken(leading_XD, batch["target_slot"].reshape(-1)))
     x_BTD = model.states(batch, keys[0], leading_XD)
     x_BMD = jnp.take_along_axis(x_BTD, batch["target_at"][..., None], axis=1)
     h_XE = model.project(x_BMD.reshape(-1, x_BMD.shape[-1]))

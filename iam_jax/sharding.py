@@ -1,5 +1,6 @@
 """The device mesh, and one table from the axes in parameter names to mesh axes."""
 
+import math
 import re
 
 import jax
@@ -50,6 +51,17 @@ def param_sharding(mesh: Mesh, tree):
         return NamedSharding(mesh, PartitionSpec(*names))
 
     return jax.tree_util.tree_map_with_path(leaf, tree)
+
+
+def split_rows(tree, axis: int):
+    """Inside jit: rows along `axis` over the data and fsdp axes of the current mesh. A reshape of sharded rows into parts would leave
+    the parts sharded, and a loop over them then computes every part on every device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or not set(BATCH_AXES) <= set(mesh.axis_names):
+        return tree
+    shards = math.prod(mesh.shape[name] for name in BATCH_AXES)
+    spec = PartitionSpec(*[None] * axis, BATCH_AXES)
+    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, spec) if x.shape[axis] % shards == 0 else x, tree)
 
 
 def shard_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:

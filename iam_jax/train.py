@@ -20,10 +20,11 @@ from iam_jax.data.prepare import Prepared
 from iam_jax.errors import InputError, NonFiniteError
 from iam_jax.evaluate import Evaluator, summarize, validation_subset
 from iam_jax.interrupt import Signals, Stop
+from iam_jax.kernels.range_attention import choose
 from iam_jax.logs import MetricsLog, progress_bar
 from iam_jax.model import Model, make_model
 from iam_jax.optimizer import learning_rate, make_optimizer
-from iam_jax.sharding import make_mesh, param_sharding, shard_batch
+from iam_jax.sharding import make_mesh, param_sharding, shard_batch, split_rows
 
 
 @dataclasses.dataclass
@@ -62,6 +63,7 @@ class Run:
 
 def make_run(config: Config, prepared: Prepared) -> Run:
     catalogue, data = prepared.catalogue, config.data
+    _check_attention(config)
     rows = training_rows(
         prepared.events,
         catalogue,
@@ -78,26 +80,38 @@ def make_run(config: Config, prepared: Prepared) -> Run:
     return Run(config, prepared, mesh, model, rows, items, _distinct_items(config, rows, mesh) or without_items)
 
 
+def _check_attention(config: Config) -> None:
+    """Raises InputError where model.attention names kernels that cannot do the work here."""
+    model = config.model
+    if model.attention not in ("tpu", "gpu"):
+        return
+    q = jax.ShapeDtypeStruct((1, config.data.row_tokens, model.heads, model.head_size or model.width // model.heads), model.dtype)
+    platform = jax.default_backend()
+    try:
+        if platform != model.attention:
+            raise ValueError(f"there is a {platform} here, on which these kernels are only interpreted; auto takes what is there")
+        choose(q, q, None, model.attention)
+    except ValueError as error:
+        raise InputError(f"config.model.attention = {model.attention!r}: {error}") from error
+
+
 def _distinct_items(config: Config, rows: Rows, mesh: jax.sharding.Mesh) -> DistinctItems | None:
     """Whether a batch's items go through the leading intra layers once each (model.item_states)."""
     model, parts = config.model, config.optimizer.accumulate
     alone = model.positions == "rotary" and config.schedule.leading_intra > 0
     if not alone or model.item_states == "off" or (model.item_states == "auto" and model.dropout > 0):
         return None
-    items = DistinctItems(rows, config.train.batch_rows, parts, mesh.shape["data"] * mesh.shape["fsdp"])
+    text = config.uses_text and config.softmax != "full" and config.objective.text_layers == "leading"
+    items = DistinctItems(rows, config.train.batch_rows, parts, mesh.shape["data"] * mesh.shape["fsdp"], targets=text)
     # The first micro-batch, in the plan's order, stands for all.
     some = [rows[row] for row in range(min(len(rows), config.train.batch_rows // parts))]
     batch = {name: np.stack([row[name] for row in some]) for name in some[0]}
     distinct = items.distinct(batch)
     tokens, slots = int(rows.catalogue.lengths[distinct].sum()), batch["token"].size
-    text = config.uses_text and config.softmax != "full" and config.objective.text_layers == "leading"
     if text:  # the targets' vectors come from the same states
         slots += batch["target"].size * int(rows.catalogue.lengths[:-1].max())
-    saves = tokens <= 0.6 * slots
-    if saves or model.item_states == "on":
-        print(f"leading intra layers once per distinct item: {tokens:,} tokens instead of {slots:,} slots a batch", flush=True)
-        return items
-    return None
+    items.saving = f"{tokens:,} tokens instead of {slots:,} slots in a micro-batch"
+    return items if model.item_states == "on" or tokens <= 0.6 * slots else None
 
 
 def make_train_step(run: Run):
@@ -122,7 +136,7 @@ def make_train_step(run: Run):
         if parts == 1:
             (_, sums), grads = gradient(params, batch, key)
         else:
-            micros = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), batch)
+            micros = split_rows(jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), batch), axis=1)
 
             def add(total, xs):
                 (_, sums), grads = gradient(params, *xs)
@@ -181,6 +195,8 @@ def train(run: Run, workdir: Path, evaluator: Evaluator, signals: Signals) -> Ch
         f"({run.rows.fill:.1%} real tokens), {len(run.rows) / cfg.batch_rows:.1f} batches an epoch",
         flush=True,
     )
+    if isinstance(run.finish, DistinctItems):
+        print(f"leading intra layers once per distinct item: {run.finish.saving}", flush=True)
     if progress.stopped.startswith("train.max_minutes") and (not cfg.max_minutes or cfg.max_minutes > progress.minutes):
         progress.stopped = ""
     if progress.stopped:

@@ -78,9 +78,15 @@ def test_layout(history, candidates, max_tokens):
 def test_what_does_not_fit_is_refused():
     bare = tiny_data().catalogue
     one = [np.array([0])]
-    for history, max_tokens in ((np.array([], int), 24), (np.array([0]), 1)):
+    short = int(bare.lengths[0])
+    for history, max_tokens in ((np.array([], int), 24), (np.array([0]), short)):
         with pytest.raises(ValueError, match="user 0: no prompt"):
             candidate_rows(bare, [history], one, max_tokens)
+    for catalogue, max_tokens in ((bare, short - 1), (CATALOGUE, int(LENGTHS[0]) + 1)):  # the prompt has two tokens
+        with pytest.raises(ValueError, match=f"user 0: the longest candidate does not fit in {max_tokens} tokens"):
+            candidate_rows(catalogue, [np.array([0])], one, max_tokens)
+    with pytest.raises(ValueError, match="there is no history"):
+        candidate_rows(bare, [], [], 24)
     needed = int(LENGTHS[[0, 3]].sum()) + 2 + int(LENGTHS[[1, 2]].sum())
     for slots in (needed - 1, needed):
         go = functools.partial(candidate_rows, CATALOGUE, [np.array([0, 3])], [np.array([1, 2])], 24, slots)

@@ -1,6 +1,7 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import make_config, quick_jit, random_params, stack, tiny_data, tiny_rows
@@ -12,6 +13,7 @@ from iam_jax.data.catalogue import Catalogue
 from iam_jax.data.item_rows import CHUNKS, CatalogueItems, DistinctItems, pack_items, without_items
 from iam_jax.evaluate import Evaluator
 from iam_jax.model import make_model
+from iam_jax.model.heads import Recommender
 from iam_jax.sharding import make_mesh
 
 DATA = {"row_tokens": 24, "context_items": 1}
@@ -81,6 +83,29 @@ def test_every_token_and_target_finds_its_item(prompt, parts, multiple):
                 own.tolist() == prepared.catalogue.tokens[prepared.catalogue.offsets[item] : prepared.catalogue.offsets[item + 1]].tolist()
             )
         assert len(np.unique(leading["user"])) - 1 == len(items.distinct({name: x[mine] for name, x in plain.items()}))
+
+
+def test_without_targets_only_the_input_counts():
+    prepared = tiny_data(users=30, items=20)
+    rows = tiny_rows(prepared, make_config(data=DATA))
+    plain = stack([rows[row] for row in range(2)])
+    batch = DistinctItems(rows, 2, targets=False)(plain)
+    assert set(batch) == set(plain) - {"item", "within"} | {"leading", "slot"}
+    real = plain["user"] > 0
+    assert len(np.unique(batch["leading"]["user"])) - 1 == len(np.unique(plain["item"][real]))
+    np.testing.assert_array_equal(batch["leading"]["token"].reshape(-1)[batch["slot"]][real], plain["token"][real])
+
+
+def test_an_item_longer_than_a_row_is_refused():
+    with pytest.raises(ValueError, match="row_tokens = 2: the longest item has 4"):
+        pack_items(tiny_data().catalogue, np.arange(8), 2)
+
+
+def test_gradients_of_an_item_that_occurs_often_add_up():
+    """In bfloat16 itself, 256 + 1 is 256."""
+    x = jnp.ones((3, 4), jnp.bfloat16)
+    gradient = jax.grad(lambda x: Recommender.taken(x, jnp.zeros((2, 1024), int)).astype(jnp.float32).sum())(x)
+    assert gradient.dtype == jnp.bfloat16 and (gradient[0] == 2048).all() and not gradient[1:].any()
 
 
 def test_the_rows_of_items_hold_any_batch():

@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 from iam_jax.config import MeshConfig
 from iam_jax.errors import InputError
 from iam_jax.model import make_model
-from iam_jax.sharding import AXES, axes_of, make_mesh, param_sharding, shard_batch
+from iam_jax.sharding import AXES, BATCH, axes_of, make_mesh, param_sharding, shard_batch, split_rows
 
 MESHES = ((1, 1, 1), (8, 1, 1), (2, 2, 2))
 CONFIG = {
@@ -86,6 +86,15 @@ def attend_on(mesh_shape: tuple[int, int, int]) -> dict:
     return results
 
 
+def parts_on(mesh_shape: tuple[int, int, int]) -> list:
+    """Where the parts of sharded rows are: a loop goes over the first axis."""
+    mesh = mesh_of(mesh_shape)
+    with jax.set_mesh(mesh):
+        rows = jax.device_put(np.zeros((32, 5)), jax.sharding.NamedSharding(mesh, BATCH))
+        parts = jax.jit(lambda x: split_rows({"x": x.reshape(2, 16, 5), "odd": x[:6].reshape(2, 3, 5)}, axis=1))(rows)
+    return [list(parts["x"].sharding.spec)[:2], parts["x"].addressable_shards[0].data.shape[1], parts["odd"].shape[1]]
+
+
 def train_on(mesh_shape: tuple[int, int, int], once: bool = False) -> dict:
     """Two training steps on the first devices: what is where, the first loss, and the parameters after it. once: the leading intra
     layers once per distinct item."""
@@ -145,8 +154,8 @@ def results():
     root = Path(__file__).parents[1]
     done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, env=env, cwd=root, timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
-    training, once, attention = json.loads(done.stdout)
-    return dict(zip(MESHES, training, strict=True)) | {"once": once, "attention": attention}
+    training, once, attention, parts = json.loads(done.stdout)
+    return dict(zip(MESHES, training, strict=True)) | {"once": once, "attention": attention, "parts": parts}
 
 
 @pytest.mark.parametrize("shape", [*MESHES[1:], "once"], ids=str)
@@ -158,6 +167,10 @@ def test_a_step_is_that_of_one_device(results, shape):
     for name, x in one["after"].items():
         np.testing.assert_allclose(many["after"][name], x, rtol=1e-5, atol=1e-5, err_msg=name)
         assert np.abs(np.subtract(x, one["start"][name])).max() > 1e-3, name
+
+
+def test_parts_of_rows_stay_split_over_the_devices(results):
+    assert results["parts"] == [[None, ["data", "fsdp"]], 4, 3]
 
 
 def test_attention_is_that_of_one_device(results):
@@ -266,5 +279,6 @@ if __name__ == "__main__":
         [train_on(shape) for shape in MESHES],
         train_on(MESHES[-1], once=True),
         [attend_on(shape) for shape in (MESHES[0], MESHES[-1])],
+        parts_on(MESHES[-1]),
     ]
     json.dump(everything, sys.stdout)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import make_config, tiny_data
 
 from iam_jax import objective
 from iam_jax import train as train_lib
@@ -325,3 +326,10 @@ def test_nothing_to_train_on(make):
     alone = dataclasses.replace(events, label=np.where(np.isin(np.arange(len(events.item)), events.offsets), 0, 2).astype(np.uint8))
     with pytest.raises(InputError, match="no user has two training events"):
         make_run(run.config, dataclasses.replace(run.prepared, split=dataclasses.replace(run.prepared.split, events=alone)))
+
+
+@pytest.mark.parametrize("name", ["tpu", "gpu"])
+def test_kernels_of_another_platform_are_refused(name):
+    """They would be interpreted: a run of another machine, continued here, would crawl."""
+    with pytest.raises(InputError, match=rf"^config\.model\.attention = '{name}': there is a cpu here"):
+        make_run(make_config(model={"attention": name}), tiny_data())

@@ -27,6 +27,8 @@ def candidate_rows(
     rows = []
     for number, (history, items) in enumerate(zip(histories, candidates, strict=True)):
         free = max_tokens - int(lengths[-1]) - int(lengths[items].max(initial=0))
+        if free < 0:
+            raise ValueError(f"user {number}: the longest candidate does not fit in {max_tokens} tokens, after the prompt if there is one")
         kept = np.cumsum(lengths[history][::-1]) <= free
         history = np.asarray(history)[len(history) - int(kept.sum()) :]
         before = int(lengths[-1] + lengths[history].sum())
@@ -49,6 +51,8 @@ def candidate_rows(
                 "candidate": np.maximum(place - last + 1, 0),
             }
         )
+    if not rows:
+        raise ValueError("there is no history")
     longest = max(len(row["token"]) for row in rows)
     row_tokens = row_tokens or longest
     if longest > row_tokens:

@@ -18,6 +18,8 @@ def pack_items(catalogue: Catalogue, items: np.ndarray, row_tokens: int, rows: i
     """The items [n], one after another, none across the end of a row: `token`, `user` (each item one of its own), `group` and
     `position` [R, T], and the slot [n] where each begins, counted through all rows. `rows`: R, if it is not to be the least."""
     length = catalogue.lengths[items]
+    if length.max(initial=0) > row_tokens:
+        raise ValueError(f"row_tokens = {row_tokens}: the longest item has {length.max()}")
     ends = np.cumsum(length)
     first = [0]  # of each row
     while first[-1] < len(items):
@@ -44,10 +46,10 @@ class CatalogueItems:
     """All of the catalogue: takes a batch's `item` and `within` for the `slot` of every token."""
 
     def __init__(self, catalogue: Catalogue, row_tokens: int, rows_at_once: int):
-        entries = np.arange(catalogue.items + catalogue.prompt)
-        least = len(pack_items(catalogue, entries, row_tokens)[0]["token"])
-        self.chunks = math.ceil(least / rows_at_once)
-        self.rows, start = pack_items(catalogue, entries, row_tokens, self.chunks * rows_at_once)
+        rows, start = pack_items(catalogue, np.arange(catalogue.items + catalogue.prompt), row_tokens)
+        self.chunks = math.ceil(len(rows["token"]) / rows_at_once)
+        more = self.chunks * rows_at_once - len(rows["token"])
+        self.rows = {name: np.pad(x, ((0, more), (0, 0))) for name, x in rows.items()}
         self.start = np.append(start, 0)  # without a prompt, padding is entry I
         self.boundary_slots = start[: catalogue.items] + catalogue.lengths[:-1] - 1
 
@@ -60,11 +62,14 @@ class DistinctItems:
     """The items of each micro-batch of training, targets included: adds `leading`, the rows of items, and in them the slot of every
     token, `slot` [B, T], and of every target's boundary token, `target_slot` [B, M]. Shapes do not depend on the batch."""
 
-    def __init__(self, rows: Rows, batch_rows: int, parts: int = 1, multiple: int = 1):
-        """batch_rows in `parts` micro-batches; `multiple`: the rows of items are a multiple of so many in every chunk."""
-        self.catalogue, self.row_tokens, self.parts = rows.catalogue, rows.row_tokens, parts
-        # A row of items has fewer free slots than the longest item; more tokens than all occurrences there cannot be.
-        tokens = rows.most_item_tokens * batch_rows // parts
+    saving = ""  # what it is worth, in words
+
+    def __init__(self, rows: Rows, batch_rows: int, parts: int = 1, multiple: int = 1, targets: bool = True):
+        """batch_rows in `parts` micro-batches; `multiple`: the rows of items are a multiple of so many in every chunk. Without `targets`
+        only the items that are input, and no `target_slot`."""
+        self.catalogue, self.row_tokens, self.parts, self.targets = rows.catalogue, rows.row_tokens, parts, targets
+        # A row of items has fewer free slots than the longest item; more tokens than all occurrences, or all items, there cannot be.
+        tokens = min(rows.most_item_tokens * batch_rows // parts, int(self.catalogue.lengths.sum()))
         least = math.ceil(tokens / (self.row_tokens - int(self.catalogue.lengths.max()) + 1)) + 1
         self.rows = math.ceil(least / (CHUNKS * multiple)) * CHUNKS * multiple
 
@@ -73,7 +78,8 @@ class DistinctItems:
         added = [self._micro(micro) for micro in micros]
         leading = {name: np.concatenate([rows[name] for rows, _, _ in added]) for name in added[0][0]}
         slot, target_slot = (np.concatenate(slots) for slots in list(zip(*added, strict=True))[1:])
-        return without_items(batch) | {"leading": leading, "slot": slot, "target_slot": target_slot}
+        batch = without_items(batch) | {"leading": leading, "slot": slot}
+        return batch | {"target_slot": target_slot} if self.targets else batch
 
     def _micro(self, batch: Batch) -> tuple[Batch, np.ndarray, np.ndarray]:
         catalogue = self.catalogue
@@ -86,8 +92,9 @@ class DistinctItems:
         return rows, (start_I[batch["item"]] + batch["within"]).astype(np.int32), target_slot.astype(np.int32)
 
     def distinct(self, batch: Batch) -> np.ndarray:
-        """The different items, and the prompt, of a batch and its targets."""
-        return np.unique(np.concatenate([batch["item"][batch["user"] > 0], batch["target"][batch["target"] >= 0]]))
+        """The different items of a batch and, with `targets`, of its targets; the prompt is one of them."""
+        there = [batch["item"][batch["user"] > 0], batch["target"][batch["target"] >= 0]]
+        return np.unique(np.concatenate(there if self.targets else there[:1]))
 
 
 def without_items(batch: Batch) -> Batch:

@@ -108,8 +108,8 @@ class _Cut:
     def pair(self, n):
         """Places of the n-th pair's queries and keys."""
         b, rest = jnp.divmod(self.pairs[n], self.I * self.J)
-        i, self_j = jnp.divmod(rest, self.J)
-        return b * self.I + i, b * self.J + self_j
+        i, j = jnp.divmod(rest, self.J)
+        return b * self.I + i, b * self.J + j
 
     def of(self, x, at):
         return lax.dynamic_index_in_dim(x, at, 0, keepdims=False)

@@ -125,20 +125,20 @@ def allowed(T: int, S: int, ranges: tuple[Range, ...], include_self: bool) -> ja
 
 def reference(q, k, v, ranges: tuple[Range, ...], include_self: bool) -> jax.Array:
     allowed_BTS = allowed(q.shape[1], k.shape[1], ranges, include_self)
-    cudnn = jax.default_backend() == "gpu" and not cudnn_refuses(q) and not gpu.refuses(q, k, None)  # Ampere, as our kernels
+    cudnn = jax.default_backend() == "gpu" and not cudnn_refuses(q, k) and not gpu.refuses(q, k, None)  # Ampere, as our kernels
     with jax.default_matmul_precision("highest" if q.dtype == jnp.float32 else "default"):
         mask = allowed_BTS[:, None]
         o = jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn" if cudnn else "xla")
     return jnp.where(allowed_BTS.any(-1)[..., None, None], o, 0)
 
 
-def cudnn_refuses(q: jax.Array) -> str:
-    """Why cuDNN's attention does not take the queries; "" where it does."""
+def cudnn_refuses(q: jax.Array, k: jax.Array) -> str:
+    """Why cuDNN's attention does not take queries and keys; "" where it does."""
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         return f"has no {q.dtype}"
     if q.shape[3] % 8 or q.shape[3] > 128:
         return f"has no head size {q.shape[3]}"
-    return "needs an even length" if q.shape[1] % 2 else ""
+    return "needs even lengths" if q.shape[1] % 2 or k.shape[1] % 2 else ""
 
 
 # ---- the merged parts

@@ -26,7 +26,7 @@ class Model:
 
 def make_model(config: Config, vocabulary: int, items: int, longest: int | None = None) -> Model:
     """vocabulary: token ids, boundary included; items: rows of the item table; longest: tokens of the longest item (or prompt), which
-    bounds what an intra layer has to look at; None: not known, then intra layers cost as much as full ones on a CPU."""
+    bounds what an intra layer has to look at; None: not known, then intra layers cost more on a CPU."""
 
     def build(key: jax.Array) -> Recommender:
         return Recommender(config, vocabulary, items, longest, nnx.Rngs(params=key))

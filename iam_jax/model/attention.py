@@ -29,7 +29,7 @@ def history_ends(candidate_BT: jax.Array) -> jax.Array:
 
 def key_ranges(user_BT: jax.Array, group_BT: jax.Array, candidate_BT: jax.Array | None = None) -> dict[str, Ranges]:
     """The ranges of every relation. user 0 is padding: it sees nothing. candidate_BT: 1, 2, … for the candidates behind a user's
-    history, each an item of its own that sees the history and itself; 0 for the history."""
+    history (there must be one, or a prompt), each an item of its own that sees the history and itself; 0 for the history."""
     T = user_BT.shape[1]
     t = jnp.broadcast_to(jnp.arange(T), user_BT.shape)
     user_start = _last_true(_changes(user_BT))

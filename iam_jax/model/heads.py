@@ -6,6 +6,7 @@ from flax import nnx
 
 from iam_jax.config import Config
 from iam_jax.model.decoder import Decoder, Norm, weight
+from iam_jax.sharding import split_rows
 
 
 class Recommender(nnx.Module):
@@ -38,14 +39,19 @@ class Recommender(nnx.Module):
         if leading_XD is None:
             x_BTD = self.decoder(batch, key=key)
         else:
-            x_BTD = self.decoder(batch, key=key, first=self.config.schedule.leading_intra, x_BTD=leading_XD[batch["slot"]])
+            x_BTD = self.decoder(batch, key=key, first=self.config.schedule.leading_intra, x_BTD=self.taken(leading_XD, batch["slot"]))
         return self.decoder.final_norm(x_BTD.astype(jnp.float32))
 
+    @staticmethod
+    def taken(leading_XD: jax.Array, slot: jax.Array) -> jax.Array:
+        """The states at `slot`, of any shape. Their gradients add up in float32: an item may occur hundreds of times."""
+        return leading_XD.astype(jnp.float32)[slot].astype(leading_XD.dtype)
+
     def leading_states(self, rows: dict, chunks: int, key: jax.Array | None = None) -> jax.Array:
-        """x_XD [R T, D]: states after the leading intra layers of items packed into rows [R, T] (data/item_rows.py), in `chunks` parts one
-        after another; parts without a token are skipped, so that the work is that of the items that are there."""
+        """x_XD, a row for each slot: states after the leading intra layers of items packed into rows (data/item_rows.py), in `chunks`
+        parts one after another; parts without a token are skipped, so that the work is that of the items that are there."""
         layers = self.config.schedule.leading_intra
-        parts = jax.tree.map(lambda x: x.reshape(chunks, -1, *x.shape[1:]), rows)
+        parts = split_rows(jax.tree.map(lambda x: x.reshape(chunks, -1, *x.shape[1:]), rows), axis=1)
 
         def part(batch, key):
             return self.decoder(batch, key=key, last=layers)
@@ -80,5 +86,7 @@ class Recommender(nnx.Module):
         return self.text_norm(x_CD.astype(jnp.float32)) @ self.text_DE[...]
 
     def output_embedding(self) -> jax.Array:
-        """e_VD: the token objective's logits are x_XD e_VD^T."""
+        """e_VD: the token objective's logits are x_XD e_VD^T. Raises ValueError where the model has none."""
+        if not (self.config.model.tie_tokens or self.config.objective.token):
+            raise ValueError("config.model.tie_tokens = False without objective.token: the model has no output embedding")
         return (self.decoder.embedding_VD if self.config.model.tie_tokens else self.output_VD)[...]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -107,6 +108,52 @@ def layer_params(decoder: dict, schedule: str) -> list[dict]:
         for r in range(stage.repeats)
         for i in range(len(stage.relations))
     ]
+
+
+# ---- attention once more
+
+
+class Attention(NamedTuple):
+    """o [B, T, N, H], lse [B, T, N], dq [B, T, N, H], dk and dv [B, S, K, H], float64."""
+
+    o: np.ndarray
+    lse: np.ndarray
+    dq: np.ndarray
+    dk: np.ndarray
+    dv: np.ndarray
+
+
+def range_mask(keys: int, ranges: list[tuple[np.ndarray, np.ndarray]], include_self: bool = False) -> np.ndarray:
+    """[B, T, S] bool: which keys are in one of the ranges (start, stop), [B, T] each."""
+    s = np.arange(keys)
+    allowed = sum((s >= np.asarray(start)[..., None]) & (s < np.asarray(stop)[..., None]) for start, stop in ranges) > 0
+    return allowed | np.eye(allowed.shape[1], keys, dtype=bool) if include_self else allowed
+
+
+def dense_attention(q, k, v, do, allowed_BTS, lse=None, delta=None) -> Attention:
+    """Values, and gradients by the cotangent `do`; by lse and delta = sum_H do o [B, T, N] of more than these keys, where given."""
+    q, k, v, do = (np.asarray(x, np.float64) for x in (q, k, v, do))
+    (B, S, K, H), G = k.shape, q.shape[2] // k.shape[2]
+    k, v = (np.repeat(x, G, axis=2) for x in (k, v))
+    logits = np.where(allowed_BTS[:, :, None], np.einsum("BTNH,BSNH->BTNS", q, k) / H**0.5, -np.inf)
+    top = np.maximum(logits.max(-1, keepdims=True, initial=-np.inf), -1e300)
+    with np.errstate(divide="ignore"):
+        own_lse = np.log(np.exp(logits - top).sum(-1)) + top[..., 0]
+    p = np.exp(logits - np.maximum(own_lse, -1e300)[..., None])
+    o = np.einsum("BTNS,BSNH->BTNH", p, v)
+    if lse is not None:
+        p = np.exp(logits - np.maximum(np.asarray(lse, np.float64), -1e300)[..., None])
+    delta = (do * o).sum(-1) if delta is None else np.asarray(delta, np.float64)
+    ds = p * (np.einsum("BTNH,BSNH->BTNS", do, v) - delta[..., None]) / H**0.5
+    dk, dv = (np.einsum("BTNS,BTNH->BSNH", x, y).reshape(B, S, K, G, H).sum(3) for x, y in ((ds, q), (p, do)))
+    return Attention(o, own_lse, np.einsum("BTNS,BSNH->BTNH", ds, k), dk, dv)
+
+
+def attention_arrays(shape: tuple[int, ...], seed: int, dtype=np.float32) -> list[jax.Array]:
+    """q, k, v and do of a shape (B, T, S, N, K, H)."""
+    B, T, S, N, K, H = shape
+    rng = np.random.default_rng(seed)
+    return [jnp.asarray(rng.standard_normal(size), dtype) for size in ((B, T, N, H), (B, S, K, H), (B, S, K, H), (B, T, N, H))]
 
 
 # ---- the model once more

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import pack_row, stack
+from helpers import attention_arrays, dense_attention, pack_row, range_mask, stack
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,7 +18,7 @@ from iam_jax.model.attention import key_ranges
 BACKENDS = ("reference", "local", "blocked", "tpu", "gpu")
 BLOCK = 16
 SHAPE = (2, 40, 40, 4, 2, 16)  # B, T, S, N, K, H
-SHAPES = [SHAPE, (1, 21, 50, 2, 1, 32), (1, 33, 9, 3, 3, 24)]
+SHAPES = [SHAPE, (1, 21, 50, 2, 1, 32), (1, 33, 9, 3, 3, 24), (1, 1, 1, 1, 1, 1)]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -44,30 +44,8 @@ def compiled(backend, include_self=False, two=False, reach=None):
 
 
 def brute_force(q, k, v, do, ranges, include_self):
-    """Values and gradients in float64, one query and one head at a time."""
-    q, k, v, do = (np.asarray(x, np.float64) for x in (q, k, v, do))
-    o, dq, dk, dv = (np.zeros_like(x) for x in (q, q, k, v))
-    scale, grouped, S = q.shape[-1] ** -0.5, q.shape[2] // k.shape[2], k.shape[1]
-    for b, t, n in np.ndindex(q.shape[:3]):
-        keys = sorted({s for start, stop in ranges for s in range(start[b, t], stop[b, t])} | ({t} if include_self and t < S else set()))
-        if not keys:
-            continue
-        K, V = k[b, keys, n // grouped], v[b, keys, n // grouped]
-        p = np.exp((K @ q[b, t, n]) * scale - (K @ q[b, t, n] * scale).max())
-        p /= p.sum()
-        o[b, t, n] = p @ V
-        ds = p * (V @ do[b, t, n] - o[b, t, n] @ do[b, t, n]) * scale
-        dq[b, t, n] = ds @ K
-        dk[b, keys, n // grouped] += ds[:, None] * q[b, t, n]
-        dv[b, keys, n // grouped] += p[:, None] * do[b, t, n]
-    return o, dq, dk, dv
-
-
-def arrays_of(shape, seed, dtype=np.float32):
-    B, T, S, N, K, H = shape
-    rng = np.random.default_rng(seed)
-    sizes = ((B, T, N, H), (B, S, K, H), (B, S, K, H), (B, T, N, H))
-    return [jnp.asarray(rng.standard_normal(size), dtype) for size in sizes]
+    o, _, *grads = dense_attention(q, k, v, do, range_mask(k.shape[1], ranges, include_self))
+    return o, *grads
 
 
 def flat(ranges):
@@ -125,7 +103,7 @@ def relation_ranges(packing, relation, candidates):
 @settings(max_examples=25, deadline=None)
 @given(packings(), st.sampled_from(["full", "intra", "inter", "intra_both"]), st.booleans(), st.booleans(), st.integers(0, 99))
 def test_relations_in_float32(backend, packing, relation, candidates, include_self, seed):
-    ranges, arrays = relation_ranges(packing, relation, candidates), arrays_of(SHAPE, seed)
+    ranges, arrays = relation_ranges(packing, relation, candidates), attention_arrays(SHAPE, seed)
     got = compiled(backend, include_self, len(ranges) == 2)(*arrays, *flat(ranges))
     agree(got, brute_force(*arrays, ranges, include_self))
 
@@ -133,7 +111,7 @@ def test_relations_in_float32(backend, packing, relation, candidates, include_se
 @settings(max_examples=40, deadline=None)
 @given(packings(longest=9), st.sampled_from(["intra", "intra_both"]), st.booleans(), st.booleans(), st.integers(0, 99))
 def test_local_relations_in_float32(packing, relation, candidates, include_self, seed):
-    ranges, arrays = relation_ranges(packing, relation, candidates), arrays_of(SHAPE, seed)
+    ranges, arrays = relation_ranges(packing, relation, candidates), attention_arrays(SHAPE, seed)
     reach = (8, 0) if relation == "intra" else (8, 8)
     got = compiled("local", include_self, False, reach)(*arrays, *flat(ranges))
     agree(got, brute_force(*arrays, ranges, include_self))
@@ -162,8 +140,10 @@ def test_any_ranges(backend, dtype, shape):
     reach = (11, 5) if backend == "local" else None
     if backend == "local" and shape[1] != shape[2]:
         pytest.skip("local: as many keys as queries")
+    if backend == "reference" and dtype == jnp.bfloat16 and shape[:3] == (1, 1, 1) and jax.__version_info__ < (0, 12):
+        pytest.skip("XLA of JAX 0.10 for CPUs cannot multiply a single bfloat16 query and key")
     for seed, (parts, include_self) in enumerate([(1, False), (2, False), (1, True), (2, True)]):
-        arrays, ranges = arrays_of(shape, seed, dtype), random_ranges(shape, seed, parts, reach)
+        arrays, ranges = attention_arrays(shape, seed, dtype), random_ranges(shape, seed, parts, reach)
         got = compiled(backend, include_self, parts == 2, reach)(*arrays, *flat(ranges))
         agree(got, brute_force(*arrays, ranges, include_self), dtype)
 
@@ -173,14 +153,14 @@ def test_any_ranges(backend, dtype, shape):
 def test_head_sizes(backend, H):
     shape, reach = (1, 20, 20, 2, 1, H), (6, 0) if backend == "local" else None
     for dtype in (np.float32, jnp.bfloat16):
-        arrays, ranges = arrays_of(shape, H, dtype), random_ranges(shape, H, 1, reach)
+        arrays, ranges = attention_arrays(shape, H, dtype), random_ranges(shape, H, 1, reach)
         agree(compiled(backend, False, False, reach)(*arrays, *flat(ranges)), brute_force(*arrays, ranges, False), dtype)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_empty_rows_are_exactly_zero_with_zero_gradients(backend):
     reach = (39, 39) if backend == "local" else None
-    q, k, v, do = arrays_of(SHAPE, 0)
+    q, k, v, do = attention_arrays(SHAPE, 0)
     empty = np.broadcast_to(np.arange(40) % 2 == 1, (2, 40))
     start, stop = np.where(empty, 3, 1).astype(np.int32), np.where(empty, 3, 26).astype(np.int32)
     q = q * 1e4  # logits far beyond exp's range
@@ -199,7 +179,7 @@ def test_empty_rows_are_exactly_zero_with_zero_gradients(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_self_key_counts_once(backend):
     reach = (39, 0) if backend == "local" else None
-    q, k, v, do = arrays_of(SHAPE, 1)
+    q, k, v, do = attention_arrays(SHAPE, 1)
     t = np.broadcast_to(np.arange(40, dtype=np.int32), (2, 40))
     zero = np.zeros_like(t)
     with_self, without = compiled(backend, True, False, reach), compiled(backend, False, False, reach)
@@ -221,7 +201,7 @@ def test_self_key_counts_once(backend):
 def test_keys_outside_the_ranges_leave_no_bit(backend, include_self):
     """Bitwise within one compiled program: values, and the gradients of what is seen."""
     reach = (39, 39) if backend == "local" else None
-    q, k, v, do = arrays_of(SHAPE, 2)
+    q, k, v, do = attention_arrays(SHAPE, 2)
     first = np.full((2, 40), 2, np.int32), np.full((2, 40), 5, np.int32)
     second = np.full((2, 40), 17, np.int32), np.full((2, 40), 31, np.int32)
     allowed = np.zeros(40, bool)
@@ -245,7 +225,7 @@ def test_keys_outside_the_ranges_leave_no_bit(backend, include_self):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_one_query_has_no_influence_on_another(backend):
     reach = (39, 0) if backend == "local" else None
-    q, k, v, do = arrays_of(SHAPE, 3)
+    q, k, v, do = attention_arrays(SHAPE, 3)
     t = np.broadcast_to(np.arange(40, dtype=np.int32), (2, 40))
     start = np.maximum(t - 20, 0)
     run = compiled(backend, False, False, reach)
@@ -264,7 +244,7 @@ def test_one_query_has_no_influence_on_another(backend):
 def test_gradients_of_parts_are_those_of_the_whole(backend):
     """Two neighbouring ranges are one range: what a merge outside the gradient would get wrong."""
     reach = (39, 0) if backend == "local" else None
-    arrays = arrays_of(SHAPE, 4)
+    arrays = attention_arrays(SHAPE, 4)
     t = np.broadcast_to(np.arange(40, dtype=np.int32), (2, 40))
     whole = compiled(backend, False, False, reach)(*arrays, 0 * t, t + 1)
     parts = compiled(backend, False, True, reach)(*arrays, 0 * t, t // 3, t // 3, t + 1)
@@ -273,7 +253,7 @@ def test_gradients_of_parts_are_those_of_the_whole(backend):
 
 
 def test_local_says_where_a_range_goes_beyond_its_reach():
-    q, k, v, _ = arrays_of(SHAPE, 0)
+    q, k, v, _ = attention_arrays(SHAPE, 0)
     t = np.broadcast_to(np.arange(40, dtype=np.int32), (2, 40))
     start = np.maximum(t - 4, 0)
     start[0, 30], start[1, 7] = 25, 0
@@ -322,7 +302,7 @@ def test_a_fallback_is_said_once(monkeypatch):
 
 
 def test_what_cannot_be_done_is_refused():
-    q, k, v, _ = arrays_of(SHAPE, 0)
+    q, k, v, _ = attention_arrays(SHAPE, 0)
     t = np.zeros((2, 40), np.int32)
     with pytest.raises(ValueError, match=r"implementation 'local' needs `reach`"):
         range_attention(q, k, v, t, t, implementation="local")
@@ -367,7 +347,7 @@ def test_no_array_in_the_square_of_the_length(monkeypatch):
 def test_pieces_of_local_join_again(monkeypatch, reach, piece):
     """Rows of 40 positions in 8 positions and heads: a piece of one block each, of some, of half a row; bitwise but for the sums."""
     assert 2 * 40 * 4 > piece
-    arrays, ranges = arrays_of(SHAPE, 0), random_ranges(SHAPE, 1, 1, reach)
+    arrays, ranges = attention_arrays(SHAPE, 0), random_ranges(SHAPE, 1, 1, reach)
 
     def run():
         o, pullback = jax.vjp(lambda q, k, v: range_attention(q, k, v, *ranges[0], reach=reach, implementation="local"), *arrays[:3])

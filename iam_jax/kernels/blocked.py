@@ -44,8 +44,10 @@ def forward(q_BTNH, k_BSKH, v_BSKH, start_BT, stop_BT, *, reach: tuple[int, int]
 
     rows = q.shape[:-1]
     o, top, total = lax.fori_loop(0, cut.count, visit, (jnp.zeros(q.shape), jnp.full(rows, LOWEST), jnp.zeros(rows)))
-    o = o / jnp.where(total > 0, total, 1)[..., None]
-    lse = jnp.where(total > 0, top + jnp.log(jnp.where(total > 0, total, 1)), -jnp.inf)
+    empty = total == 0  # not NaN, which must stay
+    total = jnp.where(empty, 1, total)
+    o = jnp.where(empty[..., None], 0, o / total[..., None])
+    lse = jnp.where(empty, -jnp.inf, top + jnp.log(total))
     return cut.of_queries(o).astype(dtype), cut.of_queries(lse[..., None])[..., 0]
 
 

@@ -32,8 +32,8 @@ import numpy as np
 from iam_jax.config import Config, resolve
 from iam_jax.data.candidates import candidate_rows
 from iam_jax.data.catalogue import Catalogue
+from iam_jax.likelihood import log_likelihoods
 from iam_jax.model import Model, make_model
-from iam_jax.objective import log_likelihoods
 
 SCHEDULES = ["(intra inter)*2", "full*4", "(full full intra inter)*1"]
 TOLERANCE = 1e-5  # of the score
@@ -41,10 +41,10 @@ ONE_PASS, ONE_BY_ONE = "one pass", "one by one"
 
 
 def make_catalogue(items: int, item_tokens: int, vocabulary: int) -> Catalogue:
-    """Items of random tokens, the last of each the boundary; no prompt."""
+    """Items of random tokens, the last of each the boundary; no prompt, no suffix."""
     tokens = np.random.default_rng(0).integers(vocabulary - 1, size=(items, item_tokens), dtype=np.int32)
     tokens[:, -1] = vocabulary - 1
-    return Catalogue(tokens.reshape(-1), np.append(np.arange(items + 1), items) * item_tokens, vocabulary, 0, "")
+    return Catalogue(tokens.reshape(-1), np.append(np.arange(items + 1), [items] * 2) * item_tokens, vocabulary, 0, "")
 
 
 def make_decoder(schedule: str, args: argparse.Namespace, row_tokens: int) -> Model:

@@ -31,7 +31,7 @@ def get_config():
     config.model.mlp = "plain"
     config.model.mlp_width = 64
     config.model.activation = "relu"
-    config.model.bias = True
+    config.model.qkv_bias = config.model.out_bias = config.model.mlp_bias = True
     config.model.dropout = 0.4
     config.model.tie_items = True
     config.optimizer.learning_rate = 1e-3

@@ -9,6 +9,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 from pathlib import Path
 
 import ml_collections
@@ -40,10 +41,12 @@ class DataConfig:
     split: str = "leave_one_out"  # leave_one_out | temporal
     t1: str = ""  # temporal: train < t1 <= validation < t2 <= test, written like the table's timestamps
     t2: str = ""  # temporal: where test begins
-    tokenizer: str = "bpe"  # bpe (byte-level, trained on the catalogue's text) | id (a token an item) | a tokenizer.json's path
+    tokenizer: str = "bpe"  # bpe (trained on the catalogue's text) | id (a token an item) | pretrained | path of a tokenizer.json
     vocabulary: int = 8192  # size of a trained BPE vocabulary at most
-    item_tokens: int = 16  # text tokens kept of an item, its boundary token not counted
+    item_tokens: int = 16  # text tokens kept of an item, its separator and its boundary token not counted
     prompt: str = ""  # text before the first item of every history
+    separator: str = ""  # text before every item, a part of it
+    suffix: str = ""  # text behind the last item of a history; from its end the next item is predicted
     row_tokens: int = 512  # token slots in a row; several users share one
     context_items: int = 4  # untargeted items to the left, at least, where a long history is cut into windows
     shuffled_titles: bool = False  # control: texts permuted among the items
@@ -51,8 +54,17 @@ class DataConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    rank: int = 0  # of the low-rank adapters (arXiv 2106.09685); 0: none
+    alpha: float = 16.0  # what they add is scaled by alpha / rank
+    dropout: float = 0.0  # of the adapters' inputs
+    targets: str = "."  # regular expression over the names of pretrained matrices, "attention.query_DNH", "mlp.up_DF", …
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    schedule: str = "(intra inter)*2"  # relations full | intra | inter | intra_both, `*n` repeats a relation or a (group)
+    pretrained: str = ""  # Hugging Face folder: the model takes its weights and its shape, the fields from width to tie_tokens
+    schedule: str = "(intra inter)*2"  # full | intra | inter | intra_both, `*n` repeats a relation or a (group), `+` inserts a layer
     width: int = 64  # D
     heads: int = 4  # query heads
     kv_heads: int = 0  # 0: as many as heads
@@ -63,16 +75,26 @@ class ModelConfig:
     norm: str = "rms"  # rms | layer
     norm_epsilon: float = 1e-6  # added to the mean square
     positions: str = "rotary"  # rotary | learned
-    inter_positions: str = "token"  # rotary positions of inter layers: token | item (the item's number)
+    max_positions: int = 0  # learned positions there are; 0: data.row_tokens
     rope_theta: float = 10000.0  # base of the rotary frequencies
-    bias: bool = False  # in the attention and MLP projections
+    rope_scaling: str = "none"  # of the rotary frequencies: none | linear | llama3
+    rope_factor: float = 1.0  # linear: they are divided by it; llama3: the low ones are
+    rope_low: float = 1.0  # llama3: frequencies with fewer turns than this in rope_original positions are low
+    rope_high: float = 4.0  # llama3: those with more turns stay as they are; between the two they are blended
+    rope_original: int = 8192  # llama3: positions of the first training
+    qkv_bias: bool = False  # biases of queries, keys and values
+    out_bias: bool = False  # of attention's output projection
+    mlp_bias: bool = False  # of the MLP's projections
     qk_norm: bool = False  # norm of queries and keys, per head
+    scale_embedding: bool = True  # token embeddings times sqrt(width), as in the original Transformer
+    tie_tokens: bool = True  # the token objective's output embedding is the input embedding
+    inter_positions: str = "token"  # rotary positions of inter layers: token | item (the item's number)
     self_key: bool = False  # inter layers: a token also sees itself
     dropout: float = 0.1  # of embeddings and of what each layer adds
-    dtype: str = "float32"  # of the computation: float32 | bfloat16 (parameters are float32)
-    scale_embedding: bool = True  # token embeddings times sqrt(width), as in the original Transformer
+    lora: LoraConfig = LoraConfig()
+    dtype: str = "float32"  # of the computation: float32 | bfloat16 (trained parameters are float32)
+    frozen_dtype: str = "float32"  # of the parameters that are not trained: float32 | bfloat16
     tie_items: bool = False  # the item table is the token embedding (tokenizer "id" only), states are not projected
-    tie_tokens: bool = True  # the token objective's output embedding is the input embedding
     attention: str = "auto"  # range attention: auto (the platform's kernels; plain XLA on a CPU) | reference (dense) | tpu | gpu
     item_states: str = "auto"  # leading intra layers once per distinct item: auto (no dropout, less work) | on | off
     scan: bool = True  # lax.scan over the schedule's repeats: compiles faster, computes the same
@@ -81,7 +103,7 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ObjectiveConfig:
-    item: float = 1.0  # weight of the item objective
+    item: float = 1.0  # weight of the item objective; 0: a text generator, ranked by eval.ranking = likelihood
     token: float = 0.0  # weight of the next-token objective
     vectors: str = "table"  # an item's vector: table | text | both (their sum)
     text_layers: str = "leading"  # a text vector comes after the leading intra layers | all layers
@@ -108,9 +130,11 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    steps: int = 10000  # of the optimizer
+    steps: int = 10000  # of the optimizer; 0: the initial model is evaluated
     batch_rows: int = 16  # rows of a step, all micro-batches together
     seed: int = 0  # of initial parameters, order of rows, dropout and draws
+    frozen: str = "auto"  # pretrained parameters that are not trained: auto (with LoRA all, else none) | a regular expression over names
+    trained: str = ""  # exceptions to train.frozen: a regular expression over names; empty: none
     eval_every: int = 500  # steps between two validations
     save_every: int = 500  # steps between two checkpoints, besides those at validations
     keep: int = 2  # newest checkpoints kept, besides the best
@@ -129,6 +153,8 @@ class MeshConfig:
 class EvalConfig:
     ks: tuple[int, ...] = (1, 5, 10, 20, 50)  # cut-offs
     metric: str = "ndcg@10"  # selects the best step, on validation
+    ranking: str = "item"  # candidates are ordered by: item (the item objective's scores) | likelihood (of their text)
+    length_normalized: bool = False  # likelihood: of a token on average, instead of the whole text
     filter_seen: bool = True  # the items of the history are no candidates
     batch_rows: int = 32  # rows of histories computed at one time
     chunk_items: int = 8192  # catalogue items of one matrix product
@@ -167,6 +193,16 @@ class Config:
         return self.objective.vectors != "table"
 
     @property
+    def leading_vectors(self) -> bool:
+        """Whether the text vectors come from the states after the leading intra layers."""
+        return self.uses_text and self.objective.text_layers == "leading"
+
+    @property
+    def states_by_item(self) -> bool:
+        """Whether there are leading intra layers whose states depend on the item alone, wherever it stands."""
+        return self.model.positions == "rotary" and self.schedule.leading_intra > 0
+
+    @property
     def softmax(self) -> str:
         """objective.softmax with `auto` decided."""
         if self.objective.softmax != "auto":
@@ -174,11 +210,11 @@ class Config:
         return "sampled" if self.uses_text else "full"
 
 
-# What may change between two runs of one working folder. `data.path` and `data.cache` say where, not what: the split's hash is
-# compared instead.
+# What may change between two runs of one working folder. `data.path`, `data.cache` and `model.pretrained` say where, not what:
+# hashes are compared instead.
 FREE_FIELDS = (
     "eval.", "score.", "log.", "mesh.", "data.path", "data.cache", "train.max_minutes", "train.keep",
-    "model.scan", "model.remat", "model.attention",
+    "model.scan", "model.remat", "model.attention", "model.pretrained",
 )  # fmt: skip
 
 
@@ -206,7 +242,7 @@ def _read_saved(workdir: str | os.PathLike) -> dict:
 def resolve(config: ml_collections.ConfigDict) -> Config:
     """Dataclasses from a ConfigDict, checked. Raises InputError naming the field."""
     resolved = _from_dict(Config, config.to_dict(), "")
-    _check(resolved)
+    check(resolved)
     return resolved
 
 
@@ -218,7 +254,7 @@ def check_same_run(workdir: str | os.PathLike, config: Config) -> None:
     """Refuses a working folder that another config made; the error names the keys that differ."""
     if not (Path(workdir) / CONFIG_FILE).exists():
         return
-    saved, wanted = _flatten(_read_saved(workdir)), _flatten(json.loads(to_json(config)))
+    saved, wanted = flatten(_read_saved(workdir)), flatten(json.loads(to_json(config)))
     differing = [
         f"{key} ({saved.get(key, 'absent')!r} there, {wanted.get(key, 'absent')!r} here)"
         for key in sorted(saved.keys() | wanted.keys())
@@ -230,10 +266,11 @@ def check_same_run(workdir: str | os.PathLike, config: Config) -> None:
         raise InputError(f"{workdir} was made by another config: {'; '.join(differing)}. Choose another --workdir.")
 
 
-def _flatten(tree: dict, prefix: str = "") -> dict:
+def flatten(tree: dict, prefix: str = "") -> dict:
+    """{"a": {"b": 1}} -> {"a.b": 1}"""
     flat = {}
     for key, value in tree.items():
-        flat.update(_flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
+        flat.update(flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
     return flat
 
 
@@ -268,7 +305,8 @@ def _from_dict(cls, values: dict, prefix: str):
     return cls(**built)
 
 
-def _check(config: Config) -> None:
+def check(config: Config) -> None:
+    """Raises InputError naming the first field that is out of range or does not go with another."""
     data, model, objective, optimizer, train, evaluation = (
         config.data, config.model, config.objective, config.optimizer, config.train, config.eval,
     )  # fmt: skip
@@ -304,8 +342,11 @@ def _check(config: Config) -> None:
     require(data.synthetic.events_per_user >= 3, "data.synthetic.events_per_user", "must be 3 or more")
     require(data.synthetic.seed >= 0, "data.synthetic.seed", "must be 0 or more")
     by_id = data.tokenizer == "id"
-    for field in ("prompt", "shuffled_titles"):
+    for field in ("prompt", "separator", "suffix", "shuffled_titles"):
         require(not (by_id and getattr(data, field)), f"data.{field}", "needs text tokens, and data.tokenizer is 'id'")
+    pretrained = bool(model.pretrained)
+    require(not pretrained or data.tokenizer == "pretrained", "data.tokenizer", "with model.pretrained it must be 'pretrained'")
+    require(pretrained or data.tokenizer != "pretrained", "model.pretrained", "data.tokenizer = 'pretrained' needs a folder here")
 
     schedule = config.schedule
     require(model.width >= 1, "model.width", "must be 1 or more")
@@ -330,8 +371,27 @@ def _check(config: Config) -> None:
     choice("model.item_states", model.item_states, "auto", "on", "off")
     rotary = model.positions == "rotary"
     require(model.inter_positions == "token" or rotary, "model.inter_positions", "'item' needs rotary positions")
-    alone = rotary and schedule.leading_intra > 0
+    alone = config.states_by_item
     require(model.item_states != "on" or alone, "model.item_states", "'on' needs rotary positions and a schedule that begins with intra")
+    require(model.max_positions >= 0, "model.max_positions", "must be 0 or more")
+    most = model.max_positions
+    require(rotary or not most or most >= data.row_tokens, "data.row_tokens", f"there are {most} learned positions (model.max_positions)")
+    choice("model.rope_scaling", model.rope_scaling, "none", "linear", "llama3")
+    for field in ("rope_factor", "rope_low", "rope_original"):
+        require(getattr(model, field) > 0, f"model.{field}", "must be above 0")
+    require(model.rope_high > model.rope_low, "model.rope_high", f"must be above model.rope_low = {model.rope_low:g}")
+    choice("model.frozen_dtype", model.frozen_dtype, "float32", "bfloat16")
+    lora = model.lora
+    require(lora.rank >= 0, "model.lora.rank", "must be 0 or more")
+    require(lora.rank == 0 or pretrained, "model.lora.rank", "adapters need model.pretrained")
+    require(lora.alpha > 0, "model.lora.alpha", "must be above 0")
+    require(0 <= lora.dropout < 1, "model.lora.dropout", "must be in [0, 1)")
+    for field, pattern in (("model.lora.targets", lora.targets), ("train.frozen", train.frozen), ("train.trained", train.trained)):
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            require(False, field, f"is no regular expression: {error}")
+    require(train.frozen == "auto" or pretrained, "train.frozen", "only pretrained parameters can be frozen, and model.pretrained is empty")
     require(0 <= model.dropout < 1, "model.dropout", "must be in [0, 1)")
     require(not model.tie_items or by_id, "model.tie_items", "needs data.tokenizer = 'id'")
     require(not model.tie_items or objective.vectors == "table", "model.tie_items", "needs objective.vectors = 'table'")
@@ -339,8 +399,12 @@ def _check(config: Config) -> None:
     choice("objective.vectors", objective.vectors, "table", "text", "both")
     choice("objective.text_layers", objective.text_layers, "leading", "all")
     choice("objective.softmax", objective.softmax, "auto", "full", "sampled", "cached")
-    require(objective.item > 0, "objective.item", "must be above 0: items are ranked by it")
-    require(objective.token >= 0, "objective.token", "must be 0 or more")
+    choice("eval.ranking", evaluation.ranking, "item", "likelihood")
+    for field in ("item", "token"):
+        require(getattr(objective, field) >= 0, f"objective.{field}", "must be 0 or more")
+    by_item = evaluation.ranking == "item"
+    require(objective.item > 0 or not by_item, "objective.item", "must be above 0: items are ranked by it (eval.ranking)")
+    require(objective.token > 0 or by_item, "objective.token", "must be above 0: eval.ranking = 'likelihood' is of their text")
     text, token = config.uses_text, objective.token
     require(not (by_id and token), "objective.token", "needs text tokens, and data.tokenizer is 'id'")
     require(not (by_id and text), "objective.vectors", "vectors from text need text tokens, and data.tokenizer is 'id'")
@@ -364,7 +428,8 @@ def _check(config: Config) -> None:
         require(0 <= getattr(optimizer, field) < 1, f"optimizer.{field}", "must be in [0, 1)")
     require(optimizer.epsilon > 0, "optimizer.epsilon", "must be above 0")
     require(optimizer.accumulate >= 1, "optimizer.accumulate", "must be 1 or more")
-    for field in ("steps", "batch_rows", "eval_every", "save_every", "keep"):
+    require(train.steps >= 0, "train.steps", "must be 0 or more")
+    for field in ("batch_rows", "eval_every", "save_every", "keep"):
         require(getattr(train, field) >= 1, f"train.{field}", "must be 1 or more")
     require(train.patience >= 0, "train.patience", "must be 0 or more")
     require(train.max_minutes >= 0, "train.max_minutes", "must be 0 or more")

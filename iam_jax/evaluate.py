@@ -3,6 +3,7 @@
 Axes: X targets scored at one time, C items of a chunk, J chunks, I items, E item vectors, S seen items.
 """
 
+import functools
 import json
 import math
 from collections.abc import Callable
@@ -17,12 +18,14 @@ from tqdm import tqdm
 from iam_jax import baselines, metrics
 from iam_jax.config import Config
 from iam_jax.data.batches import Rows, evaluation_batches, evaluation_segments
+from iam_jax.data.candidates import candidate_rows
 from iam_jax.data.item_rows import CatalogueItems, without_items
 from iam_jax.data.prepare import Prepared
 from iam_jax.data.splits import LABELS, TEST, VALIDATION, Events
 from iam_jax.files import write_atomically
+from iam_jax.likelihood import log_likelihoods
 from iam_jax.model import Model, Params
-from iam_jax.objective import Items, item_vectors
+from iam_jax.objective import Items, item_vectors, label_log_probs
 from iam_jax.sharding import shard_batch
 
 _SCORES = 1 << 24  # scores that exist at one time: 64 MiB
@@ -62,7 +65,7 @@ class Evaluator:
 
     def __init__(self, model: Model, config: Config, prepared: Prepared, items: Items, mesh: jax.sharding.Mesh):
         self.config, self.prepared, self.items, self.mesh = config, prepared, items, mesh
-        self._rows: dict[bytes, Rows] = {}
+        self._rows: dict[tuple[bytes, bool], Rows] = {}
         self._catalogue = self._catalogue_items()
         chunk = config.eval.chunk_items
 
@@ -77,15 +80,27 @@ class Evaluator:
             boundary_XD = None if leading_XD is None else leading_XD[self._catalogue.boundary_slots]
             return item_vectors(model.bind(params), config, items, boundary_XD)
 
-        self._history_vectors, self._item_vectors = history_vectors, vectors
+        @jax.jit
+        def token_sums(params: Params, batch: dict) -> jax.Array:
+            recommender = model.bind(params)
+            x_BTD, label_X = recommender.states(batch), batch["label"].reshape(-1)
+            embedding = recommender.output_embedding()
+            loss_X = -label_log_probs(x_BTD.reshape(-1, x_BTD.shape[-1]), embedding, label_X, chunk=config.objective.chunk)
+            text_X = (label_X >= 0) & (label_X != prepared.catalogue.vocabulary - 1)
+            return jnp.stack([loss_X.sum(), (label_X >= 0).sum(), (loss_X * text_X).sum(), text_X.sum()])
+
+        self._history_vectors, self._item_vectors, self._token_sums = history_vectors, vectors, token_sums
         self._leading_states = jax.jit(lambda params, rows, chunks: model.bind(params).leading_states(rows, chunks), static_argnums=2)
+        normalize, size = config.eval.length_normalized, config.objective.chunk
+        self._log_likelihoods = jax.jit(
+            lambda params, batch, count: log_likelihoods(model.bind(params), batch, count, size, normalize=normalize), static_argnums=2
+        )
         self._rank = jax.jit(lambda h, v, target, seen: rank_chunked(h, v, target, seen, chunk))
 
     def _catalogue_items(self) -> CatalogueItems | None:
         """The whole catalogue for the leading intra layers, if model.item_states has it and the states fit."""
         model = self.config.model
-        alone = model.positions == "rotary" and self.config.schedule.leading_intra > 0
-        if not alone or model.item_states == "off":
+        if not self.config.states_by_item or model.item_states == "off":
             return None
         gib = self.prepared.catalogue.lengths.sum() * model.width * jnp.dtype(model.dtype).itemsize / 2**30
         if gib > self.config.eval.item_states_gib:
@@ -103,13 +118,28 @@ class Evaluator:
             return None
         return self._leading_states(params, shard_batch(self.mesh, items.rows), items.chunks)
 
-    def rows(self, targets: np.ndarray) -> Rows:
-        """The histories of the target events, packed."""
-        key = targets.tobytes()
+    def rows(self, targets: np.ndarray, whole_text: bool = False) -> Rows:
+        """The histories of the target events, packed; with `whole_text` followed by the targets' own text."""
+        key = targets.tobytes(), whole_text
         if key not in self._rows:
-            segments = evaluation_segments(self.prepared.events, self.prepared.catalogue, self.config.data.row_tokens, targets)
-            self._rows[key] = Rows(self.prepared.events, self.prepared.catalogue, segments, self.config.data.row_tokens)
+            events, catalogue, row_tokens = self.prepared.events, self.prepared.catalogue, self.config.data.row_tokens
+            segments = evaluation_segments(events, catalogue, row_tokens, targets, whole_text)
+            self._rows[key] = Rows(events, catalogue, segments, row_tokens)
         return self._rows[key]
+
+    def losses(
+        self, params: Params, targets: np.ndarray, poll: Callable[[], None] = lambda: None, label: str = "evaluation"
+    ) -> dict[str, float]:
+        """With the token objective: token_loss, the mean of -log p of the targets' tokens given their histories, and text_loss, that of
+        the tokens that are no boundary tokens."""
+        if not self.config.objective.token or not len(targets):
+            return {}
+        rows, batch_rows = self.rows(targets, whole_text=True), self.config.eval.batch_rows
+        batches, sums = evaluation_batches(rows, batch_rows, without_items), np.zeros(4)
+        for batch in self._progress(batches, math.ceil(len(rows) / batch_rows), f"{label}: loss"):
+            poll()
+            sums += np.asarray(self._token_sums(params, shard_batch(self.mesh, batch)), np.float64)
+        return {"token_loss": sums[0] / sums[1], "text_loss": sums[2] / max(sums[3], 1)}
 
     def history_vectors(
         self, params: Params, targets: np.ndarray, leading_XD: jax.Array | None, poll: Callable[[], None], label: str
@@ -130,6 +160,10 @@ class Evaluator:
     def rank(self, params: Params, targets: np.ndarray, poll: Callable[[], None] = lambda: None, label: str = "evaluation") -> Ranks:
         """Rank [n] and ties [n] of the target events. Raises FloatingPointError on a score that is not finite."""
         events = self.prepared.events
+        if self.config.eval.ranking == "likelihood":
+            with self._progress(None, len(targets), f"{label}: ranking by likelihood") as bar:
+                scorer = functools.partial(self._likelihoods, params, poll)
+                return baselines.evaluate(scorer, events, targets, self.config.eval.filter_seen, bar.update)
         leading_XD = self.leading_states(params, self.rows(targets))
         h_nE = self.history_vectors(params, targets, leading_XD, poll, label)
         v_IE = self._item_vectors(params, self.items, leading_XD)
@@ -148,6 +182,30 @@ class Evaluator:
                 raise FloatingPointError(f"a score of user {user!r} is not finite")
             rank[start : start + X], ties[start : start + X] = got_rank, got_ties
         return rank, ties
+
+    def _likelihoods(self, params: Params, poll: Callable[[], None], events: Events, targets: np.ndarray) -> np.ndarray:
+        """[n, I] float32: the log-likelihood of every item's text as each target's (a `baselines.Scorer`)."""
+        catalogue, config = self.prepared.catalogue, self.config
+        row_tokens, longest = config.data.row_tokens, int(catalogue.item_lengths.max())
+        # A row holds a history and a few times as many tokens of candidates; a batch is about the size of the others.
+        C = min(math.ceil(4 * row_tokens / longest), catalogue.items)
+        T, B = row_tokens + C * longest, math.ceil(config.eval.batch_rows / 5)
+        begin = events.offsets[baselines.users_of(events, targets)]
+        histories = [events.item[first:target] for first, target in zip(begin, targets, strict=True)]
+        scores = np.zeros((len(targets), catalogue.items), np.float32)
+        for x in range(0, len(targets), B):
+            some = histories[x : x + B] + [histories[x]] * max(0, x + B - len(targets))
+            for c in range(0, catalogue.items, C):
+                poll()
+                items = np.arange(c, min(c + C, catalogue.items))
+                # Whatever the candidates, the history is the one that leaves room for the longest.
+                most = row_tokens - longest + int(catalogue.item_lengths[items].max())
+                batch = candidate_rows(catalogue, some, [items] * B, most, T)
+                found = np.asarray(self._log_likelihoods(params, shard_batch(self.mesh, batch), C))
+                if not np.isfinite(found).all():
+                    raise FloatingPointError("a log-likelihood is not finite")
+                scores[x : x + B, items] = found[: len(targets) - x, : len(items)]
+        return scores
 
     def _progress(self, iterable, total: int, label: str):
         return tqdm(iterable, label, total, leave=False, disable=not self.config.log.progress or total < 4, mininterval=1)
@@ -215,7 +273,8 @@ def evaluate_all(
         if not len(targets):
             continue
         ranks = evaluator.rank(params, targets, poll, LABELS[label])
-        results["model"][LABELS[label]] = summarize(prepared, config, targets, ranks)
+        losses = evaluator.losses(params, targets, poll, LABELS[label])
+        results["model"][LABELS[label]] = summarize(prepared, config, targets, ranks) | losses
         frames.append(_frame(events, label, targets, ranks))
         for name, scorer in scorers.items():
             poll()

@@ -1,6 +1,7 @@
 """The command line: flags to one mode.
 
-    python -m iam_jax.main --config=FILE [--workdir=DIR] [--mode=train|evaluate] [--step=N|best|last] [--config.section.key=value ...]
+    python -m iam_jax.main --config=FILE [--workdir=DIR] [--mode=train|evaluate|export]
+        [--step=N|best|last] [--config.section.key=value ...]
 
 Exit codes: 0 done; 2 bad input, flag or config; 4 stopped on non-finite training; 75 stopped by Ctrl-C or SIGTERM with everything saved.
 """
@@ -31,22 +32,34 @@ from iam_jax.workdir import check_workdir, open_workdir  # noqa: E402
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file; may be left out where --workdir holds a run's config.")
 _WORKDIR = flags.DEFINE_string("workdir", "", "Working folder of the run; runs/<the config's name> by default.")
-_MODE = flags.DEFINE_enum("mode", "train", ["train", "evaluate"], "train (then evaluate) | evaluate a checkpoint.")
-_STEP = flags.DEFINE_string("step", "best", "Checkpoint that --mode=evaluate reads: a step, best or last.")
+_MODES = {"train": "train, then evaluate", "evaluate": "evaluate a checkpoint", "export": "a checkpoint as a Hugging Face folder"}
+_MODE = flags.DEFINE_enum("mode", "train", list(_MODES), "; ".join(f"{mode}: {what}" for mode, what in _MODES.items()) + ".")
+_STEP = flags.DEFINE_string("step", "best", "Checkpoint that --mode=evaluate and --mode=export read: a step, best or last.")
+_FORMAT = flags.DEFINE_enum("format", "huggingface", ["huggingface"], "What --mode=export writes.")
+_OUTPUT = flags.DEFINE_string("output", "", "Folder that --mode=export makes.")
 
 
 def run(signals: Signals) -> None:
-    config_file = _config_file().partition(":")[0]
+    config_file, _, variant = _config_file().partition(":")
     config = config_lib.resolve(_CONFIG.value)
-    workdir = Path(_WORKDIR.value or Path("runs") / Path(config_file).stem)
-    training = _MODE.value == "train"
+    workdir = Path(_WORKDIR.value or Path("runs") / "-".join(filter(None, (Path(config_file).stem, variant))))
+    training, exporting = _MODE.value == "train", _MODE.value == "export"
     if not training and not (workdir / config_lib.CONFIG_FILE).exists():
-        raise InputError(f"--workdir={workdir}: no run there to evaluate")
+        raise InputError(f"--workdir={workdir}: no run there to {_MODE.value}")
+    if exporting and not (_OUTPUT.value and config.model.pretrained):
+        what = "it needs a model that began as one (config.model.pretrained)" if _OUTPUT.value else "--output=DIR is missing"
+        raise InputError(f"--mode=export makes a Hugging Face folder: {what}")
+    vocabulary = fingerprint = None
+    if config.model.pretrained:
+        from iam_jax.model import pretrained
+
+        config = pretrained.configure(config)
+        vocabulary, fingerprint = pretrained.vocabulary(config), pretrained.fingerprint(config)
     check_workdir(workdir, config)
 
     from iam_jax.data.prepare import prepare  # the heavy imports come after the cheap checks
 
-    prepared = prepare(config.data)
+    prepared = prepare(config.data, vocabulary)
     for note in prepared.split.notes:
         print(note)
     print(f"split {prepared.split.sha256}")
@@ -58,11 +71,13 @@ def run(signals: Signals) -> None:
 
     from iam_jax.checkpoint import Checkpoints
     from iam_jax.evaluate import Evaluator, evaluate_all
+    from iam_jax.model.lora import merge
+    from iam_jax.parameters import join
     from iam_jax.train import make_run, train
 
     this = make_run(config, prepared)
     with signals.deferred():  # a folder with some of its files would be refused afterwards
-        open_workdir(workdir, config, prepared, create=training)
+        open_workdir(workdir, config, prepared, fingerprint, create=training)
     signals.poll()
     with jax.set_mesh(this.mesh):
         evaluator = Evaluator(this.model, config, prepared, this.items, this.mesh)
@@ -71,8 +86,13 @@ def run(signals: Signals) -> None:
         else:
             checkpoints = Checkpoints(workdir, config.train.keep, config.eval.metric, read_only=True)
         step = checkpoints.resolve("best" if training else _STEP.value)
-        params = checkpoints.restore_params(step, this.abstract_params)
+        params = join(checkpoints.restore_params(step, this.abstract_trained), this.frozen)
         checkpoints.close()
+        if exporting:
+            for note in pretrained.export(config, merge(params, config.model.lora), Path(_OUTPUT.value)):
+                print(note)
+            print(f"wrote {_OUTPUT.value}, from step {step:,}")
+            return
         oracle = None
         if config.data.source == "synthetic":
             from iam_jax.data import synthetic
@@ -132,8 +152,7 @@ def _given(argv: list[str], name: str) -> str | None:
 def _check_names(argv: list[str]) -> None:
     """ml_collections tells the last part of an unknown name only."""
     sections = config_lib.default_config().to_dict()
-    known = [f"--config.{section}.{name}" for section in sections for name in sections[section]]
-    known += [f"--config.data.synthetic.{name}" for name in sections["data"]["synthetic"]]
+    known = [f"--config.{name}" for name in config_lib.flatten(sections)]
     for name in (argument.partition("=")[0].partition("[")[0] for argument in argv[1:]):
         if name.startswith("--config.") and name not in known:
             close = difflib.get_close_matches(name, known, n=1)

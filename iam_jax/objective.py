@@ -17,7 +17,6 @@ from iam_jax.data.batches import Segments
 from iam_jax.data.catalogue import Catalogue
 from iam_jax.data.item_rows import CHUNKS
 from iam_jax.data.splits import Events
-from iam_jax.model.attention import group_starts, history_ends
 from iam_jax.model.heads import Recommender
 
 _ARRAYS = ("token_IT", "length_I", "trained_I", "target_share_I", "drawn_share_I", "drawn_until_I")  # of Items
@@ -63,44 +62,42 @@ def summed_up(weight_I: np.ndarray) -> np.ndarray:
 
 
 def cross_entropy(
-    h_XE: jax.Array, v_CE: jax.Array, label_X: jax.Array, *, allowed_C: jax.Array | None = None, chunk: int = 2048
+    h_XE: jax.Array,
+    v_CE: jax.Array | tuple[jax.Array, ...],
+    label_X: jax.Array,
+    *,
+    allowed_C: jax.Array | None = None,
+    chunk: int = 2048,
 ) -> jax.Array:
     """Sum of -log softmax(h v^T)[label] over the positions with a label >= 0, in float32; as `label_log_probs`."""
     return -label_log_probs(h_XE, v_CE, label_X, allowed_C=allowed_C, chunk=chunk).sum()
 
 
+def logits(h_XE: jax.Array, v_CE: jax.Array | tuple[jax.Array, ...]) -> jax.Array:
+    """[X, C] float32: h v^T; v_CE may come in parts."""
+    parts = v_CE if isinstance(v_CE, tuple) else (v_CE,)
+    return jnp.concatenate([jnp.einsum("xE,CE->xC", h_XE, v, preferred_element_type=jnp.float32) for v in parts], axis=1)
+
+
 def label_log_probs(
-    h_XE: jax.Array, v_CE: jax.Array, label_X: jax.Array, *, allowed_C: jax.Array | None = None, chunk: int = 2048
+    h_XE: jax.Array,
+    v_CE: jax.Array | tuple[jax.Array, ...],
+    label_X: jax.Array,
+    *,
+    allowed_C: jax.Array | None = None,
+    chunk: int = 2048,
 ) -> jax.Array:
     """[X] float32: log softmax(h v^T)[label], 0 where the label is below 0. At most `chunk` positions' logits exist at one time, in
-    the backward pass too. allowed_C: candidates that take part."""
+    the backward pass too. v_CE: in parts, where it is several. allowed_C: candidates that take part."""
 
     def part(label_x, h_xE):
-        logits_xC = jnp.einsum("xE,CE->xC", h_xE, v_CE, preferred_element_type=jnp.float32)
+        logits_xC = logits(h_xE, v_CE)
         if allowed_C is not None:
             logits_xC = jnp.where(allowed_C, logits_xC, -jnp.inf)
         picked_x = jnp.take_along_axis(logits_xC, jnp.maximum(label_x, 0)[:, None], axis=1)[:, 0]
         return jnp.where(label_x >= 0, picked_x - jax.nn.logsumexp(logits_xC, axis=1), 0)
 
     return _over_chunks(part, chunk, label_X, h_XE)
-
-
-def log_likelihoods(model: Recommender, batch: dict, candidates: int, chunk: int = 2048) -> jax.Array:
-    """[B, C] float32: log p(text of candidate | history), the sum over its tokens, the boundary token included; 0 where a row has fewer
-    candidates. batch: from `data.candidates.candidate_rows`; candidates: C, the most that a row has. Raises ValueError for a schedule
-    with intra_both and for a model without an output embedding."""
-    if "intra_both" in model.config.schedule.relations:
-        raise ValueError("log-likelihoods need a schedule without intra_both: it sees the tokens that are to be predicted")
-    x_BTD = model.states(batch)
-    t = jnp.arange(x_BTD.shape[1])
-    starts_BT = group_starts(batch["user"], batch["group"], batch["candidate"])
-    # A candidate's first token is predicted from the end of the history, the others from the token before them.
-    from_BT = jnp.where(starts_BT == t, history_ends(batch["candidate"]), t) - 1
-    x_XD = jnp.take_along_axis(x_BTD, from_BT[..., None], axis=1).reshape(-1, x_BTD.shape[-1])
-    label_BT = jnp.where(batch["candidate"] > 0, batch["token"], -1)
-    log_prob_X = label_log_probs(x_XD, model.output_embedding(), label_BT.reshape(-1), chunk=chunk)
-    sums = jnp.zeros((len(x_BTD), candidates + 1)).at[jnp.arange(len(x_BTD))[:, None], batch["candidate"]]
-    return sums.add(log_prob_X.reshape(label_BT.shape))[:, 1:]
 
 
 def sampled_cross_entropy(
@@ -160,7 +157,7 @@ def item_vectors(model: Recommender, config: Config, items: Items, boundary_ID: 
     leading intra layers, where they are known."""
     if not config.uses_text:
         return model.table(items.trained_I)
-    known = boundary_ID is not None and config.objective.text_layers == "leading"
+    known = boundary_ID is not None and config.leading_vectors
     text_IE = model.text_head(boundary_ID) if known else all_text_vectors(model, items)
     return text_IE if config.objective.vectors == "text" else text_IE + model.table(items.trained_I)
 
@@ -172,13 +169,15 @@ def losses(model: Recommender, config: Config, items: Items, batch: dict, key: j
     leading_XD = vt_XE = None
     if "leading" in batch:
         leading_XD = model.leading_states(batch["leading"], CHUNKS, None if key is None else jax.random.fold_in(keys[0], 0))
-        if config.uses_text and config.objective.text_layers == "leading":
+        if config.leading_vectors and config.objective.item:
             vt_XE = model.text_head(model.taken(leading_XD, batch["target_slot"].reshape(-1)))
     x_BTD = model.states(batch, keys[0], leading_XD)
-    x_BMD = jnp.take_along_axis(x_BTD, batch["target_at"][..., None], axis=1)
-    h_XE = model.project(x_BMD.reshape(-1, x_BMD.shape[-1]))
-    target_X = batch["target"].reshape(-1)
-    sums = {"item": _item_loss(model, config, items, h_XE, target_X, keys[1], keys[2], cache_IE, vt_XE)}
+    sums = {}
+    if config.objective.item:
+        x_BMD = jnp.take_along_axis(x_BTD, batch["target_at"][..., None], axis=1)
+        h_XE = model.project(x_BMD.reshape(-1, x_BMD.shape[-1]))
+        target_X = batch["target"].reshape(-1)
+        sums["item"] = _item_loss(model, config, items, h_XE, target_X, keys[1], keys[2], cache_IE, vt_XE)
     if config.objective.token:
         x_XD, label_X = x_BTD.reshape(-1, x_BTD.shape[-1]), batch["label"].reshape(-1)
         sums["token"] = cross_entropy(x_XD, model.output_embedding(), label_X, chunk=config.objective.chunk)

@@ -22,11 +22,11 @@ def learning_rate(config: OptimizerConfig) -> optax.Schedule:
 
 
 def decayed(params: dict) -> dict:
-    """Which parameters are decayed: matrices from or to the model's width; not biases and norm scales."""
+    """Which parameters are decayed: matrices from or to the model's width or an adapter's rank; not biases and norm scales."""
 
     def is_matrix(path, _) -> bool:
         axes = axes_of(path)
-        return len(axes) >= 2 and bool(set("DE") & set(axes))
+        return len(axes) >= 2 and bool(set("DEL") & set(axes))
 
     return jax.tree_util.tree_map_with_path(is_matrix, params)
 

@@ -1,9 +1,10 @@
 """The schedule language: which relation each layer of the decoder uses.
 
-    schedule = term+          term = (relation | "(" relation+ ")") ["*" count]
+    schedule = term+     term = layers | "(" layers+ ")" ["*" count]     layers = ["+"] relation ["*" count]
 
 `(intra inter)*6` is item-aware attention, `full*12` the ordinary decoder, `(full inter)*6` and `(intra full)*6` the ablations,
-`intra*4 full*4 inter*4` the order of HatLLM (arXiv 2510.10955).
+`intra*4 full*4 inter*4` the order of HatLLM (arXiv 2510.10955). `+` marks a layer inserted into a pretrained model: its output
+projections start at zero. `(full*4 +intra +inter)*4` puts an item-aware block behind every four of sixteen layers.
 """
 
 import dataclasses
@@ -14,7 +15,8 @@ from iam_jax.errors import InputError
 MOST_LAYERS = 1000
 RELATIONS = ("full", "intra", "inter", "intra_both")
 
-_TERM = re.compile(r"\s*(?:\(\s*(?P<group>[a-z_ \t]+?)\s*\)|(?P<relation>[a-z_]+))(?:\s*\*\s*(?P<count>\d+))?(?=[\s(]|$)\s*")
+_TERM = re.compile(r"\s*(?:\((?P<group>[^()]*)\)|(?P<layers>\+?[a-z_]+))(?:\s*\*\s*(?P<count>\d+))?(?=[\s(]|$)\s*")
+_LAYERS = re.compile(r"\s*(?P<inserted>\+?)(?P<relation>[a-z_]+)(?:\s*\*\s*(?P<count>\d+))?(?=\s|$)\s*")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +25,10 @@ class Stage:
 
     relations: tuple[str, ...]
     repeats: int
+    inserted: tuple[bool, ...] = ()  # which of `relations` are inserted layers; (): none
+
+    def __post_init__(self):
+        object.__setattr__(self, "inserted", self.inserted or (False,) * len(self.relations))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,26 +46,57 @@ class Schedule:
         relations = self.relations
         return next((i for i, relation in enumerate(relations) if not relation.startswith("intra")), len(relations))
 
+    @property
+    def own_layers(self) -> list[tuple[int, int, int]]:
+        """(stage, place in its relations, repeat) of every layer that is not inserted, first to last."""
+        return [
+            (s, place, repeat)
+            for s, stage in enumerate(self.stages)
+            for repeat in range(stage.repeats)
+            for place, inserted in enumerate(stage.inserted)
+            if not inserted
+        ]
+
 
 def parse_schedule(text: str, field: str = "schedule") -> Schedule:
     """Raises InputError that points at the first part it cannot read."""
-    stages, at = [], 0
     text = text.strip()
-    while at < len(text):
-        term = _TERM.match(text, at)
-        if term is None or not (term["group"] or term["relation"]).strip():
-            raise InputError(f"config.{field} = {text!r}: cannot read {text[at:]!r}; an example: '(intra inter)*6 full*2'")
-        relations = tuple((term["group"] or term["relation"]).split())
-        for relation in relations:
+
+    def fail(what: str):
+        raise InputError(f"config.{field} = {text!r}: {what}")
+
+    def scan(pattern: re.Pattern, part: str):
+        at = 0
+        while at < len(part):
+            found = pattern.match(part, at)
+            if found is None:
+                fail(f"cannot read {part[at:]!r}; an example: '(intra inter)*6 full*2'")
+            yield found
+            at = found.end()
+
+    def count_of(found: re.Match) -> int:
+        count = int(found["count"] or 1) if len(found["count"] or "") < 5 else MOST_LAYERS + 1
+        if count < 1:
+            fail("a repeat count must be 1 or more")
+        return count
+
+    stages = []
+    for term in scan(_TERM, text):
+        repeats = count_of(term)
+        if term["group"] is None:
+            layers = [(term["layers"].lstrip("+"), term["layers"].startswith("+"))]
+        else:
+            if not term["group"].strip():
+                fail(f"cannot read {term[0].strip()!r}; an example: '(intra inter)*6 full*2'")
+            layers = []
+            for part in scan(_LAYERS, term["group"]):
+                layers += [(part["relation"], bool(part["inserted"]))] * min(count_of(part), MOST_LAYERS + 1)
+        for relation, _ in layers:
             if relation not in RELATIONS:
-                raise InputError(f"config.{field} = {text!r}: {relation!r} is no relation; there are {', '.join(RELATIONS)}")
-        repeats = int(term["count"] or 1) if len(term["count"] or "") < 5 else MOST_LAYERS + 1
-        if repeats * len(relations) > MOST_LAYERS:
-            raise InputError(f"config.{field} = {text!r}: more than {MOST_LAYERS:,} layers")
-        if repeats < 1:
-            raise InputError(f"config.{field} = {text!r}: a repeat count must be 1 or more")
-        stages.append(Stage(relations, repeats))
-        at = term.end()
+                fail(f"{relation!r} is no relation; there are {', '.join(RELATIONS)}")
+        if repeats * len(layers) > MOST_LAYERS:
+            fail(f"more than {MOST_LAYERS:,} layers")
+        stages.append(Stage(tuple(relation for relation, _ in layers), repeats, tuple(inserted for _, inserted in layers)))
     if not stages:
         raise InputError(f"config.{field} is empty; an example: '(intra inter)*6'")
     return Schedule(tuple(stages))

@@ -1,6 +1,7 @@
 """A training run, told from top to bottom."""
 
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Callable
@@ -22,8 +23,9 @@ from iam_jax.evaluate import Evaluator, summarize, validation_subset
 from iam_jax.interrupt import Signals, Stop
 from iam_jax.kernels.range_attention import choose
 from iam_jax.logs import MetricsLog, progress_bar
-from iam_jax.model import Model, make_model
+from iam_jax.model import Model, Params, make_model, pretrained
 from iam_jax.optimizer import learning_rate, make_optimizer
+from iam_jax.parameters import abstract, frozen_names, join, select, start_boundary
 from iam_jax.sharding import make_mesh, param_sharding, shard_batch, split_rows
 
 
@@ -33,7 +35,7 @@ class Progress:
 
     step: int = 0
     next_batch: int = 0  # the data position
-    validated: int = 0  # step of the last validation
+    validated: int = -1  # step of the last validation
     best: float | None = None
     best_step: int | None = None
     since_best: int = 0  # validations without a better one
@@ -54,11 +56,20 @@ class Run:
     rows: Rows
     items: objective.Items
     finish: Callable[[Batch], Batch] = without_items  # what becomes of a batch before the model reads it
+    frozen_names: frozenset[str] = frozenset()  # of the parameters that are not trained
 
-    @property
-    def abstract_params(self) -> dict:
-        shapes = self.model.shapes()
-        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, param_sharding(self.mesh, shapes))
+    @functools.cached_property
+    def abstract_trained(self) -> Params:
+        """Shapes, types and shardings of the parameters that are trained, and that checkpoints hold."""
+        return abstract(self.mesh, select(self.model.shapes(), lambda name: name not in self.frozen_names))
+
+    @functools.cached_property
+    def frozen(self) -> Params:
+        """The parameters that are not trained, read from config.model.pretrained when first asked for."""
+        if not self.frozen_names:
+            return {}
+        shapes = select(self.model.shapes(), lambda name: name in self.frozen_names)
+        return pretrained.load(self.config, abstract(self.mesh, shapes, self.config.model.frozen_dtype))
 
 
 def make_run(config: Config, prepared: Prepared) -> Run:
@@ -77,7 +88,8 @@ def make_run(config: Config, prepared: Prepared) -> Run:
     model = make_model(config, catalogue.vocabulary, catalogue.items, int(catalogue.lengths.max()))
     items = objective.make_items(catalogue, prepared.events, rows.segments, config)
     mesh = make_mesh(config.mesh)
-    return Run(config, prepared, mesh, model, rows, items, _distinct_items(config, rows, mesh) or without_items)
+    frozen = frozenset(frozen_names(config, model.shapes()))
+    return Run(config, prepared, mesh, model, rows, items, _distinct_items(config, rows, mesh) or without_items, frozen)
 
 
 def _check_attention(config: Config) -> None:
@@ -98,10 +110,9 @@ def _check_attention(config: Config) -> None:
 def _distinct_items(config: Config, rows: Rows, mesh: jax.sharding.Mesh) -> DistinctItems | None:
     """Whether a batch's items go through the leading intra layers once each (model.item_states)."""
     model, parts = config.model, config.optimizer.accumulate
-    alone = model.positions == "rotary" and config.schedule.leading_intra > 0
-    if not alone or model.item_states == "off" or (model.item_states == "auto" and model.dropout > 0):
+    if not config.states_by_item or model.item_states == "off" or (model.item_states == "auto" and model.dropout > 0):
         return None
-    text = config.uses_text and config.softmax != "full" and config.objective.text_layers == "leading"
+    text = config.leading_vectors and config.softmax != "full"
     items = DistinctItems(rows, config.train.batch_rows, parts, mesh.shape["data"] * mesh.shape["fsdp"], targets=text)
     # The first micro-batch, in the plan's order, stands for all.
     some = [rows[row] for row in range(min(len(rows), config.train.batch_rows // parts))]
@@ -109,27 +120,27 @@ def _distinct_items(config: Config, rows: Rows, mesh: jax.sharding.Mesh) -> Dist
     distinct = items.distinct(batch)
     tokens, slots = int(rows.catalogue.lengths[distinct].sum()), batch["token"].size
     if text:  # the targets' vectors come from the same states
-        slots += batch["target"].size * int(rows.catalogue.lengths[:-1].max())
+        slots += batch["target"].size * int(rows.catalogue.item_lengths.max())
     items.saving = f"{tokens:,} tokens instead of {slots:,} slots in a micro-batch"
     return items if model.item_states == "on" or tokens <= 0.6 * slots else None
 
 
 def make_train_step(run: Run):
-    """(state, batch, items, step) -> (state, metrics), jitted, the state's buffers donated. A batch is split into
-    optimizer.accumulate micro-batches whose gradients add up to that of the whole."""
+    """(state, batch, items, step, frozen) -> (state, metrics), jitted, the state's buffers donated. A batch is split into
+    optimizer.accumulate micro-batches whose gradients add up to that of the whole. frozen: the parameters that are not trained."""
     config, model = run.config, run.model
     optimizer, schedule = make_optimizer(config.optimizer), learning_rate(config.optimizer)
     parts = config.optimizer.accumulate
     weights = {"item": config.objective.item, "token": config.objective.token}
 
-    def train_step(state: dict, batch: dict, items: objective.Items, step: jax.Array):
+    def train_step(state: dict, batch: dict, items: objective.Items, step: jax.Array, frozen: Params = {}):  # noqa: B006
         params, cache = state["params"], state.get("cache")
         # rbg: threefry's dropout masks take longer than the layers on a CPU
         key = jax.random.fold_in(jax.random.key(config.train.seed, impl="rbg"), step)
         count = objective.counts(batch)
 
         def loss(params, micro, key):
-            sums = objective.losses(model.bind(params), config, items, micro, key, cache)
+            sums = objective.losses(model.bind(join(params, frozen)), config, items, micro, key, cache)
             return sum(weights[name] * value / jnp.maximum(count[name], 1) for name, value in sums.items()), sums
 
         gradient = jax.value_and_grad(loss, has_aux=True)
@@ -146,7 +157,7 @@ def make_train_step(run: Run):
             zero = ({name: jnp.zeros(()) for name in names}, jax.tree.map(jnp.zeros_like, params))
             (sums, grads), _ = jax.lax.scan(add, zero, (micros, jax.random.split(key, parts)))
         updates, opt_state = optimizer.update(grads, state["optimizer"], params)
-        metrics = {f"{name}_sum": value for name, value in sums.items()} | {f"{name}_count": count[name] for name in sums}
+        metrics = {f"{name}_sum": value for name, value in sums.items()} | {f"{name}_count": value for name, value in count.items()}
         metrics |= {"gradient_norm": optax.global_norm(grads), "learning_rate": schedule(step)}
         state = state | {"params": optax.apply_updates(params, updates), "optimizer": opt_state}
         # Left to XLA, norm scales would come back sharded: then their buffers are not reused, and the second step compiles again.
@@ -155,22 +166,38 @@ def make_train_step(run: Run):
     return jax.jit(train_step, donate_argnums=0)
 
 
-def init_state(run: Run) -> dict:
-    """Parameters, optimizer state and (objective.softmax = "cached") the text vectors' cache, created on their shards."""
+def make_state(run: Run, trained: Params) -> dict:
+    """The state at the start: parameters, optimizer state and (objective.softmax = "cached") the text vectors' cache."""
     config = run.config
+    state = {"params": trained, "optimizer": make_optimizer(config.optimizer).init(trained)}
+    if config.softmax == "cached":
+        state["cache"] = jnp.zeros((run.prepared.catalogue.items, config.model.width))
+    return state
 
-    def init(key: jax.Array) -> dict:
-        params = run.model.init(key)
-        state = {"params": params, "optimizer": make_optimizer(config.optimizer).init(params)}
-        if config.softmax == "cached":
-            state["cache"] = jnp.zeros((run.prepared.catalogue.items, config.model.width))
-        return state
+
+def abstract_state(run: Run) -> dict:
+    """Shapes, types and shardings of the state, without allocating it."""
+    return abstract(run.mesh, jax.eval_shape(functools.partial(make_state, run), run.abstract_trained))
+
+
+def init_state(run: Run) -> dict:
+    """The state at the start, created on its shards; what is pretrained is read."""
+    config = run.config
+    given = pretrained.names(config).keys() - run.frozen_names if config.model.pretrained else set()
+
+    def fresh(key: jax.Array) -> Params:
+        return select(run.model.init(key), lambda name: name not in given | run.frozen_names)
+
+    def place(make: Callable, *args) -> dict:
+        # XLA's default level compiles the generators of a CPU for many seconds, and they run no faster
+        options = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None
+        return jax.jit(make, out_shardings=param_sharding(run.mesh, jax.eval_shape(make, *args)), compiler_options=options)(*args)
 
     key = jax.random.key(config.train.seed)
-    shardings = param_sharding(run.mesh, jax.eval_shape(init, key))
-    # XLA's default level compiles the generators of a CPU for many seconds, and they run no faster
-    options = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None
-    return jax.jit(init, out_shardings=shardings, compiler_options=options)(key)
+    if not config.model.pretrained:
+        return place(lambda key: make_state(run, fresh(key)), key)
+    params = join(place(fresh, key), pretrained.load(config, select(run.abstract_trained, lambda name: name in given)))
+    return place(functools.partial(make_state, run), place(start_boundary, params, run.frozen))
 
 
 def train(run: Run, workdir: Path, evaluator: Evaluator, signals: Signals) -> Checkpoints:
@@ -181,18 +208,18 @@ def train(run: Run, workdir: Path, evaluator: Evaluator, signals: Signals) -> Ch
     checkpoints = Checkpoints(workdir, cfg.keep, metric)
 
     # ---- state: from the newest checkpoint, else from scratch
-    state, progress = init_state(run), Progress()
     saved_step = -1
     if steps := checkpoints.steps():
         saved_step = steps[-1]
-        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
-        state, progress = checkpoints.restore(saved_step, abstract), Progress(**checkpoints.progress(saved_step))
+        state, progress = checkpoints.restore(saved_step, abstract_state(run)), Progress(**checkpoints.progress(saved_step))
         progress.best_step, progress.best = checkpoints.best() or (None, None)  # eval.metric may be another now
         print(f"continuing from step {progress.step:,}", flush=True)
-    parameters = sum(math.prod(x.shape) for x in jax.tree.leaves(state["params"]))
+    else:
+        state, progress = init_state(run), Progress()
+    trained, frozen = (sum(math.prod(x.shape) for x in jax.tree.leaves(params)) for params in (state["params"], run.frozen))
     print(
-        f"{parameters:,} parameters; {run.rows.targets:,} targets in {len(run.rows):,} rows of {config.data.row_tokens} slots "
-        f"({run.rows.fill:.1%} real tokens), {len(run.rows) / cfg.batch_rows:.1f} batches an epoch",
+        f"{trained:,} parameters{f' trained, {frozen:,} frozen' if frozen else ''}; {run.rows.targets:,} targets in {len(run.rows):,} rows "
+        f"of {config.data.row_tokens} slots ({run.rows.fill:.1%} real tokens), {len(run.rows) / cfg.batch_rows:.1f} batches an epoch",
         flush=True,
     )
     if isinstance(run.finish, DistinctItems):
@@ -206,7 +233,7 @@ def train(run: Run, workdir: Path, evaluator: Evaluator, signals: Signals) -> Ch
 
     # ---- the loop: validate, save, next batch, step, log the step before
     train_step = make_train_step(run)
-    refresh = jax.jit(lambda params, items: objective.all_text_vectors(run.model.bind(params), items))
+    refresh = jax.jit(lambda params, frozen, items: objective.all_text_vectors(run.model.bind(join(params, frozen)), items))
     validation = validation_subset(run.prepared.events, config)
     log = MetricsLog(workdir, progress.step, config.log)
     batches = training_batches(run.rows, cfg.batch_rows, cfg.seed, progress.next_batch, run.finish)
@@ -249,12 +276,14 @@ def train(run: Run, workdir: Path, evaluator: Evaluator, signals: Signals) -> Ch
         }
         speed.update(tokens=0, targets=0, seconds=0.0)
         log.write(step, line)
-        bar.set_postfix_str(f"loss {line['item_loss']:.3f}, {line['tokens_per_second']:,.0f} tokens/s")
+        bar.set_postfix_str(f"loss {next(iter(line.values())):.3f}, {line['tokens_per_second']:,.0f} tokens/s")
 
     def validate() -> dict:
-        ranks = evaluator.rank(state["params"], validation, signals.poll, "validation")
+        params = join(state["params"], run.frozen)
+        ranks = evaluator.rank(params, validation, signals.poll, "validation")
         summary = summarize(run.prepared, config, validation, ranks)
-        return {name: value for name, value in summary.items() if "@" in name and not name.endswith("_ci")}
+        kept = {name: value for name, value in summary.items() if "@" in name and not name.endswith("_ci")}
+        return kept | evaluator.losses(params, validation, signals.poll, "validation")
 
     with signals.deferred():
         try:
@@ -263,7 +292,7 @@ def train(run: Run, workdir: Path, evaluator: Evaluator, signals: Signals) -> Ch
                 out_of_time = cfg.max_minutes and progress.minutes + (time.monotonic() - clock) / 60 >= cfg.max_minutes
                 ending = step >= cfg.steps or bool(out_of_time) or signals.requested
                 validating = len(validation) > 0 and not signals.requested and step > progress.validated
-                validating &= step >= cfg.steps or bool(out_of_time) or step % cfg.eval_every == 0
+                validating &= step >= cfg.steps or bool(out_of_time) or (step > 0 and step % cfg.eval_every == 0)
                 metrics = None
                 if validating or ending or (step > saved_step and step > 0 and step % cfg.save_every == 0):
                     settle()
@@ -292,10 +321,10 @@ def train(run: Run, workdir: Path, evaluator: Evaluator, signals: Signals) -> Ch
                     if signals.requested or ending or progress.stopped:
                         break
                 if config.softmax == "cached" and step % config.objective.refresh_steps == 0:
-                    state["cache"] = refresh(state["params"], run.items)
+                    state["cache"] = refresh(state["params"], run.frozen, run.items)
                 batch = next(batches)
                 host = {"tokens": int((batch["user"] > 0).sum())}
-                state, values = train_step(state, shard_batch(run.mesh, batch), run.items, np.int32(step))
+                state, values = train_step(state, shard_batch(run.mesh, batch), run.items, np.int32(step), run.frozen)
                 settle()
                 progress.step = progress.next_batch = step + 1
                 progress.tokens += host["tokens"]

@@ -26,14 +26,17 @@ def check_workdir(workdir: Path, config: Config) -> None:
         raise InputError(f"--workdir={workdir}: {existing} cannot be written to")
 
 
-def open_workdir(workdir: Path, config: Config, prepared: Prepared, create: bool) -> None:
-    """Checks that this config and this data made the folder; with `create`, makes it or notes what of the config may change."""
+def open_workdir(workdir: Path, config: Config, prepared: Prepared, pretrained_sha256: str | None = None, create: bool = False) -> None:
+    """Checks that this config, this data and this pretrained model made the folder; with `create`, makes it or notes what of the config
+    may change."""
     check_workdir(workdir, config)
     identity = {
         "split_sha256": prepared.split.sha256,
         "catalogue_sha256": prepared.catalogue.sha256,
         "items_sha256": hashlib.sha256("\n".join(prepared.events.item_ids.tolist()).encode()).hexdigest(),
     }
+    if pretrained_sha256 is not None:
+        identity["pretrained_sha256"] = pretrained_sha256
     if (workdir / CONFIG_FILE).exists():
         try:
             saved = json.loads((workdir / "data.json").read_text(encoding="utf-8"))
@@ -41,7 +44,8 @@ def open_workdir(workdir: Path, config: Config, prepared: Prepared, create: bool
             raise InputError(f"{workdir / 'data.json'}: cannot be read ({error})") from error
         for name, value in identity.items():
             if saved.get(name) != value:
-                raise InputError(f"{workdir} was made from other data: its {name} is {saved.get(name)}, this data's {value}")
+                what = "another pretrained model" if name == "pretrained_sha256" else "other data"
+                raise InputError(f"{workdir} was made from {what}: its {name} is {saved.get(name)}, not {value}")
     if not create:
         return
     if (workdir / "checkpoints").is_dir():

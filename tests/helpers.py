@@ -62,7 +62,9 @@ def packed_batch() -> Batch:
     return batch | {"token": np.arange(24, dtype=np.int32).reshape(2, 12)}
 
 
-def tiny_data(seed: int = 0, users: int = 9, items: int = 8, vocabulary: int = 13, cold: int = 1, prompt: int = 0) -> Prepared:
+def tiny_data(
+    seed: int = 0, users: int = 9, items: int = 8, vocabulary: int = 13, cold: int = 1, prompt: int = 0, suffix: int = 0
+) -> Prepared:
     """Random histories of four to seven events, the last two for validation and test; the last `cold` items are in none of the
     training events. The highest token id is the boundary."""
     rng = np.random.default_rng(seed)
@@ -74,7 +76,7 @@ def tiny_data(seed: int = 0, users: int = 9, items: int = 8, vocabulary: int = 1
     ids = [np.array([f"{kind}{k:03}" for k in range(count)], object) for kind, count in (("u", users), ("i", items))]
     events = Events(*ids, item, offsets, np.arange(offsets[-1]), label)
     texts = [[*rng.integers(vocabulary - 1, size=rng.integers(1, 4)), vocabulary - 1] for _ in range(items)]
-    texts.append(rng.integers(vocabulary - 1, size=prompt).tolist())
+    texts += [rng.integers(vocabulary - 1, size=size).tolist() for size in (prompt, suffix)]
     tokens = np.array([token for text in texts for token in text], np.int32)
     catalogue = Catalogue(tokens, np.cumsum([0, *map(len, texts)]), vocabulary, 0, "")
     return Prepared(Split(events, None, "", ()), catalogue)
@@ -183,32 +185,47 @@ def _norm(model: ModelConfig, p: dict, x: np.ndarray) -> np.ndarray:
     return x / np.sqrt((x**2).mean(-1, keepdims=True) + model.norm_epsilon) * p["scale"]
 
 
-def _rotate(x_TNH: np.ndarray, position_T: np.ndarray, theta: float) -> np.ndarray:
+def _frequencies(model: ModelConfig, half: int) -> np.ndarray:
+    frequency = model.rope_theta ** (-np.arange(half) / half)
+    if model.rope_scaling == "linear":
+        frequency = frequency / model.rope_factor
+    if model.rope_scaling == "llama3":
+        for i, f in enumerate(frequency):
+            turns = model.rope_original * f / (2 * np.pi)
+            if turns < model.rope_low:
+                frequency[i] = f / model.rope_factor
+            elif turns < model.rope_high:
+                share = (turns - model.rope_low) / (model.rope_high - model.rope_low)
+                frequency[i] = (1 - share) * f / model.rope_factor + share * f
+    return frequency
+
+
+def _rotate(x_TNH: np.ndarray, position_T: np.ndarray, model: ModelConfig) -> np.ndarray:
     half = x_TNH.shape[-1] // 2
-    turn = np.exp(1j * position_T[:, None, None] * theta ** (-np.arange(half) / half))
+    turn = np.exp(1j * position_T[:, None, None] * _frequencies(model, half))
     z = (x_TNH[..., :half] + 1j * x_TNH[..., half:]) * turn
     return np.concatenate([z.real, z.imag], axis=-1)
 
 
 def _attention(model: ModelConfig, p: dict, x_TD: np.ndarray, allowed_TS: np.ndarray, position_T: np.ndarray) -> np.ndarray:
     q, k, v = (np.einsum("TD,DNH->TNH", x_TD, p[name]) for name in ("query_DNH", "key_DKH", "value_DKH"))
-    if model.bias:
+    if model.qkv_bias:
         q, k, v = q + p["query_NH"], k + p["key_KH"], v + p["value_KH"]
     if model.qk_norm:
         q, k = _norm(model, p["query_norm"], q), _norm(model, p["key_norm"], k)
     if model.positions == "rotary":
-        q, k = (_rotate(y, position_T, model.rope_theta) for y in (q, k))
+        q, k = (_rotate(y, position_T, model) for y in (q, k))
     o = np.zeros_like(q)
     for t, keys in enumerate(allowed_TS):
         for n in range(q.shape[1] if keys.any() else 0):
             kv = n * k.shape[1] // q.shape[1]
             o[t, n] = softmax(k[keys, kv] @ q[t, n] / q.shape[-1] ** 0.5) @ v[keys, kv]
-    return np.einsum("TNH,NHD->TD", o, p["out_NHD"]) + (p["out_D"] if model.bias else 0)
+    return np.einsum("TNH,NHD->TD", o, p["out_NHD"]) + (p["out_D"] if model.out_bias else 0)
 
 
 def _mlp(model: ModelConfig, p: dict, x_TD: np.ndarray) -> np.ndarray:
     activation = {"relu": lambda x: np.maximum(x, 0), "silu": lambda x: x / (1 + np.exp(-x)), "gelu": jax.nn.gelu}[model.activation]
-    bias = (lambda name: p[name]) if model.bias else (lambda name: 0)
+    bias = (lambda name: p[name]) if model.mlp_bias else (lambda name: 0)
     h = x_TD @ p["up_DF"] + bias("up_F")
     h = h * activation(x_TD @ p["gate_DF"] + bias("gate_F")) if model.mlp == "gated" else activation(h)
     return h @ p["down_FD"] + bias("down_D")

@@ -6,6 +6,7 @@ from helpers import allowed_keys, pack_row, stack
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from iam_jax.config import ModelConfig
 from iam_jax.model.attention import key_ranges, rotary
 from iam_jax.schedule import RELATIONS
 
@@ -65,7 +66,7 @@ def x():
 
 def test_rotary_turns_pairs_of_halves(x):
     position = np.array([[0, 1, 2, 3, 300], [7, 0, 5, 5, 2]], np.int32)
-    got = np.asarray(rotary(x, position, 100.0))
+    got = np.asarray(rotary(x, position, ModelConfig(rope_theta=100.0)))
     turn = np.exp(1j * position[..., None, None] * 100.0 ** -np.array([0, 0.25, 0.5, 0.75]))
     expected = (x[..., :4] + 1j * x[..., 4:]) * turn
     np.testing.assert_allclose(got, np.concatenate([expected.real, expected.imag], -1), atol=3e-5)
@@ -78,7 +79,7 @@ def test_rotary_products_depend_on_differences_only(x):
     position = np.array([[0, 1, 4, 9, 11]], np.int32)
 
     def products(q_position, k_position):
-        return np.einsum("BTNH,BSNH->BTSN", rotary(q, q_position, 1e4), rotary(k, k_position, 1e4))
+        return np.einsum("BTNH,BSNH->BTSN", rotary(q, q_position, ModelConfig()), rotary(k, k_position, ModelConfig()))
 
     base = products(position, position)
     np.testing.assert_allclose(products(position + 37, position + 37), base, atol=2e-5)
@@ -86,7 +87,7 @@ def test_rotary_products_depend_on_differences_only(x):
 
 
 def test_rotary_keeps_the_type(x):
-    got = rotary(jnp.asarray(x, jnp.bfloat16), np.full((2, 5), 4000, np.int32), 1e4)
+    got = rotary(jnp.asarray(x, jnp.bfloat16), np.full((2, 5), 4000, np.int32), ModelConfig())
     assert got.dtype == jnp.bfloat16  # and its angles are exact: bfloat16 has no 4000.0 + 1
-    exact = rotary(np.asarray(jnp.asarray(x, jnp.bfloat16), np.float32), np.full((2, 5), 4000, np.int32), 1e4)
+    exact = rotary(np.asarray(jnp.asarray(x, jnp.bfloat16), np.float32), np.full((2, 5), 4000, np.int32), ModelConfig())
     np.testing.assert_allclose(np.asarray(got, np.float32), exact, rtol=2**-8)

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -165,3 +166,84 @@ def test_scores_that_differ_are_an_error(tmp_path, monkeypatch, capsys):
     assert not result["equal"] and "NOT EQUAL" in capsys.readouterr().out
     one_pass, _, one_batch = result["results"][0]["ways"]
     assert one_pass["largest_relative_difference"] > 1e-3 > 1e-5 > one_batch["largest_relative_difference"]
+
+
+def test_import_memory(tmp_path, monkeypatch, capsys):
+    """What the import adds is at least its parameters and within the bound; more than the bound is an error."""
+    done, result = run("import_memory", tmp_path / "m.json", "--parameters=4e7")
+    assert done.returncode == 0 and result["holds"], done.stdout + done.stderr
+    assert result["parameters"] == pytest.approx(4e7, rel=0.02) and result["parameter_bytes"] == 2 * result["parameters"]
+    # V = 25,652, D = 384, two bytes
+    assert result["largest_tensor_bytes"] == 25_652 * 384 * 2
+    assert result["bound_bytes"] == int(1.1 * result["parameter_bytes"]) + 2 * result["largest_tensor_bytes"]
+    assert result["added_bytes"] == result["peak_bytes"] - result["before_bytes"] >= result["parameter_bytes"]
+    (line,) = lines_of(done.stdout, "added / bound")
+    assert float(line.split()[-1]) == pytest.approx(result["added_bytes"] / result["bound_bytes"], abs=1e-3)
+    assert not list(tmp_path.glob("*.safetensors"))
+
+    module = load("import_memory")
+    measured = {"parameters": 10, "parameter_bytes": 20, "largest_tensor_bytes": 6, "before_bytes": 100, "seconds": 1.0}
+    monkeypatch.setattr(module, "write_checkpoint", lambda folder, parameters: None)
+    monkeypatch.setattr(sys, "argv", ["import_memory.py", f"--output={tmp_path / 'n.json'}"])
+    for peak, code in ((134, 0), (135, 1)):  # 1.1 * 20 + 2 * 6 = 34
+        line = json.dumps(measured | {"peak_bytes": peak})
+        monkeypatch.setattr(module.subprocess, "run", lambda *_, line=line, **__: subprocess.CompletedProcess([], 0, stdout=line))
+        assert module.main() == code
+        assert ("EXCEEDED" in capsys.readouterr().out) == bool(code)
+        assert json.loads((tmp_path / "n.json").read_text())["holds"] == (code == 0)
+
+
+def test_beam(tmp_path, monkeypatch, capsys):
+    """As many beams as items find everything, with the same scores; those behind a history that is one item shorter are others."""
+    toy = ("--schedule=intra full", "--items=6", "--beams=6", "--users=2", "--history_items=4", "--item_tokens=3", "--vocabulary=40")
+    toy += ("--width=16", "--repeats=2")
+    done, result = run("beam", tmp_path / "b.json", *toy)
+    assert done.returncode == 0 and result["equal"], done.stderr
+    (measured,) = result["results"]
+    assert measured["found"] == 1 and measured["sequences"] <= 6 and measured["largest_relative_difference"] <= 1e-5
+    searched, exhaustive = measured["ways"]
+    assert exhaustive["relative_to_beam_search"] == pytest.approx(exhaustive["seconds_per_user"] / searched["seconds_per_user"])
+    for way, name in ((searched, "beam search"), (exhaustive, "exhaustive")):
+        assert way["way"] == name and way["temporary_bytes"] > 0 and len(way["samples"]) == 2
+        (line,) = (line for line in done.stdout.splitlines() if line[28:].startswith(f"{name} "))
+        assert float(line[40:50]) == pytest.approx(way["seconds_per_user"] * 1e3, abs=0.051)
+
+    module = load("beam")
+    right = module.history_rows
+    monkeypatch.setattr(module, "history_rows", lambda catalogue, histories, tokens: right(catalogue, [h[1:] for h in histories], tokens))
+    monkeypatch.setattr(sys, "argv", ["beam.py", *toy, f"--output={tmp_path / 'n.json'}"])
+    assert module.main() == 1 and "NOT EQUAL" in capsys.readouterr().out
+    assert not json.loads((tmp_path / "n.json").read_text())["equal"]
+
+
+def test_pretrained_memory(tmp_path, monkeypatch, capsys):
+    """The frozen parameters are as many as the public models have; the table and the JSON tell the same; what does not fit is a row."""
+    monkeypatch.syspath_prepend(FOLDER)
+    module = load("pretrained_memory")
+    tpu_memory = sys.modules["tpu_memory"]
+    monkeypatch.setattr(tpu_memory.topologies, "get_topology_desc", lambda **_: SimpleNamespace(devices=jax.devices()))
+    monkeypatch.setattr(tpu_memory.metadata, "version", lambda package: f"{package} 1.0")  # libtpu need not be here
+    sizes = {"argument_size_in_bytes": 2**31, "output_size_in_bytes": 2**30, "alias_size_in_bytes": 2**30, "temp_size_in_bytes": 2**29}
+    compiled = SimpleNamespace(memory_analysis=lambda: SimpleNamespace(**sizes))
+
+    def compile_run(run, arguments):
+        calls.append(arguments)
+        if len(calls) % 2 == 0:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Used 20.50G of 15.75G hbm. Exceeded hbm capacity by 4.75G.")
+        return compiled
+
+    calls: list = []
+    monkeypatch.setattr(module, "compile_run", compile_run)
+    monkeypatch.setattr(sys, "argv", ["pretrained_memory.py", "--slices=v5p:2x2x1", f"--output={tmp_path / 'm.json'}"])
+    module.main()
+    text, rows = capsys.readouterr().out, json.loads((tmp_path / "m.json").read_text())["rows"]
+    lines = [line.split() for line in text.splitlines()[2:-1]]
+    assert [line[:3] for line in lines] == [[row["config"], row["variant"], row["slice"]] for row in rows] and len(rows) == 6
+    public = {"llama3_1b_amazon": 1_235_814_400, "qwen3_0_6b_amazon": 596_049_920, "gpt2_ml1m": 124_439_808}
+    for row, line in zip(rows, lines, strict=True):
+        own = public[row["config"]]
+        assert row["frozen"] == (2 * own if row["variant"] == "lora" else 0)
+        assert (row["trained"] > 4 * own) == (row["variant"] == "full") and row["optimizer"] == 2 * row["trained"] + 8
+        assert line[4:7] == [f"{row[name] / 2**30:.2f}" for name in ("trained", "frozen", "optimizer")]
+        assert row["fits"] == (row["variant"] == "lora")
+        assert line[7:] == (["0.50", "2.50"] if row["fits"] else ["-", "20.50", "does", "not", "fit"])

@@ -9,11 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from iam_jax.data.candidates import candidate_rows
+from iam_jax.data.catalogue import Catalogue
+from iam_jax.likelihood import log_likelihoods
 from iam_jax.model import make_model
 from iam_jax.model.attention import key_ranges
-from iam_jax.objective import log_likelihoods
 
-PREPARED = tiny_data(prompt=2)
+PREPARED = tiny_data(prompt=2, suffix=1)
 CATALOGUE = PREPARED.catalogue
 LENGTHS = CATALOGUE.lengths
 HISTORIES = [np.array([0, 3, 5, 0]), np.array([6])]
@@ -45,7 +46,8 @@ def states_of(name):
 
 def alone(history, candidate):
     """The candidate as the next item of an ordinary row."""
-    groups = [np.split(CATALOGUE.tokens, CATALOGUE.offsets[1:-1])[item] for item in (CATALOGUE.items, *history, candidate)]
+    entries = (CATALOGUE.items, *history, CATALOGUE.items + 1, candidate)
+    groups = [np.split(CATALOGUE.tokens, CATALOGUE.offsets[1:-1])[entry] for entry in entries]
     token = np.zeros(40, np.int32)
     size = sum(map(len, groups))
     token[:size] = np.concatenate(groups)
@@ -62,12 +64,12 @@ def test_layout(history, candidates, max_tokens):
     history, candidates = np.array(history, int), np.array(candidates)
     row = {name: x[0].tolist() for name, x in candidate_rows(CATALOGUE, [history], [candidates], max_tokens).items()}
     kept = list(history)
-    while 2 + sum(LENGTHS[kept]) + max(LENGTHS[candidates]) > max_tokens:
+    while 3 + sum(LENGTHS[kept]) + max(LENGTHS[candidates]) > max_tokens:
         kept.pop(0)
     texts = np.split(CATALOGUE.tokens, CATALOGUE.offsets[1:-1])
-    groups = [texts[-1], *(texts[item] for item in kept), *(texts[item] for item in candidates)]
-    end = 2 + sum(LENGTHS[kept])
-    before = len(kept) + 1
+    groups = [texts[-2], *(texts[item] for item in kept), texts[-1], *(texts[item] for item in candidates)]
+    end = 3 + sum(LENGTHS[kept])
+    before = len(kept) + 2
     assert row["token"] == [token for group in groups for token in group]
     assert row["group"] == [min(g, before) for g, group in enumerate(groups) for _ in group]
     assert row["candidate"] == [max(g - before + 1, 0) for g, group in enumerate(groups) for _ in group]
@@ -75,19 +77,51 @@ def test_layout(history, candidates, max_tokens):
     assert row["position"] == position and set(row["user"]) == {1}
 
 
+def test_by_hand():
+    """A prompt of one token, items of 2, 3, 1 and a suffix of 2: the row of each template, the history cut to what fits."""
+    expected = {  # (tokens of the prompt, of the suffix) -> the row
+        (1, 2): {
+            "token": [90, 21, 22, 23, 95, 96, 31, 11, 12],
+            "group": [0, 1, 1, 1, 2, 2, 3, 3, 3],
+            "position": [0, 1, 2, 3, 4, 5, 6, 6, 7],
+            "candidate": [0, 0, 0, 0, 0, 0, 1, 2, 2],
+        },
+        (0, 2): {
+            "token": [21, 22, 23, 95, 96, 31, 11, 12],
+            "group": [1, 1, 1, 2, 2, 3, 3, 3],
+            "position": [0, 1, 2, 3, 4, 5, 5, 6],
+            "candidate": [0, 0, 0, 0, 0, 1, 2, 2],
+        },
+        (1, 0): {
+            "token": [90, 21, 22, 23, 31, 11, 12],
+            "group": [0, 1, 1, 1, 2, 2, 2],
+            "position": [0, 1, 2, 3, 4, 4, 5],
+            "candidate": [0, 0, 0, 0, 1, 2, 2],
+        },
+    }
+    for (prompt, suffix), row in expected.items():
+        entries = [[11, 12], [21, 22, 23], [31], [90][:prompt], [95, 96][:suffix]]
+        catalogue = Catalogue(np.concatenate(entries).astype(np.int32), np.cumsum([0, *map(len, entries)]), 99, 0, "")
+        for history, max_tokens in (([1], 99), ([0, 1], prompt + suffix + 3 + 2 + 1)):
+            batch = candidate_rows(catalogue, [np.array(history)], [np.array([2, 0])], max_tokens)
+            assert {name: x[0].tolist() for name, x in batch.items()} == row | {"user": [1] * len(row["token"])}
+
+
 def test_what_does_not_fit_is_refused():
     bare = tiny_data().catalogue
     one = [np.array([0])]
     short = int(bare.lengths[0])
-    for history, max_tokens in ((np.array([], int), 24), (np.array([0]), short)):
-        with pytest.raises(ValueError, match="user 0: no prompt"):
-            candidate_rows(bare, [history], one, max_tokens)
-    for catalogue, max_tokens in ((bare, short - 1), (CATALOGUE, int(LENGTHS[0]) + 1)):  # the prompt has two tokens
+    suffixed = tiny_data(suffix=3).catalogue  # a suffix alone is nothing to predict from
+    for catalogue, more in ((bare, 0), (suffixed, 3)):
+        for history, max_tokens in ((np.array([], int), 24), (np.array([0]), more + short)):
+            with pytest.raises(ValueError, match="user 0: no prompt"):
+                candidate_rows(catalogue, [history], one, max_tokens)
+    for catalogue, max_tokens in ((bare, short - 1), (CATALOGUE, int(LENGTHS[0]) + 2)):  # prompt and suffix have three tokens
         with pytest.raises(ValueError, match=f"user 0: the longest candidate does not fit in {max_tokens} tokens"):
             candidate_rows(catalogue, [np.array([0])], one, max_tokens)
     with pytest.raises(ValueError, match="there is no history"):
         candidate_rows(bare, [], [], 24)
-    needed = int(LENGTHS[[0, 3]].sum()) + 2 + int(LENGTHS[[1, 2]].sum())
+    needed = int(LENGTHS[[0, 3]].sum()) + 3 + int(LENGTHS[[1, 2]].sum())
     for slots in (needed - 1, needed):
         go = functools.partial(candidate_rows, CATALOGUE, [np.array([0, 3])], [np.array([1, 2])], 24, slots)
         if slots == needed:
@@ -161,9 +195,14 @@ def test_nothing_leaks_between_candidates(name):
 @pytest.mark.parametrize("name", [name for name, fields in SCHEDULES.items() if "both" not in fields["schedule"]])
 def test_log_likelihoods_are_those_of_one_candidate_at_a_time(name):
     model, params = model_of(name)
-    got = np.asarray(quick_jit(lambda batch: log_likelihoods(model.bind(params), batch, 5, chunk=16))(ROWS))
-    assert got.shape == (2, 5) and not got[1, 2:].any()
-    output = np.asarray(model.bind(params).output_embedding(), np.float64)
+
+    @quick_jit
+    def run(batch):
+        return [log_likelihoods(model.bind(params), batch, 5, chunk=16, normalize=normalize) for normalize in (False, True)]
+
+    got, mean = map(np.asarray, run(ROWS))
+    assert got.shape == (2, 5) and not got[1, 2:].any() and not mean[1, 2:].any()
+    output = np.concatenate([np.asarray(part, np.float64) for part in model.bind(params).output_embedding()])
     for b, (history, candidates) in enumerate(zip(HISTORIES, CANDIDATES, strict=True)):
         for c, item in enumerate(candidates):
             batch, end = alone(history, item)
@@ -172,6 +211,7 @@ def test_log_likelihoods_are_those_of_one_candidate_at_a_time(name):
             tokens = batch["token"][0, end : end + LENGTHS[item]]
             assert tokens[-1] == CATALOGUE.vocabulary - 1
             np.testing.assert_allclose(got[b, c], logits[np.arange(len(tokens)), tokens].sum(), rtol=1e-5, atol=1e-5)
+            np.testing.assert_allclose(mean[b, c], got[b, c] / len(tokens), rtol=1e-6)
 
 
 def test_log_likelihoods_are_refused_where_the_text_is_seen():

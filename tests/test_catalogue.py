@@ -9,13 +9,14 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from iam_jax.config import DataConfig
 from iam_jax.data import catalogue as catalogue_lib
 from iam_jax.data import tokenizer as tokens_lib
 from iam_jax.data.cache import cache_root, cached_folder
 from iam_jax.data.catalogue import has_text, item_texts, make_catalogue
+from iam_jax.data.tokenizer import Vocabulary
 from iam_jax.errors import InputError
 from iam_jax.files import write_atomically
 
@@ -25,7 +26,7 @@ CONFIG = DataConfig(vocabulary=300, item_tokens=16)
 
 
 def tokens_of(catalogue):
-    """The tokens of each item, the prompt's last."""
+    """The tokens of each item, then the prompt's and the suffix's."""
     return [tokens.tolist() for tokens in np.split(catalogue.tokens, catalogue.offsets[1:-1])]
 
 
@@ -95,14 +96,14 @@ def test_has_text():
 
 def test_tokens_spell_the_titles(tmp_path):
     catalogue = make_catalogue(ITEMS, CONFIG, tmp_path)
-    *items, prompt = tokens_of(catalogue)
+    *items, prompt, suffix = tokens_of(catalogue)
     tokenizer = Tokenizer.from_str(catalogue.tokenizer_json)
     boundary = tokenizer.get_vocab_size()
     for title, tokens in zip(TITLES, items, strict=True):
         assert tokens[-1] == boundary and boundary not in tokens[:-1]
         if tokens[:-1] and len(tokens) <= CONFIG.item_tokens:
             assert tokenizer.decode(tokens[:-1]).strip() == title
-    assert prompt == [] and not catalogue.prompt
+    assert prompt == suffix == [] and not catalogue.prompt and not catalogue.suffix
     assert catalogue.vocabulary == boundary + 1 and catalogue.items == 6
     assert items[0] == items[5]
     # The first word of a title is the same token as inside one.
@@ -120,7 +121,7 @@ def test_long_texts_are_truncated_and_counted(tmp_path):
     cut = make_catalogue(ITEMS, dataclasses.replace(CONFIG, item_tokens=3), tmp_path)
     long = sum(len(tokens) > 4 for tokens in tokens_of(whole))
     assert whole.truncated == 0 and cut.truncated == long > 0
-    for full, short in zip(tokens_of(whole)[:-1], tokens_of(cut)[:-1], strict=True):
+    for full, short in zip(tokens_of(whole)[:6], tokens_of(cut)[:6], strict=True):
         assert short == full[:-1][:3] + full[-1:]
     exact = make_catalogue(ITEMS, dataclasses.replace(CONFIG, item_tokens=int(whole.lengths.max()) - 1), tmp_path)
     assert exact.truncated == 0 and exact.sha256 == whole.sha256 != cut.sha256
@@ -129,16 +130,38 @@ def test_long_texts_are_truncated_and_counted(tmp_path):
 def test_prompt(tmp_path):
     catalogue = make_catalogue(ITEMS, dataclasses.replace(CONFIG, prompt="red things:", item_tokens=2), tmp_path)
     plain = make_catalogue(ITEMS, dataclasses.replace(CONFIG, item_tokens=2), tmp_path)
-    assert tokens_of(catalogue)[:-1] == tokens_of(plain)[:-1]
-    prompt = tokens_of(catalogue)[-1]  # whole, and without boundary token
+    assert tokens_of(catalogue)[:6] == tokens_of(plain)[:6]
+    prompt = tokens_of(catalogue)[6]  # whole, and without boundary token
     assert Tokenizer.from_str(catalogue.tokenizer_json).decode(prompt).strip() == "red things:"
-    assert catalogue.prompt and catalogue.lengths[-1] == len(prompt) > 2 and catalogue.items == 6
+    assert catalogue.prompt and catalogue.prompt_tokens == len(prompt) > 2 and catalogue.items == 6
+    assert not catalogue.suffix and catalogue.frame_tokens == len(prompt) and plain.frame_tokens == 0
     assert catalogue.padded()[0].tolist() == plain.padded()[0].tolist()
+
+
+def test_separator_and_suffix(tmp_path):
+    """Each is encoded by itself: its ids are those of the text alone, whatever stands beside it."""
+    words = ["red", "lantern", "kettle", "item", "next", "buys"]  # 0, 1, …; the boundary is 6
+    path = word_tokenizer(tmp_path / "tokenizer.json", words)
+    items = pl.DataFrame({"item": list("ab"), "title": ["red lantern kettle", "kettle"]})
+    config = DataConfig(tokenizer=path, prompt="buys", separator="next item", suffix="item item next", item_tokens=2)
+    catalogue = make_catalogue(items, config, tmp_path)
+    # Two text tokens, the separator's two not counted; the first item has one too.
+    assert tokens_of(catalogue) == [[4, 3, 0, 1, 6], [4, 3, 2, 6], [5], [3, 3, 4]]
+    assert catalogue.truncated == 1 and catalogue.vocabulary == 7 and catalogue.items == 2
+    assert catalogue.lengths.tolist() == [5, 4, 1, 3] and catalogue.item_lengths.tolist() == [5, 4]
+    assert (catalogue.prompt_tokens, catalogue.suffix_tokens, catalogue.frame_tokens) == (1, 3, 4)
+    assert catalogue.prompt and catalogue.suffix
+    padded, lengths = catalogue.padded()
+    assert padded.tolist() == [[4, 3, 0, 1, 6], [4, 3, 2, 6, 0]] and lengths.tolist() == [5, 4]
+    # The same tokens as prompt or as suffix are two catalogues.
+    front, back = (make_catalogue(items, DataConfig(tokenizer=path, **{field: "buys"}), tmp_path) for field in ("prompt", "suffix"))
+    assert front.tokens.tolist() == back.tokens.tolist() and front.sha256 != back.sha256
+    assert (front.prompt, front.suffix, back.prompt, back.suffix) == (True, False, False, True)
 
 
 def test_id_tokens(tmp_path):
     catalogue = make_catalogue(ITEMS.select("item"), DataConfig(tokenizer="id"), tmp_path / "never")
-    assert tokens_of(catalogue) == [[0], [1], [2], [3], [4], [5], []]
+    assert tokens_of(catalogue) == [[0], [1], [2], [3], [4], [5], [], []]
     assert catalogue.vocabulary == catalogue.items == 6 and not catalogue.prompt and catalogue.tokenizer_json == ""
     assert not (tmp_path / "never").exists()
 
@@ -147,7 +170,7 @@ def test_item_ids_as_text(tmp_path):
     items = pl.DataFrame({"item": ["B007", "x"], "title": ["", "lamp"]})
     catalogue = make_catalogue(items, dataclasses.replace(CONFIG, untitled="id"), tmp_path)
     tokenizer = Tokenizer.from_str(catalogue.tokenizer_json)
-    assert [tokenizer.decode(tokens[:-1]).strip() for tokens in tokens_of(catalogue)[:-1]] == ["B007", "lamp"]
+    assert [tokenizer.decode(tokens[:-1]).strip() for tokens in tokens_of(catalogue)[:2]] == ["B007", "lamp"]
 
 
 def test_given_tokenizer(tmp_path):
@@ -156,12 +179,12 @@ def test_given_tokenizer(tmp_path):
     items = pl.DataFrame({"item": list("abc"), "title": ["red lantern", "blue kettle kettle", "red"]})
     config = DataConfig(tokenizer=path, prompt="blue red", item_tokens=2)
     catalogue = make_catalogue(items, config, tmp_path)
-    assert tokens_of(catalogue) == [[0, 1, 4], [3, 2, 4], [0, 4], [3, 0]]
+    assert tokens_of(catalogue) == [[0, 1, 4], [3, 2, 4], [0, 4], [3, 0], []]
     assert catalogue.vocabulary == 5 and catalogue.truncated == 1
     assert json.loads(catalogue.tokenizer_json)["model"]["vocab"]["lantern"] == 1
     # The file's content counts, not its name: another vocabulary at the same path is another catalogue.
     word_tokenizer(tmp_path / "tokenizer.json", words[::-1])
-    assert tokens_of(make_catalogue(items, config, tmp_path)) == [[3, 2, 4], [0, 1, 4], [3, 4], [0, 3]]
+    assert tokens_of(make_catalogue(items, config, tmp_path)) == [[3, 2, 4], [0, 1, 4], [3, 4], [0, 3], []]
 
 
 def test_a_vocabulary_with_gaps(tmp_path):
@@ -171,12 +194,63 @@ def test_a_vocabulary_with_gaps(tmp_path):
     assert tokens_of(catalogue)[0] == [0, 7, 8] and catalogue.vocabulary == 9
 
 
-def test_no_special_tokens_no_truncation_no_padding(tmp_path):
-    from tokenizers.processors import TemplateProcessing
+def llama_tokenizer(path, added=()):
+    """A tokenizer.json of words that adds <s> (id 1) before every input, as LLaMA's do."""
+    words = ["<unk>", "<s>", "</s>", "once", "upon", "a", "time", "lamp"]
+    tokenizer = Tokenizer(models.WordLevel({word: k for k, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()  # would cut "<s>" into three
+    tokenizer.add_special_tokens(words[:3] + list(added))
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.save(str(path))
+    return Vocabulary(path, 8)
 
+
+def test_a_pretrained_tokenizer(tmp_path):
+    given = llama_tokenizer(tmp_path / "tokenizer.json")
+    items = pl.DataFrame({"item": list("ab"), "title": ["lamp time", "lamp"]})
+    config = DataConfig(tokenizer="pretrained", prompt="<s>once upon", separator="a", suffix="a time", item_tokens=1)
+    catalogue = make_catalogue(items, config, tmp_path / "cache", given)
+    # <s> only where it is spelled out; the boundary token is the first row beyond the embedding.
+    assert tokens_of(catalogue) == [[5, 7, 8], [5, 7, 8], [1, 3, 4], [5, 6]] and catalogue.vocabulary == 9
+    assert tokens_of(make_catalogue(items, dataclasses.replace(config, prompt="once"), tmp_path / "cache", given))[2] == [3]
+    assert json.loads(catalogue.tokenizer_json)["model"]["vocab"]["lamp"] == 7
+    with pytest.raises(ValueError, match="needs the pretrained model's Vocabulary"):
+        make_catalogue(items, config, tmp_path / "cache")
+
+
+def test_a_padded_embedding_puts_the_boundary_beyond_it(tmp_path):
+    """An embedding may have up to 5 % more rows than the tokenizer has ids (special tokens counted), never fewer."""
+    path = tmp_path / "tokenizer.json"
+    llama_tokenizer(path, added=[f"<{n}>" for n in range(87)])  # highest id 94
+    items = pl.DataFrame({"item": ["a"], "title": ["lamp"]})
+    config = DataConfig(tokenizer="pretrained")
+    for size in (95, 100):
+        catalogue = make_catalogue(items, config, tmp_path / "cache", Vocabulary(path, size))
+        assert tokens_of(catalogue)[0] == [7, size] and catalogue.vocabulary == size + 1
+    for size in (94, 101, 9500):
+        what = rf"tokenizer\.json: tokenizer of another vocabulary size: .* 95 rows, .* has {size:,}$"
+        with pytest.raises(InputError, match=what):
+            make_catalogue(items, config, tmp_path / "cache", Vocabulary(path, size))
+    with pytest.raises(InputError, match=r"nowhere\.json: no such file"):
+        make_catalogue(items, config, tmp_path / "cache", Vocabulary(tmp_path / "nowhere.json", 8))
+
+
+STORIES = Path(__file__).parents[2] / "shared" / "data" / "tiny-llama-stories" / "tokenizer.json"
+
+
+@pytest.mark.skipif(not STORIES.exists(), reason="the checkpoint tiny-llama-stories is not here")
+def test_a_real_llama_tokenizer(tmp_path):
+    tokenizer = tokens_lib.load_pretrained(Vocabulary(STORIES, 105))
+    (title,) = tokens_lib.encode(tokenizer, ["<s>Once upon a time"])
+    assert 1 not in title and tokenizer.decode(title) == "<s>Once upon a time"  # what a shop writes is text
+    (spelled,), (plain,) = (tokens_lib.encode(tokenizer, [text], special=True) for text in ("<s>Once upon a time", "Once upon a time"))
+    assert spelled == [1, *plain] == tokenizer.encode("Once upon a time").ids and 1 not in plain
+
+
+def test_no_special_tokens_no_truncation_no_padding(tmp_path):
     tokenizer = Tokenizer(models.WordLevel({"<s>": 0, "red": 1, "lantern": 2, "<pad>": 3}))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     tokenizer.enable_truncation(2)
     tokenizer.enable_padding(pad_id=3, pad_token="<pad>", length=8)
     assert tokenizer.encode("red lantern red").ids == [0, 1, 3, 3, 3, 3, 3, 3]
@@ -199,8 +273,9 @@ def test_wrong_tokenizers(tmp_path):
     Tokenizer(models.BPE({"r": 0, "e": 1, "d": 2}, [])).save(path)  # drops what it does not know
     with pytest.raises(InputError, match=r"makes no token of the text of 1 items \(item 'b'\)"):
         make_catalogue(items, DataConfig(tokenizer=path), cache)
-    with pytest.raises(InputError, match=r"makes no token of config\.data\.prompt = '木'"):
-        make_catalogue(items[:1], DataConfig(tokenizer=path, prompt="木"), cache)
+    for field in ("prompt", "separator", "suffix"):
+        with pytest.raises(InputError, match=rf"makes no token of config\.data\.{field} = '木'"):
+            make_catalogue(items[:1], DataConfig(tokenizer=path, **{field: "木"}), cache)
     assert not cache.exists()
 
 
@@ -221,7 +296,7 @@ def test_the_order_of_the_items_does_not_matter(tmp_path):
     order = [3, 1, 5, 0, 2, 4]
     straight, mixed = (make_catalogue(ITEMS[rows], CONFIG, tmp_path) for rows in (range(6), order))
     assert straight.tokenizer_json == mixed.tokenizer_json
-    assert tokens_of(mixed)[:-1] == [tokens_of(straight)[k] for k in order]
+    assert tokens_of(mixed)[:6] == [tokens_of(straight)[k] for k in order]
 
 
 def test_shuffled_titles_are_a_permutation(tmp_path):
@@ -229,7 +304,7 @@ def test_shuffled_titles_are_a_permutation(tmp_path):
     items = pl.DataFrame({"item": [f"{n:03}" for n in range(50)], "title": titles})
     straight = make_catalogue(items, CONFIG, tmp_path)
     shuffled, again = (make_catalogue(items, dataclasses.replace(CONFIG, shuffled_titles=True), tmp_path) for _ in range(2))
-    before, after = tokens_of(straight)[:-1], tokens_of(shuffled)[:-1]
+    before, after = tokens_of(straight)[:50], tokens_of(shuffled)[:50]
     assert Counter(map(tuple, before)) == Counter(map(tuple, after))
     assert sum(a == b for a, b in zip(before, after, strict=True)) < 10
     assert shuffled.tokenizer_json == straight.tokenizer_json and shuffled.sha256 == again.sha256 != straight.sha256
@@ -251,6 +326,8 @@ def test_cache_hit_by_content(tmp_path, monkeypatch):
             (ITEMS, dataclasses.replace(CONFIG, item_tokens=5)),
             (ITEMS, dataclasses.replace(CONFIG, vocabulary=290)),
             (ITEMS, dataclasses.replace(CONFIG, prompt="red")),
+            (ITEMS, dataclasses.replace(CONFIG, separator="red")),
+            (ITEMS, dataclasses.replace(CONFIG, suffix="red")),
             (ITEMS, dataclasses.replace(CONFIG, text="{title} {brand}")),
             (ITEMS[::-1], CONFIG),
         ]

@@ -41,16 +41,20 @@ WRONG = [
     # choices
     *cases(
         "data.source data.untitled data.split model.mlp model.activation model.norm model.positions model.inter_positions "
-        "model.dtype objective.vectors objective.text_layers objective.softmax eval.metric",
+        "model.rope_scaling model.dtype model.frozen_dtype objective.vectors objective.text_layers objective.softmax "
+        "eval.metric eval.ranking",
         "other",
         "",
     ),
     # sizes and counts
-    *cases("data.k_core data.last_n data.synthetic.seed model.kv_heads model.head_size model.mlp_width", -1),
+    *cases("data.k_core data.last_n data.synthetic.seed model.kv_heads model.head_size model.mlp_width model.max_positions", -1),
+    *cases("model.rope_original", 0, -1),
+    *cases("model.lora.rank", -1),
     *cases("objective.negatives train.patience train.seed eval.validation_users eval.seed", -1),
     *cases("optimizer.warmup_steps optimizer.decay_steps", -1),
     *cases("data.item_tokens data.context_items model.width model.heads objective.refresh_steps objective.chunk", 0, -1),
-    *cases("optimizer.accumulate train.steps train.batch_rows train.eval_every train.save_every train.keep", 0, -1),
+    *cases("train.steps", -1),
+    *cases("optimizer.accumulate train.batch_rows train.eval_every train.save_every train.keep", 0, -1),
     *cases("mesh.fsdp mesh.tensor eval.batch_rows eval.chunk_items eval.resamples log.every", 0, -1),
     *cases("data.vocabulary", 0, 255),
     *cases("data.row_tokens", 0, 1),
@@ -60,7 +64,13 @@ WRONG = [
     *cases("train.seed", 2**31),
     # numbers
     *cases("objective.token train.max_minutes optimizer.weight_decay optimizer.clip_norm optimizer.final_scale", -0.1, NAN),
-    *cases("model.norm_epsilon model.rope_theta objective.item optimizer.learning_rate optimizer.epsilon", 0.0, -1.0, NAN),
+    *cases("model.rope_factor model.rope_low model.lora.alpha", 0.0, -1.0, NAN),
+    *cases("model.lora.dropout", -0.1, 1.0, NAN),
+    *cases("model.rope_high", 1.0, 0.5),
+    *cases("objective.item", 0.0, -1.0, NAN),
+    *cases("objective.item", -1.0, eval__ranking="likelihood", objective__token=1.0),
+    *cases("objective.token", 0.0, eval__ranking="likelihood"),
+    *cases("model.norm_epsilon model.rope_theta optimizer.learning_rate optimizer.epsilon", 0.0, -1.0, NAN),
     *cases("model.dropout optimizer.b1 optimizer.b2", -0.1, 1.0, NAN),
     *cases("objective.negatives_power", -0.1, 2.1, NAN),
     # cut-offs
@@ -72,7 +82,13 @@ WRONG = [
     *cases("data.category", "", data__source="amazon", data__path=""),
     *cases("data.t1", "", data__split="temporal", data__t2="5"),
     *cases("data.t2", "", data__split="temporal", data__t1="5"),
-    *cases("data.prompt", "a shop:", data__tokenizer="id"),
+    *cases("data.prompt data.separator data.suffix", "a shop:", data__tokenizer="id"),
+    *cases("data.tokenizer", "bpe", "tokenizer.json", model__pretrained="folder"),
+    *cases("model.pretrained", "", data__tokenizer="pretrained"),
+    *cases("model.lora.rank", 4),
+    *cases("train.frozen", "embedding"),
+    *cases("model.lora.targets train.frozen train.trained", "(", model__pretrained="folder", data__tokenizer="pretrained"),
+    *cases("data.row_tokens", 512, model__positions="learned", model__max_positions=256),
     *cases("data.shuffled_titles", True, data__tokenizer="id"),
     *cases("model.heads", 3, model__width=64),
     *cases("model.kv_heads", 3, 8, model__heads=4),
@@ -254,10 +270,10 @@ def test_another_config_is_refused_by_its_keys(tmp_path):
 
 def test_a_config_of_another_version(tmp_path):
     tree = json.loads(to_json(made()))
-    del tree["model"]["bias"]
+    del tree["model"]["qk_norm"]
     tree["model"]["gone"] = 1
     (tmp_path / CONFIG_FILE).write_text(json.dumps(tree))
-    with pytest.raises(InputError, match=r"model\.bias \('absent' there, False here\); model\.gone \(1 there, 'absent' here\)"):
+    with pytest.raises(InputError, match=r"model\.gone \(1 there, 'absent' here\); model\.qk_norm \('absent' there, False here\)"):
         check_same_run(tmp_path, made())
 
 

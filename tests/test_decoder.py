@@ -38,13 +38,17 @@ def run(batch=BATCH, layers=None, **fields):
 VARIANTS = {
     "plain rotary": {"schedule": "(intra inter)*2 full"},
     "GPT-2": {
-        "schedule": "full inter", "norm": "layer", "positions": "learned", "mlp": "plain", "activation": "relu", "bias": True,
-        "scale_embedding": False,
+        "schedule": "full inter", "norm": "layer", "positions": "learned", "mlp": "plain", "activation": "relu",
+        "qkv_bias": True, "out_bias": True, "mlp_bias": True, "scale_embedding": False,
     },
     "grouped, normed queries": {
         "schedule": "inter full", "heads": 4, "kv_heads": 2, "head_size": 6, "qk_norm": True, "rope_theta": 50.0,
     },
-    "grouped, layer norm": {"schedule": "full*2", "heads": 4, "kv_heads": 1, "qk_norm": True, "norm": "layer", "bias": True},
+    "grouped, layer norm": {"schedule": "full*2", "heads": 4, "kv_heads": 1, "qk_norm": True, "norm": "layer", "qkv_bias": True},
+    "biased output, frequencies by a factor": {"schedule": "full", "out_bias": True, "rope_scaling": "linear", "rope_factor": 3.0},
+    "biased MLP, frequencies of LLaMA 3": {
+        "schedule": "full", "mlp_bias": True, "rope_theta": 50.0, "rope_scaling": "llama3", "rope_factor": 8.0, "rope_original": 40,
+    },
     "self key, item positions": {
         "schedule": "(intra_both inter)*2", "self_key": True, "inter_positions": "item", "activation": "gelu",
     },
@@ -76,7 +80,7 @@ def test_the_variants_differ():
 
 
 def test_parameters_at_the_start():
-    model, _ = model_of(schedule="intra*100", bias=True, norm="layer")
+    model, _ = model_of(schedule="intra*100", qkv_bias=True, out_bias=True, mlp_bias=True, norm="layer")
     params = quick_jit(model.init)(jax.random.key(0))["decoder"]
     block = params["blocks"]["0_0"]
     assert block["attention"]["query_DNH"].shape == (100, 16, 2, 8) and block["mlp"]["gate_F"].shape == (100, 24)
@@ -180,7 +184,7 @@ def test_inter_attention_ignores_the_other_tokens_of_its_item(include_self):
 
     def attend(params, x_BTD):
         attention = model.bind(params).decoder.blocks["0_0"].attention
-        return attention(x_BTD, ranges, BATCH["position"], None, include_self)
+        return attention(x_BTD, ranges, BATCH["position"], None, include_self)[0]
 
     @jax.jit
     def run(params, x):

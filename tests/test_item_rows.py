@@ -22,8 +22,8 @@ DATA = {"row_tokens": 24, "context_items": 1}
 @st.composite
 def catalogues(draw):
     lengths = draw(st.lists(st.integers(1, 7), min_size=1, max_size=12))
-    prompt = draw(st.integers(0, 3))
-    offsets = np.cumsum([0, *lengths, prompt])
+    prompt, suffix = draw(st.integers(0, 3)), draw(st.integers(0, 3))
+    offsets = np.cumsum([0, *lengths, prompt, suffix])
     return Catalogue(np.arange(offsets[-1], dtype=np.int32) + 1, offsets, 1000, 0, "")
 
 
@@ -31,7 +31,7 @@ def catalogues(draw):
 @given(catalogues(), st.data())
 def test_items_are_packed_whole_and_in_order(catalogue, data):
     """Every token id is another, so that a slot tells its token."""
-    entries = np.arange(catalogue.items + catalogue.prompt)
+    entries = np.flatnonzero(np.diff(catalogue.offsets))
     items = np.array(sorted(data.draw(st.sets(st.sampled_from(entries.tolist()), min_size=1))))
     slots = data.draw(st.integers(int(catalogue.lengths.max()), 16))
     rows, start = pack_items(catalogue, items, slots)
@@ -54,10 +54,10 @@ def test_items_are_packed_whole_and_in_order(catalogue, data):
         pack_items(catalogue, items, slots, len(rows["token"]) - 1)
 
 
-@pytest.mark.parametrize("prompt", [0, 2])
+@pytest.mark.parametrize(("prompt", "suffix"), [(0, 0), (2, 0), (0, 3), (2, 1)])
 @pytest.mark.parametrize(("parts", "multiple"), [(1, 1), (2, 3)])
-def test_every_token_and_target_finds_its_item(prompt, parts, multiple):
-    prepared = tiny_data(users=30, prompt=prompt)
+def test_every_token_and_target_finds_its_item(prompt, suffix, parts, multiple):
+    prepared = tiny_data(users=30, prompt=prompt, suffix=suffix)
     rows = tiny_rows(prepared, make_config(data=DATA))
     assert any((rows.segments.last > rows.segments.stop).tolist())  # some targets are no input
     batch_rows = 4
@@ -111,7 +111,7 @@ def test_gradients_of_an_item_that_occurs_often_add_up():
 def test_the_rows_of_items_hold_any_batch():
     """Also where every occurrence is another item: their number is fixed before the batches are known."""
     for seed in range(5):
-        prepared = tiny_data(seed, users=12, items=80, cold=30)
+        prepared = tiny_data(seed, users=12, items=80, cold=30, prompt=seed % 2, suffix=seed % 3 * 2)
         rows = tiny_rows(prepared, make_config(data=DATA))
         for size in (1, 2, len(rows)):
             items = DistinctItems(rows, size)
@@ -134,10 +134,12 @@ CASES = {
     },
 }  # fmt: skip
 
+SUFFIXED = ("sampled text", "cached text, both directions")
+
 
 @functools.cache
 def case(name):
-    prepared = tiny_data(users=30, prompt=2)
+    prepared = tiny_data(users=30, prompt=2, suffix=2 * (name in SUFFIXED))
     config = make_config(data=DATA, **CASES[name])
     rows = tiny_rows(prepared, config)
     items = objective.make_items(prepared.catalogue, prepared.events, rows.segments, config)
@@ -199,8 +201,9 @@ def test_ranking_vectors_are_the_plain_ones(name):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
-def test_the_whole_catalogue_is_there_once():
-    prepared = tiny_data(prompt=3)
+@pytest.mark.parametrize(("prompt", "suffix"), [(3, 0), (0, 2), (3, 2)])
+def test_the_whole_catalogue_is_there_once(prompt, suffix):
+    prepared = tiny_data(prompt=prompt, suffix=suffix)
     items = CatalogueItems(prepared.catalogue, 24, rows_at_once=2)
     assert len(items.rows["token"]) == 2 * items.chunks
     assert (items.rows["user"] > 0).sum() == len(prepared.catalogue.tokens)
@@ -214,3 +217,7 @@ def test_the_whole_catalogue_is_there_once():
     assert set(out) == set(batch) - {"item", "within"} | {"slot"} and out["slot"].dtype == np.int32
     real = batch["user"] > 0
     np.testing.assert_array_equal(token[out["slot"]][real], batch["token"][real])
+    owner = items.rows["user"].reshape(-1)[out["slot"]]
+    for entry, size in ((8, prompt), (9, suffix)):  # there once, and every user takes it over
+        there = real & (batch["item"] == entry)
+        assert there.sum() == size * batch["user"].max(1).sum() and len(np.unique(owner[there])) == (size > 0)

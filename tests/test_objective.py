@@ -220,7 +220,7 @@ def test_losses_are_plain_log_softmax(name):
     assert not trained.all() and (batch["target"] < 0).any()
     expected = {"item": plain_cross_entropy(h_XE, v_IE, batch["target"].reshape(-1), trained)[0]}
     if config.objective.token:
-        embedding = np.asarray(model.bind(params).output_embedding())
+        embedding = np.asarray(model.bind(params).output_embedding()[0])
         expected["token"] = plain_cross_entropy(x_BTD.reshape(-1, 16), embedding, batch["label"].reshape(-1))[0]
     assert {k: float(v) for k, v in sums.items()} == pytest.approx(expected, rel=1e-4)
     assert {k: int(v) for k, v in counts(batch).items()} == {

@@ -9,6 +9,7 @@ import pytest
 from iam_jax.config import DataConfig, SyntheticConfig
 from iam_jax.data import prepare as prepare_lib
 from iam_jax.data.prepare import prepare
+from iam_jax.data.tokenizer import Vocabulary
 from iam_jax.errors import InputError
 
 ITEMS = [("a", "red lantern", "Orlo"), ("b", "blue kettle", ""), ("木 ", "red &amp; blue", "Venn"), ("007", "lamp", "")]
@@ -49,7 +50,7 @@ def test_events_and_catalogue_agree(config):
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_str(catalogue.tokenizer_json)
-    texts = [tokenizer.decode(list(tokens[:-1])).strip() for tokens in np.split(catalogue.tokens, catalogue.offsets[1:-1])[:-1]]
+    texts = [tokenizer.decode(list(tokens[:-1])).strip() for tokens in np.split(catalogue.tokens, catalogue.offsets[1:-1])[:4]]
     assert texts == ["lamp", "red lantern", "blue kettle", "red & blue"]  # in the order of item_ids
 
 
@@ -148,13 +149,38 @@ def test_rows_that_cannot_hold_the_context(config):
     prepare(exact)
     with pytest.raises(InputError, match=rf"config\.data\.row_tokens = {3 * longest - 1} is too small.* need {3 * longest}$"):
         prepare(dataclasses.replace(exact, row_tokens=3 * longest - 1))
-    # A prompt is needed once, however long it is.
-    prompt = dataclasses.replace(config, prompt="a long prompt before the history of every single user: ", context_items=2)
-    size = int(prepare(prompt).catalogue.lengths[-1])
-    assert size > longest
-    prepare(dataclasses.replace(prompt, row_tokens=size + 3 * longest))
-    with pytest.raises(InputError, match=r"config\.data\.row_tokens"):
-        prepare(dataclasses.replace(prompt, row_tokens=size + 3 * longest - 1))
+    # A prompt and a suffix are needed once, however long they are; a separator with every item.
+    long = "a long text around the history of every single user: "
+    framed = dataclasses.replace(config, prompt=long, suffix="and " + long, separator=" - ", context_items=2, row_tokens=500)
+    catalogue = prepare(framed).catalogue
+    size, item = catalogue.prompt_tokens + catalogue.suffix_tokens, int(catalogue.item_lengths.max())
+    assert catalogue.suffix_tokens > catalogue.prompt_tokens > item > longest
+    prepare(dataclasses.replace(framed, row_tokens=size + 3 * item))
+    what = rf"too small: prompt, suffix and 2 \+ 1 items .* of up to {item} tokens need {size + 3 * item}$"
+    with pytest.raises(InputError, match=what):
+        prepare(dataclasses.replace(framed, row_tokens=size + 3 * item - 1))
+
+
+def test_a_pretrained_tokenizer_is_checked_before_the_data_is_read(config, tmp_path):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = ["red", "lantern", "blue", "kettle", "&", "lamp", "next"]
+    tokenizer = Tokenizer(models.WordLevel({word: k for k, word in enumerate(words)}))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    given = Vocabulary(tmp_path / "tokenizer.json", 7)
+    config = dataclasses.replace(config, tokenizer="pretrained", separator="next")
+    elsewhere = dataclasses.replace(config, path="/nowhere")
+    with pytest.raises(InputError, match=r"tokenizer\.json: tokenizer of another vocabulary size: .* 7 rows, .* has 9$"):
+        prepare(elsewhere, given._replace(size=9))
+    with pytest.raises(InputError, match=r"absent\.json: no such file"):
+        prepare(elsewhere, given._replace(path=tmp_path / "absent.json"))
+    with pytest.raises(InputError, match="/nowhere: no such folder"):
+        prepare(elsewhere, given)
+    assert not Path(config.cache).exists()
+    catalogue = prepare(config, given).catalogue  # lamp, red lantern, blue kettle, red & blue
+    assert catalogue.tokens.tolist() == [6, 5, 7, 6, 0, 1, 7, 6, 2, 3, 7, 6, 0, 4, 2, 7] and catalogue.vocabulary == 8
+    assert prepare(config, given).catalogue.sha256 == catalogue.sha256
 
 
 def test_an_interrupted_preparation_leaves_nothing(config, monkeypatch):

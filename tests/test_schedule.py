@@ -36,6 +36,17 @@ def test_stages_keep_what_repeats():
     assert parse_schedule("(intra inter)*3 full") == Schedule(stages)
 
 
+def test_inserted_layers():
+    schedule = parse_schedule("(full*2 +intra +inter)*2 +full full")
+    assert schedule.stages == (
+        Stage(("full", "full", "intra", "inter"), 2, (False, False, True, True)),
+        Stage(("full",), 1, (True,)),
+        Stage(("full",), 1),
+    )
+    assert schedule.own_layers == [(0, 0, 0), (0, 1, 0), (0, 0, 1), (0, 1, 1), (2, 0, 0)]
+    assert parse_schedule("+intra full").leading_intra == 1
+
+
 @pytest.mark.parametrize(
     "text,what",
     [
@@ -54,7 +65,11 @@ def test_stages_keep_what_repeats():
         ("intra (inter", "cannot read '(inter'"),
         ("intra inter)*2", "cannot read 'inter)*2'"),
         ("((intra inter)*2 full)*2", "cannot read '((intra"),
-        ("(intra*2 inter)*2", "cannot read '(intra*2"),
+        ("(intra*0 inter)*2", "a repeat count must be 1 or more"),
+        ("(intra*2.5 inter)*2", "cannot read 'intra*2.5 inter'"),
+        ("(full + inter)*2", "cannot read '+ inter'"),
+        ("full ++inter", "cannot read '++inter'"),
+        ("(full*900 inter)*2", "more than 1,000 layers"),
         ("()", "cannot read '()'"),
         ("intra ( )*2", "cannot read '( )*2'"),
         ("intra, inter", "cannot read 'intra, inter'"),

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import jax
@@ -23,7 +24,15 @@ from iam_jax.sharding import AXES, BATCH, axes_of, make_mesh, param_sharding, sh
 MESHES = ((1, 1, 1), (8, 1, 1), (2, 2, 2))
 CONFIG = {
     "data": {"row_tokens": 24},
-    "model": {"schedule": "intra inter", "heads": 2, "kv_heads": 1, "bias": True, "tie_tokens": False},
+    "model": {
+        "schedule": "intra inter",
+        "heads": 2,
+        "kv_heads": 1,
+        "qkv_bias": True,
+        "out_bias": True,
+        "mlp_bias": True,
+        "tie_tokens": False,
+    },
     "objective": {"vectors": "both", "softmax": "full", "token": 0.5},
     # Adam's first step is the sign of a gradient unless epsilon is large: noise where the gradient is zero but for rounding
     "optimizer": {"warmup_steps": 0, "decay_steps": 0, "learning_rate": 0.1, "epsilon": 1e-2},
@@ -147,6 +156,31 @@ def train_on(mesh_shape: tuple[int, int, int], once: bool = False) -> dict:
     }  # fmt: skip
 
 
+def finetune_on(mesh_shape: tuple[int, int, int], folder: Path) -> dict:
+    """A step of a pretrained model's adapters, inserted layers and table, the model itself frozen in bfloat16."""
+    from pretrained_models import config_of
+
+    from iam_jax.config import LoraConfig
+    from iam_jax.model import pretrained
+    from iam_jax.train import init_state, make_run, make_train_step
+
+    lora = LoraConfig(rank=2)
+    config = config_of(folder, "(full +intra +inter)*2", row_tokens=24, lora=lora, frozen_dtype="bfloat16")
+    config = pretrained.configure(dataclasses.replace(config, data=dataclasses.replace(config.data, context_items=1)))
+    config = dataclasses.replace(config, objective=dataclasses.replace(config.objective, token=0.5))
+    prepared = tiny_data(users=40, items=10, vocabulary=pretrained.vocabulary(config).size + 1)
+    run = dataclasses.replace(make_run(config, prepared), mesh=mesh_of(mesh_shape))
+    with jax.set_mesh(run.mesh):
+        state = init_state(run)
+        start = {name: np.asarray(x).sum().tolist() for name, x in names_of(state["params"]).items()}
+        rows = stack([run.rows[i] for i in range(8)])
+        step = make_train_step(run)
+        state, metrics = step(state, shard_batch(run.mesh, run.finish(rows)), run.items, np.int32(0), run.frozen)
+    held = {name: x.addressable_shards[0].data.size / x.size for name, x in names_of(run.frozen | {"new": state["params"]}).items()}
+    loss = float(metrics["item_sum"] + metrics["token_sum"])
+    return {"loss": loss, "norm": float(metrics["gradient_norm"]), "start": start, "held": held}
+
+
 @pytest.fixture(scope="module")
 def results():
     flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"  # 0: compiles in half the time
@@ -154,8 +188,8 @@ def results():
     root = Path(__file__).parents[1]
     done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, env=env, cwd=root, timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
-    training, once, attention, parts = json.loads(done.stdout)
-    return dict(zip(MESHES, training, strict=True)) | {"once": once, "attention": attention, "parts": parts}
+    training, once, attention, parts, finetuning = json.loads(done.stdout)
+    return dict(zip(MESHES, training, strict=True)) | {"once": once, "attention": attention, "parts": parts, "finetuning": finetuning}
 
 
 @pytest.mark.parametrize("shape", [*MESHES[1:], "once"], ids=str)
@@ -167,6 +201,19 @@ def test_a_step_is_that_of_one_device(results, shape):
     for name, x in one["after"].items():
         np.testing.assert_allclose(many["after"][name], x, rtol=1e-5, atol=1e-5, err_msg=name)
         assert np.abs(np.subtract(x, one["start"][name])).max() > 1e-3, name
+
+
+def test_a_step_of_adapters_is_that_of_one_device(results):
+    one, many = results["finetuning"]
+    assert many["loss"] == pytest.approx(one["loss"], rel=1e-5) and many["norm"] == pytest.approx(one["norm"], rel=1e-4)
+    assert many["start"] == pytest.approx(one["start"], rel=1e-5, abs=1e-4)
+    block = "decoder/blocks/0_0/attention/"
+    for name, part in {
+        f"{block}query_DNH": 1 / 4, f"{block}key_DKH": 1 / 2, "decoder/embedding_VD": 1 / 2, "decoder/final_norm/scale": 1,
+        f"new/{block}query_lora_DL": 1 / 2, f"new/{block}query_lora_LNH": 1 / 2, "new/decoder/boundary_D": 1 / 2,
+        "new/decoder/blocks/0_1/mlp/up_DF": 1 / 4,
+    }.items():  # fmt: skip
+        assert one["held"][name] == 1 and many["held"][name] == part, name
 
 
 def test_parts_of_rows_stay_split_over_the_devices(results):
@@ -224,8 +271,8 @@ def test_every_axis_in_a_parameters_name_is_known():
     shapes = make_model(make_config(**CONFIG), vocabulary=13, items=10).shapes()
     for path, x in jax.tree_util.tree_leaves_with_path(shapes):
         axes = axes_of(path)
-        assert set(axes) <= set("DNKHFVPIE") and x.ndim - len(axes) in ((0, 1) if axes else (1, 2)), path
-    assert set(AXES) <= set("DNKHFVPIE")
+        assert set(axes) <= set("DNKHFVPIEL") and x.ndim - len(axes) in ((0, 1) if axes else (1, 2)), path
+    assert set(AXES) <= set("DNKHFVPIEL")
 
 
 @pytest.mark.parametrize("fields", [{"fsdp": 3}, {"data": 2, "tensor": 5}, {"data": 7}])
@@ -281,4 +328,9 @@ if __name__ == "__main__":
         [attend_on(shape) for shape in (MESHES[0], MESHES[-1])],
         parts_on(MESHES[-1]),
     ]
+    with tempfile.TemporaryDirectory() as folder:
+        from pretrained_models import MODELS, write_model
+
+        write_model(Path(folder), MODELS["llama3"])
+        everything.append([finetune_on(shape, Path(folder)) for shape in (MESHES[0], MESHES[-1])])
     json.dump(everything, sys.stdout)

@@ -11,17 +11,19 @@ from iam_jax.data.catalogue import Catalogue
 from iam_jax.data.splits import Events
 
 # Every batch is a dict of int32 arrays. B rows, T token slots, M targets a row at most.
-#   token_BT, user_BT (1, 2, … in the row; 0 is padding), group_BT (item number inside the user; 0 is the prompt),
-#   position_BT (inside the user); label_BT: the next token where it is a target, else -1
-#   item_BT: the item a token belongs to, and within_BT its place in it; the prompt and padding are entry I, the number of items
-#   target_at_BM: slot of the state that predicts the target; target_BM: the item, -1 for none; segment_BM: which segment of
-#   the plan the target belongs to
+#   token_BT, user_BT (1, 2, … in the row; 0 is padding), group_BT (item number inside the user; 0 is the prompt, and the suffix
+#   counts as an item), position_BT (inside the user); label_BT: the next token where it is a target's, else -1
+#   item_BT: the item a token belongs to, and within_BT its place in it; the prompt and padding are entry I, the number of items,
+#   and the suffix is entry I + 1
+#   target_at_BM: slot of the state that predicts the target, the last of the group before it; target_BM: the item, -1 for none;
+#   segment_BM: which segment of the plan the target belongs to
 Batch = dict[str, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
 class Segments:
-    """Stretches of users' histories, each packed whole into one row: the input is events start:stop, the targets first:last."""
+    """Stretches of users' histories, each packed whole into one row: the input is events start:stop, the targets first:last. The prompt
+    comes before the input, the suffix before event last - 1: the last target is predicted from its end."""
 
     start: np.ndarray  # [n] int64, first event of the input
     stop: np.ndarray  # [n] int64, one after its last
@@ -36,9 +38,8 @@ def training_segments(events: Events, catalogue: Catalogue, row_tokens: int, con
     """Every training event is a target once, except a user's first (that one too if a prompt precedes it). A history longer
     than a row is cut between items into windows whose first target has at least `context_items` items to its left. With
     `whole_text` (the token objective) the targets' own tokens are input too. Raises ValueError where a row is too small."""
-    lengths = catalogue.lengths
-    capacity = row_tokens - int(lengths[-1])
-    before = np.concatenate([[0], np.cumsum(lengths[:-1][events.item])])  # tokens before each event
+    capacity = row_tokens - catalogue.frame_tokens
+    before = _tokens_before(events, catalogue)
     begin, end = events.offsets[:-1], events.train_ends
     first = begin if catalogue.prompt else begin + 1
     has_target = first < end
@@ -54,21 +55,31 @@ def training_segments(events: Events, catalogue: Catalogue, row_tokens: int, con
             last = min(end[user], stop if whole_text else stop + 1)
             if last <= target:
                 through = target if whole_text else target - 1
-                needed = lengths[-1] + before[through + 1] - before[start]
-                raise ValueError(f"row_tokens = {row_tokens}: the prompt and events {start} to {through} need {needed}")
+                needed = catalogue.frame_tokens + before[through + 1] - before[start]
+                raise ValueError(f"row_tokens = {row_tokens}: prompt, suffix and events {start} to {through} need {needed}")
             windows.append((start, last if whole_text else last - 1, target, last))
             target = last
         parts.append(tuple(np.array(column) for column in zip(*windows, strict=True)))
     return Segments(*(np.concatenate(columns).astype(np.int64) for columns in zip(*parts, strict=True)))
 
 
-def evaluation_segments(events: Events, catalogue: Catalogue, row_tokens: int, targets: np.ndarray) -> Segments:
-    """One segment per target [n]: as many of the most recent items before it as fit in a row."""
-    lengths = catalogue.lengths
-    before = np.concatenate([[0], np.cumsum(lengths[:-1][events.item])])
+def evaluation_segments(events: Events, catalogue: Catalogue, row_tokens: int, targets: np.ndarray, whole_text: bool = False) -> Segments:
+    """One segment per target [n]: as many of the most recent items before it as fit in a row; with `whole_text` (the loss of its tokens)
+    beside the target itself, which is input too. Raises ValueError where neither an item nor a prompt precedes a target in its row."""
+    before = _tokens_before(events, catalogue)
     begin = events.offsets[np.searchsorted(events.offsets, targets, side="right") - 1]
-    start = np.searchsorted(before, before[targets] - (row_tokens - int(lengths[-1])), side="left")
-    return Segments(np.maximum(begin, start), targets, targets, targets + 1)
+    stop = targets + 1 if whole_text else targets
+    start = np.searchsorted(before, before[stop] - (row_tokens - catalogue.frame_tokens), side="left")
+    start = np.maximum(begin, start)
+    unseen = targets[start > targets if catalogue.prompt else start >= targets]
+    if len(unseen):
+        raise ValueError(f"row_tokens = {row_tokens}: no prompt or earlier item fits before event {unseen[0]}")
+    return Segments(start, stop, targets, targets + 1)
+
+
+def _tokens_before(events: Events, catalogue: Catalogue) -> np.ndarray:
+    """[events + 1] int64: tokens of the items before each event."""
+    return np.concatenate([[0], np.cumsum(catalogue.item_lengths[events.item])])
 
 
 def pack(sizes: np.ndarray, capacity: int, rng: np.random.Generator | None = None, open_rows: int = 256) -> list[np.ndarray]:
@@ -106,14 +117,14 @@ class Rows:
     ):
         self.events, self.catalogue, self.segments, self.row_tokens = events, catalogue, segments, row_tokens
         self._lengths = catalogue.lengths
-        before = np.concatenate([[0], np.cumsum(self._lengths[:-1][events.item])])
-        self.sizes = before[segments.stop] - before[segments.start] + self._lengths[-1]  # [n] tokens
+        before = _tokens_before(events, catalogue)
+        self.sizes = before[segments.stop] - before[segments.start] + catalogue.frame_tokens  # [n] tokens
         self.rows = pack(self.sizes, row_tokens, rng)
         counts = segments.last - segments.first
         per_row = np.array([counts[row].sum() for row in self.rows])
         self.targets_per_row = int(per_row.max(initial=1))
         # Tokens of a row's items and of those targets that are no input, at most.
-        beyond = np.where(segments.last > segments.stop, self._lengths[:-1][events.item[segments.last - 1]], 0)
+        beyond = np.where(segments.last > segments.stop, self._lengths[events.item[segments.last - 1]], 0)
         self.most_item_tokens = max((int((self.sizes + beyond)[row].sum()) for row in self.rows), default=0)
 
     def __len__(self) -> int:
@@ -132,13 +143,17 @@ class Rows:
         T, catalogue, segments = self.row_tokens, self.catalogue, self.segments
         index = self.rows[row]
         start, stop, first, last = segments.start[index], segments.stop[index], segments.first[index], segments.last[index]
-        prompt = int(catalogue.prompt)
-        # One entry per group: each segment's prompt, if there is one, then its items.
-        groups = stop - start + prompt
+        prompt, suffix = int(catalogue.prompt), int(catalogue.suffix)
+        # One entry per group: each segment's prompt, if there is one, then its items, and before the last target the suffix.
+        groups = stop - start + prompt + suffix
         segment_of = np.repeat(np.arange(len(index)), groups)
         number = count_up(groups)
         event = start[segment_of] + number - prompt
-        item = np.where(number >= prompt, self.events.item[np.maximum(event, 0)], catalogue.items)  # the prompt is entry I
+        is_prompt = number < prompt
+        is_suffix = (event == last[segment_of] - 1) & (suffix > 0)
+        event -= (event >= last[segment_of]) & (suffix > 0)
+        item = self.events.item[np.where(is_prompt, 0, event)]
+        item = np.where(is_prompt, catalogue.items, np.where(is_suffix, catalogue.items + 1, item))
         length = self._lengths[item]
         ends = np.cumsum(length)
         slots = int(ends[-1])
@@ -159,6 +174,7 @@ class Rows:
         target_segment = np.repeat(np.arange(len(index)), counts)
         target = first[target_segment] + count_up(counts)
         group_before = (np.cumsum(groups) - groups)[target_segment] + (target - start[target_segment]) + prompt - 1
+        group_before += (target == last[target_segment] - 1) * suffix
         M = self.targets_per_row
         out |= {name: np.full(M, -1, np.int32) for name in ("target_at", "target", "segment")}
         out["target_at"][: len(target)] = ends[group_before] - 1
@@ -168,7 +184,7 @@ class Rows:
 
         # Token labels: slot t predicts token t + 1 where that token belongs to a target event of the same user.
         out["label"] = np.full(T, -1, np.int32)
-        is_target = (number >= prompt) & (event >= first[segment_of]) & (event < last[segment_of])
+        is_target = ~is_prompt & ~is_suffix & (event >= first[segment_of]) & (event < last[segment_of])
         labelled = is_target[group_of][1:] & (segment_of[group_of][1:] == segment_of[group_of][:-1])
         out["label"][: slots - 1][labelled] = out["token"][1:slots][labelled]
         return out

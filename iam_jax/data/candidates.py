@@ -15,31 +15,33 @@ def candidate_rows(
     max_tokens: int,
     row_tokens: int | None = None,
 ) -> Batch:
-    """One row per user: the prompt, the items of the history, then every candidate as an item of its own.
+    """One row per user: the prompt, the items of the history, the suffix, then every candidate as an item of its own.
 
-    histories, candidates: per user, rows of the catalogue, [n] and [C] (users may have different C). max_tokens: prompt, history and the
-    longest candidate together, what the model was trained on; of a longer history the most recent items are kept. row_tokens: T; None:
-    the least. Returns int32 [B, T] `token`, `user`, `group`, `position` and `candidate` (1, 2, … in the order given, 0 for the history).
-    Whatever its place in the row, a candidate's positions begin where the history ends, and its group follows the history's last.
-    Raises ValueError where nothing precedes the candidates or they do not fit.
+    histories, candidates: per user, rows of the catalogue, [n] and [C] (users may have different C). max_tokens: prompt, history, suffix
+    and the longest candidate together, what the model was trained on; of a longer history the most recent items are kept. row_tokens: T;
+    None: the least. Returns int32 [B, T] `token`, `user`, `group`, `position` and `candidate` (1, 2, … in the order given, 0 before
+    them). Whatever its place in the row, a candidate's positions begin where the history ends, and its group follows the history's last;
+    a suffix counts as the last of the history. Raises ValueError where neither a prompt nor an item precedes the candidates, or they do
+    not fit.
     """
     lengths = catalogue.lengths
     rows = []
     for number, (history, items) in enumerate(zip(histories, candidates, strict=True)):
-        free = max_tokens - int(lengths[-1]) - int(lengths[items].max(initial=0))
+        free = max_tokens - catalogue.frame_tokens - int(lengths[items].max(initial=0))
         if free < 0:
-            raise ValueError(f"user {number}: the longest candidate does not fit in {max_tokens} tokens, after the prompt if there is one")
+            raise ValueError(f"user {number}: the longest candidate does not fit in {max_tokens} tokens beside prompt and suffix")
         kept = np.cumsum(lengths[history][::-1]) <= free
         history = np.asarray(history)[len(history) - int(kept.sum()) :]
-        before = int(lengths[-1] + lengths[history].sum())
-        if not before:
+        before = catalogue.frame_tokens + int(lengths[history].sum())
+        if not (catalogue.prompt or len(history)):
             raise ValueError(f"user {number}: no prompt, and no item of the history fits before the candidates in {max_tokens} tokens")
-        prompt = [catalogue.items] if catalogue.prompt else []
-        entry = np.concatenate([prompt, history, items]).astype(np.int64)
+        prompt = [catalogue.items] * catalogue.prompt
+        suffix = [catalogue.items + 1] * catalogue.suffix
+        entry = np.concatenate([prompt, history, suffix, items]).astype(np.int64)
         length = lengths[entry]
         place = np.repeat(np.arange(len(entry)), length)  # of a token's group in the row
         within = count_up(length)
-        last = len(prompt) + len(history)  # groups before the candidates
+        last = len(prompt) + len(history) + len(suffix)  # groups before the candidates
         group = np.minimum(place, last) + (0 if prompt else 1)
         begin = np.where(np.arange(len(entry)) < last, np.cumsum(length) - length, before)
         rows.append(

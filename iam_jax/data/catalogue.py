@@ -1,7 +1,8 @@
 """The catalogue: every item's text and tokens.
 
-An item is its text's tokens followed by one boundary token, whose final state is the item's state. With one id token per item
-(`data.tokenizer = "id"`) the id is the boundary token.
+An item is the separator's tokens, if there is one, its text's, and one boundary token, whose final state is the item's state: the same
+tokens wherever it stands. With one id token per item (`data.tokenizer = "id"`) the id is the boundary token. With a pretrained model's
+tokenizer the boundary token is the first id beyond the model's embedding.
 """
 
 import dataclasses
@@ -19,22 +20,22 @@ from iam_jax.data import tokenizer as tokens_lib
 from iam_jax.data.cache import cached_folder
 from iam_jax.errors import InputError
 
-_VERSION = 1  # of the cached files
+_VERSION = 2  # of the cached files
 
 
 @dataclasses.dataclass(frozen=True)
 class Catalogue:
-    """Tokens of I items, and of the prompt as entry I."""
+    """Tokens of I items, of the prompt as entry I, and of the suffix as entry I + 1."""
 
-    tokens: np.ndarray  # [sum of lengths] int32; each item's end with its boundary token, the prompt's do not
-    offsets: np.ndarray  # [I + 2] int64: item i's tokens are offsets[i]:offsets[i + 1]
+    tokens: np.ndarray  # [sum of lengths] int32; each item's end with its boundary token, prompt and suffix do not
+    offsets: np.ndarray  # [I + 3] int64: entry i's tokens are offsets[i]:offsets[i + 1]
     vocabulary: int  # token ids are below it
     truncated: int  # items whose text was longer than data.item_tokens
     tokenizer_json: str  # "" for id tokens
 
     @property
     def items(self) -> int:
-        return len(self.offsets) - 2
+        return len(self.offsets) - 3
 
     @property
     def sha256(self) -> str:
@@ -43,18 +44,40 @@ class Catalogue:
 
     @property
     def lengths(self) -> np.ndarray:
-        """[I + 1] int64, the prompt's last (0 without a prompt)."""
+        """[I + 2] int64: of every entry, 0 for a prompt or a suffix that there is not."""
         return np.diff(self.offsets)
 
     @property
+    def item_lengths(self) -> np.ndarray:
+        """[I] int64, separator and boundary token included."""
+        return self.lengths[:-2]
+
+    @property
+    def prompt_tokens(self) -> int:
+        return int(self.lengths[-2])
+
+    @property
+    def suffix_tokens(self) -> int:
+        return int(self.lengths[-1])
+
+    @property
     def prompt(self) -> bool:
-        return self.lengths[-1] > 0
+        return self.prompt_tokens > 0
+
+    @property
+    def suffix(self) -> bool:
+        return self.suffix_tokens > 0
+
+    @property
+    def frame_tokens(self) -> int:
+        """Of prompt and suffix together: what every history has besides its items."""
+        return self.prompt_tokens + self.suffix_tokens
 
     def padded(self) -> tuple[np.ndarray, np.ndarray]:
         """Token ids [I, longest item] int32 (zeros behind the boundary token) and lengths [I] int32."""
-        lengths = self.lengths[:-1]
+        lengths = self.item_lengths
         padded = np.zeros((self.items, int(lengths.max())), np.int32)
-        padded[np.arange(padded.shape[1]) < lengths[:, None]] = self.tokens[: self.offsets[-2]]
+        padded[np.arange(padded.shape[1]) < lengths[:, None]] = self.tokens[: self.offsets[self.items]]
         return padded, lengths.astype(np.int32)
 
 
@@ -103,39 +126,43 @@ def has_text(items: pl.DataFrame, config: DataConfig) -> np.ndarray:
     return np.array([bool(text) or config.untitled == "id" for text in texts], bool)
 
 
-def make_catalogue(items: pl.DataFrame, config: DataConfig, cache: Path) -> Catalogue:
-    """Tokenises the items, in the order given; kept in `cache` under the hash of the texts and the tokenizer's settings."""
+def make_catalogue(items: pl.DataFrame, config: DataConfig, cache: Path, given: tokens_lib.Vocabulary | None = None) -> Catalogue:
+    """Tokenises the items, in the order given; kept in `cache` under the hash of the texts and the tokenizer's settings. `given`: the
+    pretrained model's, with config.tokenizer = "pretrained". Raises InputError for a tokenizer that is not the model's, or that makes no
+    token of a text."""
     if config.tokenizer == "id":
         ids = np.arange(items.height, dtype=np.int32)
-        return Catalogue(ids, np.append(np.arange(items.height + 1), items.height), items.height, 0, "")
+        return Catalogue(ids, np.append(np.arange(items.height + 1), [items.height] * 2), items.height, 0, "")
     texts = item_texts(items, config)
     if config.untitled == "id":
         texts = [text or item for text, item in zip(texts, items["item"].to_list(), strict=True)]
     if config.shuffled_titles:
         texts = [texts[i] for i in np.random.default_rng(0).permutation(len(texts))]
-    given = None
-    if config.tokenizer != "bpe":
-        given = tokens_lib.load_tokenizer(config.tokenizer)
-    identity = [_VERSION, config.vocabulary if given is None else given.to_str(), config.item_tokens, config.prompt]
+    loaded = tokens_lib.load_given(config.tokenizer, given)
+    fixed = {field: getattr(config, field) for field in ("prompt", "separator", "suffix")}
+    size = given.size if config.tokenizer == "pretrained" else None
+    identity = [_VERSION, config.vocabulary if loaded is None else loaded.to_str(), size, config.item_tokens, fixed]
     digest = hashlib.sha256(json.dumps([identity, texts]).encode()).hexdigest()
 
     def make():
-        tokenizer = given or tokens_lib.train_bpe(sorted(texts), config.vocabulary)  # sorted: whatever the order of the items
+        tokenizer = loaded or tokens_lib.train_bpe(sorted(texts), config.vocabulary)  # sorted: whatever the order of the items
         ids = tokens_lib.encode(tokenizer, texts)
         empty = [item for item, tokens in zip(items["item"], ids, strict=True) if not tokens]
         if empty:
             which = f"the text of {len(empty):,} items (item {empty[0]!r})"
             raise InputError(f"config.data.tokenizer = {config.tokenizer!r} makes no token of {which}")
-        boundary = max(tokenizer.get_vocab().values()) + 1  # not the vocabulary's size: a given one may have gaps
-        kept = [[*tokens[: config.item_tokens], boundary] for tokens in ids]
-        prompt = tokens_lib.encode(tokenizer, [config.prompt])[0] if config.prompt else []
-        if config.prompt and not prompt:
-            raise InputError(f"config.data.tokenizer = {config.tokenizer!r} makes no token of config.data.prompt = {config.prompt!r}")
+        boundary = tokens_lib.highest_id(tokenizer) + 1 if size is None else size
+        around = {field: tokens_lib.encode(tokenizer, [text], special=True)[0] if text else [] for field, text in fixed.items()}
+        for field, text in fixed.items():
+            if text and not around[field]:
+                raise InputError(f"config.data.tokenizer = {config.tokenizer!r} makes no token of config.data.{field} = {text!r}")
+        entries = [[*around["separator"], *tokens[: config.item_tokens], boundary] for tokens in ids]
+        entries += [around["prompt"], around["suffix"]]
         truncated = sum(len(tokens) > config.item_tokens for tokens in ids)
 
         def write(folder: Path) -> None:
-            np.save(folder / "tokens.npy", np.fromiter((t for tokens in [*kept, prompt] for t in tokens), np.int32))
-            np.save(folder / "offsets.npy", np.cumsum([0, *map(len, kept), len(prompt)], dtype=np.int64))
+            np.save(folder / "tokens.npy", np.fromiter((t for tokens in entries for t in tokens), np.int32))
+            np.save(folder / "offsets.npy", np.cumsum([0, *map(len, entries)], dtype=np.int64))
             (folder / "catalogue.json").write_text(json.dumps({"vocabulary": boundary + 1, "truncated": truncated}))
             (folder / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
 

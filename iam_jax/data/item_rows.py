@@ -1,7 +1,8 @@
 """Each item once: distinct items packed into rows of their own, for the layers whose states depend on the item alone.
 
 The states after the leading intra layers are computed for these rows, and every occurrence of an item takes them over
-(`Recommender.leading_states`). Axes as in batches.py, and R rows of items; entry I of the catalogue is the prompt.
+(`Recommender.leading_states`). Axes as in batches.py, and R rows of items; prompt and suffix, entries I and I + 1 of the catalogue,
+are items here like the others.
 """
 
 import math
@@ -46,12 +47,14 @@ class CatalogueItems:
     """All of the catalogue: takes a batch's `item` and `within` for the `slot` of every token."""
 
     def __init__(self, catalogue: Catalogue, row_tokens: int, rows_at_once: int):
-        rows, start = pack_items(catalogue, np.arange(catalogue.items + catalogue.prompt), row_tokens)
+        entries = np.flatnonzero(catalogue.lengths)
+        rows, start = pack_items(catalogue, entries, row_tokens)
         self.chunks = math.ceil(len(rows["token"]) / rows_at_once)
         more = self.chunks * rows_at_once - len(rows["token"])
         self.rows = {name: np.pad(x, ((0, more), (0, 0))) for name, x in rows.items()}
-        self.start = np.append(start, 0)  # without a prompt, padding is entry I
-        self.boundary_slots = start[: catalogue.items] + catalogue.lengths[:-1] - 1
+        self.start = np.zeros(catalogue.items + 2, np.int64)  # without a prompt, padding still is entry I
+        self.start[entries] = start
+        self.boundary_slots = start[: catalogue.items] + catalogue.item_lengths - 1
 
     def __call__(self, batch: Batch) -> Batch:
         slot = self.start[batch["item"]] + batch["within"]
@@ -85,14 +88,14 @@ class DistinctItems:
         catalogue = self.catalogue
         distinct = self.distinct(batch)
         rows, start = pack_items(catalogue, distinct, self.row_tokens, self.rows)
-        start_I = np.zeros(catalogue.items + 1, np.int64)
+        start_I = np.zeros(catalogue.items + 2, np.int64)
         start_I[distinct] = start
         target = np.maximum(batch["target"], 0)
         target_slot = np.where(batch["target"] >= 0, start_I[target] + catalogue.lengths[target] - 1, 0)
         return rows, (start_I[batch["item"]] + batch["within"]).astype(np.int32), target_slot.astype(np.int32)
 
     def distinct(self, batch: Batch) -> np.ndarray:
-        """The different items of a batch and, with `targets`, of its targets; the prompt is one of them."""
+        """The different items of a batch and, with `targets`, of its targets; prompt and suffix are among them."""
         there = [batch["item"][batch["user"] > 0], batch["target"][batch["target"] >= 0]]
         return np.unique(np.concatenate(there if self.targets else there[:1]))
 

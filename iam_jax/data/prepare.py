@@ -14,7 +14,7 @@ from iam_jax.data import table
 from iam_jax.data.cache import cache_root, cached_folder
 from iam_jax.data.catalogue import Catalogue, has_text, make_catalogue
 from iam_jax.data.splits import Events, Split, as_strings, make_split
-from iam_jax.data.tokenizer import load_tokenizer
+from iam_jax.data.tokenizer import Vocabulary, load_given
 from iam_jax.errors import InputError
 
 _VERSION = 2  # of the cached files
@@ -32,20 +32,20 @@ class Prepared:
         return self.split.events
 
 
-def prepare(config: DataConfig) -> Prepared:
-    """Reads, checks, filters, orders, splits and tokenises. Raises InputError for whatever is wrong with the data."""
+def prepare(config: DataConfig, given: Vocabulary | None = None) -> Prepared:
+    """Reads, checks, filters, orders, splits and tokenises; `given`: a pretrained model's tokenizer, with config.tokenizer =
+    "pretrained". Raises InputError for whatever is wrong with the data."""
     cache = cache_root(config.cache)
     if config.path.startswith("~"):
         config = dataclasses.replace(config, path=str(Path(config.path).expanduser()))
-    if config.tokenizer not in ("bpe", "id"):
-        load_tokenizer(config.tokenizer)  # a wrong path is found out before the data is read, and anything written
+    load_given(config.tokenizer, given)  # a wrong path is found out before the data is read, and anything written
     split = _cached_split(config, cache)
-    catalogue = make_catalogue(split.items, config, cache)
-    longest = int(catalogue.lengths[:-1].max(initial=0))
-    needed = int(catalogue.lengths[-1]) + (config.context_items + 1) * longest
+    catalogue = make_catalogue(split.items, config, cache, given)
+    longest = int(catalogue.item_lengths.max(initial=0))
+    needed = catalogue.frame_tokens + (config.context_items + 1) * longest
     if needed > config.row_tokens:
         raise InputError(
-            f"config.data.row_tokens = {config.row_tokens} is too small: the prompt and {config.context_items} + 1 items "
+            f"config.data.row_tokens = {config.row_tokens} is too small: prompt, suffix and {config.context_items} + 1 items "
             f"(config.data.context_items) of up to {longest} tokens need {needed}"
         )
     return Prepared(split, catalogue)

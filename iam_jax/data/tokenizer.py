@@ -1,11 +1,19 @@
-"""Text to tokens: a byte-level BPE trained on the catalogue, or any tokenizer.json."""
+"""Text to tokens: a byte-level BPE trained on the catalogue, any tokenizer.json, or a pretrained model's."""
 
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from iam_jax.errors import InputError
+
+
+class Vocabulary(NamedTuple):
+    """A pretrained model's tokenizer.json and how many token ids its embedding has."""
+
+    path: Path
+    size: int
 
 
 def train_bpe(texts: list[str], vocabulary: int) -> Tokenizer:
@@ -31,12 +39,43 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         raise InputError(f"{path}: not a tokenizer.json ({error})") from error
 
 
-def encode(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
-    """Token ids of each text, without the special tokens a tokenizer may add around a whole input. Raises InputError for texts
-    that the tokenizer cannot express."""
+def load_given(name: str, pretrained: Vocabulary | None) -> Tokenizer | None:
+    """What config.data.tokenizer names, if that is a file; None for "bpe" and "id". Raises InputError for a file that is none."""
+    if name == "pretrained":
+        if pretrained is None:
+            raise ValueError("config.data.tokenizer = 'pretrained' needs the pretrained model's Vocabulary")
+        return load_pretrained(pretrained)
+    return None if name in ("bpe", "id") else load_tokenizer(name)
+
+
+def load_pretrained(vocabulary: Vocabulary) -> Tokenizer:
+    """Raises InputError where the file is missing or is not of this model. An embedding may have a few more rows than there are tokens:
+    Qwen2.5's has 151,936 for 151,665."""
+    path, size = vocabulary
+    if not Path(path).is_file():
+        raise InputError(f"{path}: no such file (the pretrained model's tokenizer: config.data.tokenizer = 'pretrained')")
+    tokenizer = load_tokenizer(path)
+    ids = 1 + highest_id(tokenizer)
+    if not 0.95 * size <= ids <= size:
+        raise InputError(
+            f"{path}: tokenizer of another vocabulary size: its token ids need {ids:,} rows, the model's embedding has {size:,}"
+        )
+    return tokenizer
+
+
+def highest_id(tokenizer: Tokenizer) -> int:
+    """Not the vocabulary's size less one: a given one may have gaps."""
+    return max(tokenizer.get_vocab().values(), default=-1)
+
+
+def encode(tokenizer: Tokenizer, texts: list[str], special: bool = False) -> list[list[int]]:
+    """Token ids of each text, without the special tokens a tokenizer may add around a whole input. `special`: "<s>" in a text is that
+    token, as templates may want it; otherwise plain text, as in a title. Raises InputError for texts that the tokenizer cannot express."""
     tokenizer.no_truncation()
     tokenizer.no_padding()
+    tokenizer.encode_special_tokens = not special
     try:
         return [encoding.ids for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
     except Exception as error:  # the library raises bare Exceptions, for example for an unknown word without an unknown token
-        raise InputError(f"config.data.tokenizer cannot encode the items' texts or config.data.prompt: {error}") from error
+        where = "the items' texts, config.data.prompt, config.data.separator or config.data.suffix"
+        raise InputError(f"config.data.tokenizer cannot encode {where}: {error}") from error

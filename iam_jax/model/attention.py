@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-Range = tuple[jax.Array, jax.Array]
+from iam_jax.config import ModelConfig
+from iam_jax.kernels.range_attention import Range
 
 
 class Ranges(NamedTuple):
@@ -51,6 +52,19 @@ def key_ranges(user_BT: jax.Array, group_BT: jax.Array, candidate_BT: jax.Array 
     return {"full": full, "intra": Ranges(cut(item_start, t + 1)), "inter": inter, "intra_both": Ranges(cut(item_start, item_end))}
 
 
+def decode_ranges(history_B: jax.Array, begin_C: jax.Array, slot_C: jax.Array, self_key: bool) -> dict[str, Ranges]:
+    """The ranges of one new token of each of C candidates behind a history, in slots of a cache: the history is slots 0, …, history_B - 1,
+    candidate c's tokens are slots begin_C, …, slot_C, the new one last."""
+    shape = len(history_B), len(slot_C)
+    zero, begin, slot = jnp.zeros(shape, jnp.int32), jnp.broadcast_to(begin_C, shape), jnp.broadcast_to(slot_C, shape)
+    history, own = (zero, jnp.broadcast_to(history_B[:, None], shape)), (begin, slot + 1)
+    return {
+        "full": Ranges(history, own),
+        "intra": Ranges(own),
+        "inter": Ranges(history, (slot, slot + 1) if self_key else None),
+    }
+
+
 def _changes(x_BT: jax.Array) -> jax.Array:
     """Where a slot differs from the one before it, the first slot included."""
     return jnp.pad(x_BT[:, 1:] != x_BT[:, :-1], ((0, 0), (1, 0)), constant_values=True)
@@ -61,11 +75,21 @@ def _last_true(x_BT: jax.Array) -> jax.Array:
     return lax.cummax(jnp.where(x_BT, jnp.arange(x_BT.shape[1]), 0), axis=1)
 
 
-def rotary(x_BTNH: jax.Array, position_BT: jax.Array, theta: float) -> jax.Array:
+def frequencies(config: ModelConfig, half: int) -> jax.Array:
+    """[half] float32, radians a position: of rotary position embeddings, scaled as LLaMA 3.1 does it or by one factor."""
+    frequency = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    if config.rope_scaling == "linear":
+        return frequency / config.rope_factor
+    if config.rope_scaling == "llama3":
+        turns = frequency * config.rope_original / (2 * jnp.pi)
+        kept = jnp.clip((turns - config.rope_low) / (config.rope_high - config.rope_low), 0, 1)
+        return frequency * (kept + (1 - kept) / config.rope_factor)
+    return frequency
+
+
+def rotary(x_BTNH: jax.Array, position_BT: jax.Array, config: ModelConfig) -> jax.Array:
     """Rotary position embedding (arXiv 2104.09864), halves paired as in LLaMA's public weights; angles in float32."""
-    half = x_BTNH.shape[-1] // 2
-    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = position_BT[..., None, None].astype(jnp.float32) * frequency
+    angle = position_BT[..., None, None].astype(jnp.float32) * frequencies(config, x_BTNH.shape[-1] // 2)
     sin, cos = jnp.sin(angle), jnp.cos(angle)
     a, b = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTNH.dtype)

@@ -1,9 +1,11 @@
 """The decoder: one stack of layers whose attention relation is given by the schedule.
 
 Axes, here and in parameter names: B batch, T query positions, S key positions, D model, N heads, K key-value heads, H head
-size, F feed-forward, V vocabulary, P positions, I items, E item vectors, C candidates, M targets, R repeats of a stage (always
-in front).
+size, F feed-forward, V vocabulary, P positions, L rank of an adapter, I items, E item vectors, C candidates, M targets, R repeats
+of a stage (always in front).
 """
+
+import math
 
 import jax
 import jax.numpy as jnp
@@ -12,14 +14,13 @@ from flax import nnx
 from iam_jax.config import ModelConfig
 from iam_jax.kernels.range_attention import range_attention
 from iam_jax.model.attention import Ranges, key_ranges, rotary
+from iam_jax.model.lora import add_adapters, dropout, linear, weight
 from iam_jax.schedule import Schedule
 
 _ACTIVATIONS = {"silu": jax.nn.silu, "gelu": jax.nn.gelu, "relu": jax.nn.relu}
 
-
-def weight(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int, scale: float = 1.0) -> nnx.Param:
-    """A float32 matrix whose product keeps the variance of its input, times `scale` ** 2."""
-    return nnx.Param(scale * jax.random.truncated_normal(rngs.params(), -2, 2, shape) / (0.87962566 * fan_in**0.5))
+# Keys and values of the tokens so far, [R, B, S, K, H] each, per name of a block.
+Cache = dict[str, tuple[jax.Array, jax.Array]]
 
 
 class Norm(nnx.Module):
@@ -38,42 +39,34 @@ class Norm(nnx.Module):
         return (y + self.shift[...] if self.center else y).astype(x.dtype)
 
 
-def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
-    """Inverted dropout; off where `key` is None."""
-    if key is None or rate == 0:
-        return x
-    return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0).astype(x.dtype)
-
-
 class Attention(nnx.Module):
-    def __init__(self, config: ModelConfig, layers: int, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, out_scale: float, rngs: nnx.Rngs):
         D, N = config.width, config.heads
         K, H = config.kv_heads or N, config.head_size or D // N
         self.config = config
         self.query_DNH = weight(rngs, (D, N, H), D)
         self.key_DKH = weight(rngs, (D, K, H), D)
         self.value_DKH = weight(rngs, (D, K, H), D)
-        # Scaled so that the residual stream keeps its size whatever the depth.
-        self.out_NHD = weight(rngs, (N, H, D), N * H, (2 * layers) ** -0.5)
-        if config.bias:
-            self.query_NH, self.key_KH = nnx.Param(jnp.zeros((N, H))), nnx.Param(jnp.zeros((K, H)))
-            self.value_KH, self.out_D = nnx.Param(jnp.zeros((K, H))), nnx.Param(jnp.zeros(D))
+        self.out_NHD = weight(rngs, (N, H, D), N * H, out_scale)
+        if config.qkv_bias:
+            self.query_NH, self.key_KH, self.value_KH = (nnx.Param(jnp.zeros((heads, H))) for heads in (N, K, K))
+        if config.out_bias:
+            self.out_D = nnx.Param(jnp.zeros(D))
         if config.qk_norm:
             self.query_norm, self.key_norm = Norm(config, H), Norm(config, H)
 
-    def __call__(self, x_BTD, ranges: Ranges, position_BT, reach: tuple[int, int] | None, include_self: bool):
-        config, dtype = self.config, x_BTD.dtype
-        q_BTNH = jnp.einsum("BTD,DNH->BTNH", x_BTD, self.query_DNH[...].astype(dtype))
-        k_BSKH = jnp.einsum("BSD,DKH->BSKH", x_BTD, self.key_DKH[...].astype(dtype))
-        v_BSKH = jnp.einsum("BSD,DKH->BSKH", x_BTD, self.value_DKH[...].astype(dtype))
-        if config.bias:
-            q_BTNH, k_BSKH, v_BSKH = (
-                y + b[...].astype(dtype) for y, b in ((q_BTNH, self.query_NH), (k_BSKH, self.key_KH), (v_BSKH, self.value_KH))
-            )
+    def __call__(self, x_BTD, ranges: Ranges, position_BT, reach: tuple[int, int] | None, include_self: bool, key=None, cache=None):
+        """cache: keys and values [B, S, K, H] and the slots [B, T] of these tokens in it. Returns the output, and keys and values."""
+        config = self.config
+        q_BTNH, k_BSKH, v_BSKH = (linear(self, name, x_BTD, key) for name in ("query_DNH", "key_DKH", "value_DKH"))
         if config.qk_norm:
             q_BTNH, k_BSKH = self.query_norm(q_BTNH), self.key_norm(k_BSKH)
         if config.positions == "rotary":
-            q_BTNH, k_BSKH = (rotary(y, position_BT, config.rope_theta) for y in (q_BTNH, k_BSKH))
+            q_BTNH, k_BSKH = (rotary(y, position_BT, config) for y in (q_BTNH, k_BSKH))
+        if cache is not None:
+            *before, slot_BT = cache
+            b = jnp.arange(len(slot_BT))[:, None]
+            k_BSKH, v_BSKH = (old.at[b, slot_BT].set(new) for old, new in zip(before, (k_BSKH, v_BSKH), strict=True))
         o_BTNH = range_attention(
             q_BTNH,
             k_BSKH,
@@ -84,48 +77,48 @@ class Attention(nnx.Module):
             reach=reach,
             implementation=None if config.attention == "auto" else config.attention,
         )
-        o_BTD = jnp.einsum("BTNH,NHD->BTD", o_BTNH, self.out_NHD[...].astype(dtype))
-        return o_BTD + self.out_D[...].astype(dtype) if config.bias else o_BTD
+        return linear(self, "out_NHD", o_BTNH, key), (k_BSKH, v_BSKH)
 
 
 class MLP(nnx.Module):
-    def __init__(self, config: ModelConfig, layers: int, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, out_scale: float, rngs: nnx.Rngs):
         D, gated = config.width, config.mlp == "gated"
         F = config.mlp_width or (3 if gated else 4) * D
-        self.activation = _ACTIVATIONS[config.activation]
+        self.config, self.gated = config, gated
         self.up_DF = weight(rngs, (D, F), D)
-        self.gate_DF = weight(rngs, (D, F), D) if gated else None
-        self.down_FD = weight(rngs, (F, D), F, (2 * layers) ** -0.5)
-        self.up_F = nnx.Param(jnp.zeros(F)) if config.bias else None
-        self.gate_F = nnx.Param(jnp.zeros(F)) if config.bias and gated else None
-        self.down_D = nnx.Param(jnp.zeros(D)) if config.bias else None
+        if gated:
+            self.gate_DF = weight(rngs, (D, F), D)
+        self.down_FD = weight(rngs, (F, D), F, out_scale)
+        if config.mlp_bias:
+            self.up_F, self.down_D = nnx.Param(jnp.zeros(F)), nnx.Param(jnp.zeros(D))
+            if gated:
+                self.gate_F = nnx.Param(jnp.zeros(F))
 
-    def __call__(self, x_BTD):
-        def linear(x, w, b):
-            y = x @ w[...].astype(x.dtype)
-            return y if b is None else y + b[...].astype(x.dtype)
-
-        h_BTF = linear(x_BTD, self.up_DF, self.up_F)
-        if self.gate_DF is None:
-            h_BTF = self.activation(h_BTF)
-        else:
-            h_BTF = h_BTF * self.activation(linear(x_BTD, self.gate_DF, self.gate_F))
-        return linear(h_BTF, self.down_FD, self.down_D)
+    def __call__(self, x_BTD, key=None):
+        activation = _ACTIVATIONS[self.config.activation]
+        h_BTF = linear(self, "up_DF", x_BTD, key)
+        h_BTF = h_BTF * activation(linear(self, "gate_DF", x_BTD, key)) if self.gated else activation(h_BTF)
+        return linear(self, "down_FD", h_BTF, key)
 
 
 class Block(nnx.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
+    """x + attention(norm(x)), then x + mlp(norm(x)). An inserted block adds nothing at the start: its output projections are zero."""
 
-    def __init__(self, config: ModelConfig, layers: int, rngs: nnx.Rngs):
-        self.rate = config.dropout
+    def __init__(self, config: ModelConfig, layers: int, inserted: bool, rngs: nnx.Rngs):
+        self.config = config
+        # Scaled so that the residual stream keeps its size whatever the depth.
+        out_scale = 0.0 if inserted else (2 * layers) ** -0.5
         self.attention_norm, self.mlp_norm = Norm(config, config.width), Norm(config, config.width)
-        self.attention, self.mlp = Attention(config, layers, rngs), MLP(config, layers, rngs)
+        self.attention, self.mlp = Attention(config, out_scale, rngs), MLP(config, out_scale, rngs)
+        if not inserted:
+            add_adapters(config.lora, rngs, attention=self.attention, mlp=self.mlp)
 
-    def __call__(self, x_BTD, ranges, position_BT, reach, include_self: bool, key: jax.Array | None):
+    def __call__(self, x_BTD, ranges, position_BT, reach, include_self: bool, key: jax.Array | None, cache=None):
+        rate = self.config.dropout
         keys = (None, None) if key is None else jax.random.split(key)
-        y_BTD = self.attention(self.attention_norm(x_BTD), ranges, position_BT, reach, include_self)
-        x_BTD = x_BTD + dropout(y_BTD, self.rate, keys[0])
-        return x_BTD + dropout(self.mlp(self.mlp_norm(x_BTD)), self.rate, keys[1])
+        y_BTD, cache = self.attention(self.attention_norm(x_BTD), ranges, position_BT, reach, include_self, key, cache)
+        x_BTD = x_BTD + dropout(y_BTD, rate, keys[0])
+        return x_BTD + dropout(self.mlp(self.mlp_norm(x_BTD), key), rate, keys[1]), cache
 
 
 class Decoder(nnx.Module):
@@ -135,18 +128,25 @@ class Decoder(nnx.Module):
         """longest: tokens of the longest group, item or prompt; None: not known."""
         self.config, self.schedule = config, schedule
         D, layers = config.width, len(schedule.relations)
-        self.embedding_VD = weight(rngs, (vocabulary, D), D)
-        self.position_PD = weight(rngs, (max_positions, D), D) if config.positions == "learned" else None
+        if config.pretrained:  # its embedding stays as it is; the boundary token, the highest id, has a row of its own
+            self.embedding_VD, self.boundary_D = weight(rngs, (vocabulary - 1, D), D), nnx.Param(jnp.zeros(D))
+        else:
+            self.embedding_VD, self.boundary_D = weight(rngs, (vocabulary, D), D), None
+        self.position_PD = weight(rngs, (config.max_positions or max_positions, D), D) if config.positions == "learned" else None
         self.final_norm = Norm(config, D)
         self.longest = longest
 
-        def stacked(repeats: int) -> Block:
-            graph, _ = nnx.split(nnx.eval_shape(lambda: Block(config, layers, nnx.Rngs(0))))
+        def stacked(repeats: int, inserted: bool) -> Block:
+            graph, _ = nnx.split(nnx.eval_shape(lambda: Block(config, layers, inserted, nnx.Rngs(0))))
             keys = jax.random.split(rngs.params(), repeats)
-            return nnx.merge(graph, jax.vmap(lambda key: nnx.split(Block(config, layers, nnx.Rngs(params=key)))[1])(keys))
+            return nnx.merge(graph, jax.vmap(lambda key: nnx.split(Block(config, layers, inserted, nnx.Rngs(params=key)))[1])(keys))
 
         self.blocks = nnx.Dict(
-            {f"{s}_{i}": stacked(stage.repeats) for s, stage in enumerate(schedule.stages) for i in range(len(stage.relations))}
+            {
+                f"{s}_{i}": stacked(stage.repeats, inserted)
+                for s, stage in enumerate(schedule.stages)
+                for i, inserted in enumerate(stage.inserted)
+            }
         )
 
     def __call__(
@@ -159,51 +159,90 @@ class Decoder(nnx.Module):
         the positions that follow the history; 0 for the history. key: of dropout, None for none. x_BTD: states before layer `first`; None:
         the embeddings.
         """
-        config = self.config
         ranges = key_ranges(batch["user"], batch["group"], batch.get("candidate"))
         if x_BTD is None:
             x_BTD = self._embed(batch["token"], batch["position"], key)
-        last = len(self.schedule.relations) if last is None else last
+        return self._layers(x_BTD, batch, ranges, first=first, last=last, key=key)[0]
 
+    def cache(self, rows: int, slots: int) -> Cache:
+        """An empty one for `rows` rows of `slots` tokens."""
+        config = self.config
+        K, H = config.kv_heads or config.heads, config.head_size or config.width // config.heads
+        return {
+            f"{s}_{i}": (jnp.zeros((stage.repeats, rows, slots, K, H), config.dtype),) * 2
+            for s, stage in enumerate(self.schedule.stages)
+            for i in range(len(stage.relations))
+        }
+
+    def cached(self, batch: dict, cache: Cache, slot_BT: jax.Array, ranges: dict[str, Ranges] | None = None) -> tuple[jax.Array, Cache]:
+        """As a call, with the keys and values of earlier tokens: those of this batch are put into the cache's slots slot_BT. ranges: of
+        each relation, in slots, the self key's included; None: those of a batch that stands at the cache's beginning."""
+        x_BTD = self._embed(batch["token"], batch["position"], None)
+        self_keys = ranges is None
+        ranges = key_ranges(batch["user"], batch["group"]) if ranges is None else ranges
+        return self._layers(x_BTD, batch, ranges, cache=cache, slot_BT=slot_BT, self_keys=self_keys)
+
+    def _layers(self, x_BTD, batch, ranges, *, first=0, last=None, key=None, cache=None, slot_BT=None, self_keys=True):
+        config = self.config
+        last = len(self.schedule.relations) if last is None else last
         for s, stage in enumerate(self.schedule.stages):
             unit = len(stage.relations)
-            split = [nnx.split(self.blocks[f"{s}_{i}"]) for i in range(unit)]
-            params = [state for _, state in split]
+            names = [f"{s}_{i}" for i in range(unit)]
+            split = [nnx.split(self.blocks[name]) for name in names]
             keys = None if key is None else jax.random.split(jax.random.fold_in(key, s + 1), (stage.repeats, unit))
+            stacked = [state for _, state in split], keys, None if cache is None else [cache[name] for name in names]
 
-            def layer(i, x_BTD, params, key, split=split, stage=stage):
+            def layer(i, x_BTD, params, key, cache, split=split, stage=stage):
                 relation = stage.relations[i]
                 by_item = config.inter_positions == "item" and relation == "inter"
                 position = batch["group"] if by_item else batch["position"]
-                include_self = config.self_key and relation == "inter"
+                include_self = self_keys and config.self_key and relation == "inter"
+                reach = None if cache is not None else self._reach(relation)
                 block = nnx.merge(split[i][0], params)
-                return block(x_BTD, ranges[relation], position, self._reach(relation), include_self, key)
+                slots = None if cache is None else (*cache, slot_BT)
+                x_BTD, new = block(x_BTD, ranges[relation], position, reach, include_self, key, slots)
+                return x_BTD, None if cache is None else new
 
             if config.remat:
                 layer = jax.checkpoint(layer, static_argnums=0)
 
             def repeat(x_BTD, xs, places=range(unit), layer=layer):
-                params, keys = xs
+                params, keys, caches = xs
+                made = []
                 for i in places:
-                    x_BTD = layer(i, x_BTD, params[i], None if keys is None else keys[i])
-                return x_BTD, None
+                    x_BTD, new = layer(i, x_BTD, params[i], None if keys is None else keys[i], None if caches is None else caches[i])
+                    made.append(new)
+                return x_BTD, made
 
-            # The stage's own layers begin, …, end - 1: whole repeats in the middle, parts of a repeat at both ends.
+            # The stage's own layers begin, …, end - 1: part of a repeat, whole repeats, part of a repeat.
             begin, end = (min(max(n, 0), unit * stage.repeats) for n in (first, last))
             first, last = first - unit * stage.repeats, last - unit * stage.repeats
-            whole = range(-(-begin // unit), end // unit)
-            places = [(r, range(max(begin - r * unit, 0), min(end - r * unit, unit))) for r in range(begin // unit, -(-end // unit))]
-            for r, part in places:
-                if config.scan and len(whole) > 1 and r in whole:
-                    if r == whole[0]:
-                        x_BTD, _ = jax.lax.scan(repeat, x_BTD, jax.tree.map(lambda a, n=whole: a[n[0] : n[-1] + 1], (params, keys)))
-                else:
-                    x_BTD, _ = repeat(x_BTD, jax.tree.map(lambda a, r=r: a[r], (params, keys)), places=part)
-        return x_BTD
+            whole = range(math.ceil(begin / unit), max(end // unit, math.ceil(begin / unit)))
+            made = []
+            if begin % unit:
+                r = begin // unit
+                x_BTD, _ = repeat(x_BTD, _take(stacked, r), places=range(begin % unit, min(end - r * unit, unit)))
+            if config.scan and len(whole) > 1:
+                x_BTD, made = jax.lax.scan(repeat, x_BTD, jax.tree.map(lambda x, n=whole: x[n.start : n.stop], stacked))
+            else:
+                for r in whole:
+                    x_BTD, new = repeat(x_BTD, _take(stacked, r))
+                    made.append(new)
+                made = jax.tree.map(lambda *x: jnp.stack(x), *made) if made else None
+            if end % unit and end // unit >= whole.start:
+                x_BTD, _ = repeat(x_BTD, _take(stacked, end // unit), places=range(end % unit))
+            if cache is not None:
+                cache = cache | dict(zip(names, made, strict=True))
+        return x_BTD, cache
 
     def _embed(self, token_BT, position_BT, key: jax.Array | None) -> jax.Array:
         config = self.config
-        x_BTD = self.embedding_VD[...][token_BT]
+        if self.boundary_D is None:
+            x_BTD = self.embedding_VD[...][token_BT]
+        else:
+            V = len(self.embedding_VD[...])
+            x_BTD = self.embedding_VD[...][jnp.minimum(token_BT, V - 1)]
+            x_BTD = jnp.where((token_BT == V)[..., None], self.boundary_D[...], x_BTD)
         if config.scale_embedding:
             x_BTD = x_BTD * config.width**0.5
         if self.position_PD is not None:
@@ -215,3 +254,7 @@ class Decoder(nnx.Module):
         if self.longest is None or not relation.startswith("intra"):
             return None
         return self.longest - 1, self.longest - 1 if relation == "intra_both" else 0
+
+
+def _take(stacked, r: int):
+    return jax.tree.map(lambda x: x[r], stacked)

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from iam_jax.config import Config
-from iam_jax.model.decoder import Decoder, Norm, weight
+from iam_jax.model.decoder import Cache, Decoder, Norm
+from iam_jax.model.lora import weight
 from iam_jax.sharding import split_rows
 
 
@@ -16,19 +17,21 @@ class Recommender(nnx.Module):
         model, D = config.model, config.model.width
         self.config = config
         self.decoder = Decoder(model, config.schedule, vocabulary, config.data.row_tokens, longest, rngs)
-        if not model.tie_items:
+        if config.objective.item and not model.tie_items:
             # The projections start as the identity: an untrained history prefers items whose text is like its last item's. From
             # random ones the first epochs pass before any of the text counts (configs/demo.py: validation NDCG@10 0.03 instead
             # of 0.19).
             self.state_DE = nnx.Param(jnp.eye(D))
             if config.objective.vectors != "text":
                 self.table_IE = weight(rngs, (items, D), D)
-        if config.uses_text:
+        if config.objective.item and config.uses_text:
             # A projection of its own: without it a user's first item state would equal its own vector.
             self.text_norm = Norm(model, D)
             self.text_DE = nnx.Param(jnp.eye(D) * D**-0.5)  # vectors of the size of a table row
-        if config.objective.token and not model.tie_tokens:
-            self.output_VD = weight(rngs, (vocabulary, D), D)
+        if (config.objective.token or model.pretrained) and not model.tie_tokens:
+            self.output_VD = weight(rngs, (vocabulary - bool(model.pretrained), D), D)
+            if model.pretrained:
+                self.output_boundary_D = nnx.Param(jnp.zeros(D))
 
     def states(self, batch: dict, key: jax.Array | None = None, leading_XD: jax.Array | None = None) -> jax.Array:
         """x_BTD float32 after the final norm, of `token`, `user`, `group`, `position` and optionally `candidate` [B, T].
@@ -85,8 +88,19 @@ class Recommender(nnx.Module):
         """v_CE from the items' boundary states."""
         return self.text_norm(x_CD.astype(jnp.float32)) @ self.text_DE[...]
 
-    def output_embedding(self) -> jax.Array:
-        """e_VD: the token objective's logits are x_XD e_VD^T. Raises ValueError where the model has none."""
-        if not (self.config.model.tie_tokens or self.config.objective.token):
+    def cached_states(self, batch: dict, cache: Cache, slot_BT: jax.Array, ranges: dict | None = None) -> tuple[jax.Array, Cache]:
+        """x_BTD float32 after the final norm, with the keys and values of earlier tokens (`Decoder.cached`)."""
+        x_BTD, cache = self.decoder.cached(batch, cache, slot_BT, ranges)
+        return self.decoder.final_norm(x_BTD.astype(jnp.float32)), cache
+
+    def output_embedding(self) -> tuple[jax.Array, ...]:
+        """(e_VD,): the token objective's logits are x_XD e_VD^T. A pretrained model's boundary token has a row of its own, behind the
+        others: (e_VD, e_1D). Raises ValueError where the model has none."""
+        model = self.config.model
+        if model.tie_tokens:
+            embedding, boundary = self.decoder.embedding_VD, self.decoder.boundary_D
+        elif self.config.objective.token or model.pretrained:
+            embedding, boundary = self.output_VD, self.output_boundary_D if model.pretrained else None
+        else:
             raise ValueError("config.model.tie_tokens = False without objective.token: the model has no output embedding")
-        return (self.decoder.embedding_VD if self.config.model.tie_tokens else self.output_VD)[...]
+        return (embedding[...],) if boundary is None else (embedding[...], boundary[...][None])

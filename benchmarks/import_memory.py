@@ -1,0 +1,149 @@
+"""How much anonymous memory does importing a pretrained model take beside its parameters?
+
+    python benchmarks/import_memory.py                           # a billion parameters: 2 GB of disk and of memory, a minute
+    python benchmarks/import_memory.py --parameters=2e6 --dtype=float32
+
+Writes a LLaMA-shaped checkpoint in bf16, in several files, into a temporary folder, imports it in a process of its own, and samples that
+process's RssAnon (Linux: /proc/self/status) every two milliseconds. What the import adds to the level before it must stay within 1.1 times
+the parameters' bytes and two of the largest tensor. Prints one table, writes one JSON and exits with 1 where the bound does not hold.
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from importlib import metadata
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from safetensors.numpy import save_file
+
+from iam_jax.config import Config, DataConfig, ModelConfig
+from iam_jax.model import make_model, pretrained
+from iam_jax.model.pretrained.importing import read_pretrained
+from iam_jax.parameters import select
+
+FILES, BOUND = 4, 1.1
+_VOCABULARY, _WIDTH, _LAYERS = 128_256, 2048, 16  # LLaMA 3.2 1B's, but for the MLP: it has 1.24 billion parameters
+
+
+def settings(parameters: float) -> dict:
+    """A config.json of about so many parameters."""
+    scale = (parameters / 1e9) ** 0.5  # V D and D D both shrink by its square
+    D = max(int(_WIDTH * scale) // 64, 1) * 64
+    values = {"model_type": "llama", "vocab_size": int(_VOCABULARY * scale) + 1, "hidden_size": D, "num_hidden_layers": _LAYERS}
+    values |= {"num_attention_heads": D // 64, "num_key_value_heads": D // 64, "tie_word_embeddings": True, "torch_dtype": "bfloat16"}
+    return values | {"intermediate_size": int((parameters - values["vocab_size"] * D) / _LAYERS / (3 * D) - 4 * D / 3)}
+
+
+def make_config(folder: str) -> Config:
+    model = ModelConfig(pretrained=folder, schedule=f"full*{_LAYERS}")
+    return pretrained.configure(Config(data=DataConfig(source="synthetic", tokenizer="pretrained"), model=model))
+
+
+def write_checkpoint(folder: Path, parameters: float) -> None:
+    (folder / "config.json").write_text(json.dumps(settings(parameters)))
+    shapes = read_pretrained(make_config(str(folder))).shapes()
+    names, where = list(shapes), {}
+    for k in range(FILES):
+        held = names[k * len(names) // FILES : (k + 1) * len(names) // FILES]
+        file = f"model-{k + 1:05}-of-{FILES:05}.safetensors"
+        tensors = {name: np.full(shapes[name], 1 + k, ml_dtypes.bfloat16) for name in held}
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        where |= dict.fromkeys(held, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+
+
+def anonymous_bytes() -> int:
+    with open("/proc/self/status", encoding="ascii") as status:
+        return next(1024 * int(line.split()[1]) for line in status if line.startswith("RssAnon:"))
+
+
+def measure(folder: str, dtype: str) -> dict:
+    """In a process of its own: bytes before, at the most, and after the import."""
+    config = make_config(folder)
+    shapes = make_model(config, vocabulary=settings_of(folder)["vocab_size"] + 1, items=2).shapes()
+    wanted = pretrained.names(config)
+    abstract = select(shapes, lambda name: name in wanted)
+    jax.block_until_ready(jax.jit(lambda: jnp.zeros(8))())  # the platform is there
+    samples, stop = [anonymous_bytes()], threading.Event()
+
+    def sample() -> None:
+        while not stop.wait(0.002):
+            samples.append(anonymous_bytes())
+
+    thread = threading.Thread(target=sample)
+    thread.start()
+    start = time.perf_counter()
+    params = jax.block_until_ready(pretrained.load(config, abstract, dtype))
+    seconds = time.perf_counter() - start
+    stop.set()
+    thread.join()
+    leaves = jax.tree.leaves(params)
+    largest = max(int(np.prod(shape)) for shape in read_pretrained(config).shapes().values()) * leaves[0].dtype.itemsize
+    return {
+        "parameters": sum(x.size for x in leaves),
+        "parameter_bytes": sum(x.nbytes for x in leaves),
+        "largest_tensor_bytes": largest,
+        "before_bytes": samples[0],
+        "peak_bytes": max(samples),
+        "after_bytes": anonymous_bytes(),
+        "samples": len(samples),
+        "seconds": seconds,
+    }
+
+
+def settings_of(folder: str) -> dict:
+    return json.loads((Path(folder) / "config.json").read_text())
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--parameters", type=float, default=1e9)
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the parameters; the files are bf16")
+    parser.add_argument("--output", type=Path, default=Path("runs/benchmarks/import_memory.json"))
+    parser.add_argument("--measure", metavar="FOLDER", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.measure:
+        print(json.dumps(measure(args.measure, args.dtype)))
+        return 0
+
+    with tempfile.TemporaryDirectory() as folder:
+        write_checkpoint(Path(folder), args.parameters)
+        command = [sys.executable, __file__, f"--measure={folder}", f"--dtype={args.dtype}"]
+        result = json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()[-1])
+    result["added_bytes"] = result["peak_bytes"] - result["before_bytes"]
+    result["bound_bytes"] = int(BOUND * result["parameter_bytes"]) + 2 * result["largest_tensor_bytes"]
+    result["share_of_bound"] = result["added_bytes"] / result["bound_bytes"]
+    result |= {"files": FILES, "file_dtype": "bfloat16", "dtype": args.dtype, "holds": result["share_of_bound"] <= 1}
+    result |= {"versions": {name: metadata.version(name) for name in ("jax", "safetensors")}, "python": platform.python_version()}
+
+    print(f"import of {result['parameters']:,} parameters, bf16 in {FILES} files, to {args.dtype}: {result['seconds']:.1f} s")
+    rows = {
+        "parameters": "parameter_bytes",
+        "largest tensor": "largest_tensor_bytes",
+        "anonymous memory before": "before_bytes",
+        "added, at most": "added_bytes",
+        "bound: 1.1 x parameters + 2 x largest": "bound_bytes",
+    }
+    for label, key in rows.items():
+        print(f"{label:40}{result[key] / 2**20:>10,.1f} MiB")
+    print(f"{'added / bound':40}{result['share_of_bound']:>10.3f}{'' if result['holds'] else '   EXCEEDED'}")
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.write_text(json.dumps(result, indent=2) + "\n")
+    print(f"wrote {args.output}")
+    return 0 if result["holds"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,123 @@
+"""From parameters to a model folder that transformers reads."""
+
+import json
+import math
+import shutil
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+import jax
+import ml_dtypes
+import numpy as np
+
+from iam_jax.config import Config
+from iam_jax.errors import InputError, some
+from iam_jax.model.pretrained.folder import CONFIG, INDEX, TOKENIZER, WEIGHTS
+from iam_jax.model.pretrained.importing import places, read_pretrained
+from iam_jax.model.pretrained.table import param_axes, to_tensor
+
+EXTRA = "iam_jax.safetensors"
+COPIED = (
+    TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+    "generation_config.json", "vocab.json", "merges.txt", "tokenizer.model",
+)  # fmt: skip
+_TAGS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "int32": "I32", "uint32": "U32", "bool": "BOOL"}
+
+
+def export(config: Config, params: dict, output: str | Path, max_shard_bytes: int = 5 * 10**9) -> list[str]:
+    """Writes the folder `output`, whole or not at all, and returns notes for the user.
+
+    params: all parameters, merged LoRA, addressable from this process. config.json is that of `config.model.pretrained`, so are the
+    tokenizer's files. What the format has no place for (inserted layers, boundary tokens, the item table) goes to iam_jax.safetensors
+    under our names. Weights are float32 if any pretrained parameter is, else bfloat16. Raises InputError where `output` exists and is not
+    empty.
+    """
+    output = Path(output).expanduser()
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise InputError(f"{output}: exists already, and an export does not overwrite")
+    source = read_pretrained(config)
+    leaves = {jax.tree_util.keystr(path, simple=True, separator="."): x for path, x in jax.tree_util.tree_leaves_with_path(params)}
+    known = places(config, source)
+    missing = [name for name in known if name not in leaves]
+    if missing or any("_lora_" in name for name in leaves):
+        raise ValueError(f"parameters to export must be merged and complete; missing: {some(missing) or 'none'}")
+    dtype = np.dtype(ml_dtypes.bfloat16 if all(leaves[name].dtype == ml_dtypes.bfloat16 for name in known) else np.float32)
+
+    pieces: dict[str, list] = {}  # of each tensor: (parameter's name, its source, its repeat)
+    for name, sources in known.items():
+        for r, part in enumerate(sources):
+            pieces.setdefault(part.tensor, []).append((name, part, r if name.startswith("decoder.blocks.") else None))
+
+    def tensor(name: str) -> np.ndarray:
+        parts = []
+        for parameter, part, r in sorted(pieces[name], key=lambda piece: piece[1].piece):
+            x = leaves[parameter] if r is None else leaves[parameter][r]
+            parts.append(to_tensor(np.asarray(x), part, param_axes(parameter, part)).astype(dtype))
+        return np.concatenate(parts, axis=-1) if len(parts) > 1 else parts[0]
+
+    output.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
+    try:
+        folder.chmod(0o755)
+        _write_weights(folder, source.shapes(), dtype, tensor, max_shard_bytes)
+        others = {name: x for name, x in leaves.items() if name not in known}
+        if others:
+            tensors = {name: (np.dtype(x.dtype), x.shape) for name, x in others.items()}
+            _write_file(folder / EXTRA, tensors, (np.asarray(x) for x in others.values()))
+        values = dict(source.settings.values)
+        values |= {key: dtype.name for key in ("dtype", "torch_dtype") if key in values} or {"dtype": dtype.name}
+        (folder / CONFIG).write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        for name in COPIED:
+            if (source.folder / name).is_file():
+                shutil.copyfile(source.folder / name, folder / name)
+        folder.replace(output)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return _notes(config)
+
+
+def _notes(config: Config) -> list[str]:
+    inserted = any(any(stage.inserted) for stage in config.schedule.stages)
+    other = any(relation != "full" for stage in config.schedule.stages for relation in stage.relations)
+    if not (inserted or other):
+        return []
+    without = f", without the inserted layers (they are in {EXTRA})" if inserted else ""
+    return [
+        f"transformers will run the exported layers with ordinary attention{without}: config.model.schedule = {config.model.schedule!r}"
+    ]
+
+
+def _write_weights(folder: Path, shapes: dict[str, tuple[int, ...]], dtype: np.dtype, tensor, max_shard_bytes: int) -> None:
+    """model.safetensors, or shards of at most so many bytes (at least a tensor) with an index. tensor: name -> array."""
+    shards, filled = [[]], 0
+    sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in shapes.items()}
+    for name, size in sizes.items():
+        if shards[-1] and filled + size > max_shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += size
+    stem = WEIGHTS.removesuffix(".safetensors")
+    files = [WEIGHTS] if len(shards) == 1 else [f"{stem}-{k:05}-of-{len(shards):05}.safetensors" for k in range(1, len(shards) + 1)]
+    for file, held in zip(files, shards, strict=True):
+        _write_file(folder / file, {name: (dtype, shapes[name]) for name in held}, map(tensor, held))
+    if len(shards) > 1:
+        where = {name: file for file, held in zip(files, shards, strict=True) for name in held}
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_file(file: Path, tensors: dict[str, tuple[np.dtype, tuple[int, ...]]], arrays: Iterable[np.ndarray]) -> None:
+    """A safetensors file, one array in memory at a time (the library's writer wants all of them). tensors: name -> type, shape."""
+    header, at = {"__metadata__": {"format": "pt"}}, 0  # transformers asks for this format
+    for name, (dtype, shape) in tensors.items():
+        size = math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": _TAGS[dtype.name], "shape": list(shape), "data_offsets": [at, at + size]}
+        at += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at multiples of eight
+    with file.open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        for array in arrays:
+            stream.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)

@@ -1,0 +1,242 @@
+"""From a model folder to parameters: checked as a whole, then streamed tensor by tensor into their shards."""
+
+import dataclasses
+import functools
+import hashlib
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from tqdm import tqdm
+
+from iam_jax.config import Config, ModelConfig, check
+from iam_jax.data.tokenizer import Vocabulary
+from iam_jax.errors import InputError
+from iam_jax.model.pretrained.folder import CONFIG, TOKENIZER, Header, Settings, Tensors, check_dense, find_folder
+from iam_jax.model.pretrained.gpt2 import GPT2
+from iam_jax.model.pretrained.llama import LLAMA, MISTRAL
+from iam_jax.model.pretrained.qwen import QWEN2, QWEN3
+from iam_jax.model.pretrained.table import Family, Source, axis_sizes, exists, param_axes, param_shape, read_part, tensor_shape
+
+FAMILIES: dict[str, Family] = {"llama": LLAMA, "mistral": MISTRAL, "qwen2": QWEN2, "qwen3": QWEN3, "gpt2": GPT2}
+
+_HEAD, _BLOCKS = "output_VD", "decoder.blocks."
+_FIELDS = [field.name for field in dataclasses.fields(ModelConfig)]
+_SHAPE = _FIELDS[_FIELDS.index("width") : _FIELDS.index("tie_tokens") + 1]
+_SHOWN_BYTES = 2 * 10**9  # reading more shows its progress
+_SAMPLES, _SAMPLE_BYTES = 64, 1024  # of a tensor's bytes, in its fingerprint
+
+
+class Pretrained(NamedTuple):
+    """What config.json says."""
+
+    folder: Path
+    settings: Settings
+    family: Family
+    fields: dict  # of ModelConfig
+    layers: int
+    vocabulary: int
+
+    @property
+    def model(self) -> ModelConfig:
+        return ModelConfig(**self.fields)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return axis_sizes(self.model, self.vocabulary)
+
+    def table(self) -> dict[str, Source]:
+        """The parameters that are not in layers."""
+        return {name: source for name, source in self.family.top.items() if exists(name, self.model)}
+
+    def layer_table(self, n: int) -> dict[str, Source]:
+        """The parameters of layer n, by their names inside a block."""
+        layer = {name: source for name, source in self.family.layer.items() if exists(name, self.model)}
+        return {name: source._replace(tensor=source.tensor.format(n=n)) for name, source in layer.items()}
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of every tensor of the folder, by name."""
+        tables = [self.table(), *(self.layer_table(n) for n in range(self.layers))]
+        return {source.tensor: tensor_shape(source, self.sizes) for table in tables for source in table.values()}
+
+    def tensors(self) -> Tensors:
+        """Checked: all there, of the right shapes and types, and no others."""
+        tensors = Tensors(self.folder, self.family.prefix, self.family.buffers)
+        # Some files hold the output embedding although it is tied.
+        optional = () if _HEAD in self.table() else (self.family.top[_HEAD].tensor,)
+        tensors.check(self.shapes(), self.folder, optional)
+        return tensors
+
+
+def read_pretrained(config: Config) -> Pretrained:
+    """Raises InputError where config.json cannot be read or asks for what is not supported."""
+    folder = find_folder(config.model.pretrained)
+    settings = Settings(folder / CONFIG)
+    family = settings.choice("model_type", settings.get("model_type", str), FAMILIES)
+    check_dense(settings)
+    # Fields that the family does not set have their defaults, not the config's values.
+    fields = {name: getattr(ModelConfig(), name) for name in _SHAPE} | family.shape(settings) | {"scale_embedding": False}
+    return Pretrained(folder, settings, family, fields, settings.size(family.layers), settings.size("vocab_size"))
+
+
+def configure(config: Config) -> Config:
+    """The config with the folder's shape (the fields from `width` to `tie_tokens`), checked again.
+
+    Raises InputError: no such folder, an unsupported model, a schedule of another number of layers, a sliding window that would apply.
+    """
+    source = read_pretrained(config)
+    own, layers, key = len(config.schedule.own_layers), source.layers, source.family.layers
+    if own != layers:
+        pairs = f"(intra inter)*{layers // 2}" + " full" * (layers % 2) if layers > 1 else "intra"
+        what = f"has {own} layers without the inserted ones, and {source.settings.path} has {key} = {layers}"
+        raise InputError(f"config.model.schedule = {config.model.schedule!r} {what}; for example 'full*{layers}' or '{pairs}'")
+    window, row = source.family.window(source.settings), config.data.row_tokens
+    if window is not None and window < row:
+        source.settings.fail(
+            f"sliding_window = {window:,} would apply to rows of config.data.row_tokens = {row:,} and is not supported; supported are "
+            f"rows of at most {window:,}"
+        )
+    configured = dataclasses.replace(config, model=dataclasses.replace(config.model, **source.fields))
+    try:
+        check(configured)
+    except InputError as error:
+        raise InputError(f"{source.settings.path}: {error}") from error
+    return configured
+
+
+def vocabulary(config: Config) -> Vocabulary:
+    """The folder's tokenizer.json, and the number of rows of its embedding."""
+    source = read_pretrained(config)
+    if not (source.folder / TOKENIZER).is_file():
+        raise InputError(f"{source.folder / TOKENIZER}: no such file in the model folder")
+    return Vocabulary(source.folder / TOKENIZER, source.vocabulary)
+
+
+def places(config: Config, source: Pretrained) -> dict[str, list[Source]]:
+    """Where each pretrained parameter is: one source, or one for each repeat of a stack."""
+    found = {name: [place] for name, place in source.table().items()}
+    for n, (stage, place, _) in enumerate(config.schedule.own_layers):
+        for name, where in source.layer_table(n).items():
+            found.setdefault(f"{_BLOCKS}{stage}_{place}.{name}", []).append(where)
+    return found
+
+
+def names(config: Config) -> dict[str, tuple[str, ...]]:
+    """The pretrained parameters by their dotted paths, and the tensors of the folder that each comes from."""
+    found = places(config, read_pretrained(config))
+    return {name: tuple(source.tensor for source in sources) for name, sources in found.items()}
+
+
+def check_folder(config: Config) -> None:
+    """Raises InputError for tensors that are missing, unused, misshapen or of an unsupported type. Reads headers only."""
+    read_pretrained(config).tensors()
+
+
+def fingerprint(config: Config) -> str:
+    """SHA-256 of the model's shape, every tensor's name, type and shape, and a strided sample of its bytes; the same wherever the folder
+    is and however the tensors are spread over files."""
+    source = read_pretrained(config)
+    headers = source.tensors().headers
+    described = [source.fields, source.layers, [[name, headers[name].dtype, headers[name].shape] for name in sorted(source.shapes())]]
+    digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
+    for name in sorted(source.shapes()):
+        digest.update(_sample(headers[name]))
+    return digest.hexdigest()
+
+
+def _sample(header: Header) -> bytes:
+    with header.file.open("rb") as file:
+        file.seek(header.begin)
+        size = header.end - header.begin
+        if size <= _SAMPLES * _SAMPLE_BYTES:
+            return file.read(size)
+        parts = []
+        for at in np.linspace(0, size - _SAMPLE_BYTES, _SAMPLES, dtype=np.int64):
+            file.seek(header.begin + int(at))
+            parts.append(file.read(_SAMPLE_BYTES))
+        return b"".join(parts)
+
+
+def load(config: Config, abstract: dict, dtype=None) -> dict:
+    """The pretrained parameters in the shape of `abstract`, arrays placed by its shardings.
+
+    abstract: a nested dict of `jax.ShapeDtypeStruct`, all or some of the parameters that `names` lists; dtype: of the arrays, instead of
+    abstract's. The whole folder is checked first. Beside the parameters about two tensors are in memory at a time, and a process reads
+    what its own devices hold.
+    """
+    source = read_pretrained(config)
+    tensors = source.tensors()
+    _check_tied(source, tensors)
+    known, sizes = places(config, source), source.sizes
+    leaves = {jax.tree_util.keystr(path, simple=True, separator="."): x for path, x in jax.tree_util.tree_leaves_with_path(abstract)}
+    for name, x in leaves.items():
+        if name not in known:
+            raise ValueError(f"{name} is not a pretrained parameter")
+        shape = (len(known[name]),) * name.startswith(_BLOCKS) + param_shape(name, known[name][0], sizes)
+        if x.shape != shape:
+            raise ValueError(f"{name} has shape {x.shape} and by {source.settings.path} {shape}")
+
+    total = sum(x.size * jnp.dtype(dtype or x.dtype).itemsize for x in leaves.values())
+    with tqdm(total=total, unit="B", unit_scale=True, desc="import", disable=total <= _SHOWN_BYTES) as bar:
+
+        def parameter(path, x) -> jax.Array:
+            name = jax.tree_util.keystr(path, simple=True, separator=".")
+            wanted = jnp.dtype(dtype or x.dtype)
+            sharding = x.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+            if not name.startswith(_BLOCKS):
+                array = _place(tensors, name, known[name][0], sizes, wanted, sharding)
+            else:
+                inner = _inner(sharding)
+                array = _zeros(x.shape, wanted, sharding)()
+                for r, part in enumerate(known[name]):
+                    array = _put(sharding)(array, _place(tensors, name, part, sizes, wanted, inner), np.int32(r))
+                    array.block_until_ready()  # else tensors wait in memory
+            bar.update(array.nbytes)
+            return array
+
+        return jax.tree_util.tree_map_with_path(parameter, abstract)
+
+
+def _place(tensors: Tensors, name: str, source: Source, sizes: dict[str, int], dtype, sharding) -> jax.Array:
+    axes = param_axes(name, source)
+    view = tensors.view(source.tensor)
+    shape = param_shape(name, source, sizes)
+    return jax.make_array_from_callback(
+        shape, sharding, lambda index: read_part(view, source, axes, sizes, index, dtype)
+    ).block_until_ready()
+
+
+def _inner(sharding):
+    """The sharding of one repeat of a stack."""
+    if not isinstance(sharding, NamedSharding):
+        return sharding
+    if sharding.spec and sharding.spec[0] is not None:
+        raise ValueError(f"the repeats of a stack cannot be sharded: {sharding}")
+    return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]), memory_kind=sharding.memory_kind)
+
+
+@functools.cache
+def _zeros(shape: tuple[int, ...], dtype, sharding):
+    return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)
+
+
+@functools.cache
+def _put(sharding):
+    """stack, part, r -> the stack with the part as repeat r, in place."""
+    return jax.jit(lambda stack, part, r: jax.lax.dynamic_update_index_in_dim(stack, part, r, 0), donate_argnums=0, out_shardings=sharding)
+
+
+def _check_tied(source: Pretrained, tensors: Tensors) -> None:
+    """Raises InputError where the files hold an output embedding that is not the tied input embedding."""
+    head, embedding = (source.family.top[name].tensor for name in (_HEAD, "decoder.embedding_VD"))
+    if _HEAD in source.table() or head not in tensors.headers:
+        return
+    header, other = tensors.headers[head], tensors.headers[embedding]
+    a, b, rows = tensors.view(head), tensors.view(embedding), header.shape[0]
+    parts = (slice(at, min(at + 8192, rows)) for at in range(0, rows, 8192))  # not both as a whole
+    if header.shape != other.shape or not all(np.array_equal(a[part], b[part]) for part in parts):
+        raise InputError(f"{header.file}: {CONFIG} ties {header.name!r} to {other.name!r}, but it is another tensor")

@@ -1,0 +1,333 @@
+"""From a model folder and two tables to a fine-tuned recommender, as a user would: whole commands, and what a run keeps."""
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from pretrained_models import MODELS, flat, weights, write_model
+from test_main import assert_same, config_text, run
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from iam_jax import train as train_lib
+from iam_jax.config import default_config, resolve
+from iam_jax.data.candidates import candidate_rows
+from iam_jax.data.prepare import prepare
+from iam_jax.data.splits import TEST, VALIDATION
+from iam_jax.errors import InputError
+from iam_jax.evaluate import Evaluator
+from iam_jax.interrupt import Signals
+from iam_jax.likelihood import log_likelihoods
+from iam_jax.model import pretrained
+from iam_jax.model.lora import merge
+from iam_jax.parameters import join, select
+from iam_jax.train import init_state, make_run, train
+
+ITEMS, USERS = 12, 20
+FIELDS = {
+    "data.source": "table",
+    "data.path": "tables",
+    "data.text": "{title}",
+    "data.tokenizer": "pretrained",
+    "data.prompt": "t5 t6",
+    "data.separator": "t7",
+    "data.suffix": "t8",
+    "data.item_tokens": 3,
+    "data.row_tokens": 40,
+    "data.context_items": 1,
+    "model.pretrained": "model",
+    "model.schedule": "full +intra inter",
+    "model.dropout": 0.0,
+    "model.lora.rank": 2,
+    "model.lora.targets": "query|down",
+    "objective.token": 0.5,
+    "optimizer.warmup_steps": 0,
+    "optimizer.learning_rate": 1e-2,
+    "train.steps": 5,
+    "train.batch_rows": 4,
+    "train.eval_every": 3,
+    "eval.resamples": 10,
+    "eval.batch_rows": 4,
+    "log.progress": False,
+}
+OWN = ["query_lora_DL", "query_lora_LNH", "down_lora_FL", "down_lora_LD"]
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """A LLaMA of two layers whose tokens are words, and a shop."""
+    folder = tmp_path_factory.mktemp("finetune")
+    values = MODELS["llama3"]
+    write_model(folder / "model", values)
+    tokenizer = Tokenizer(models.WordLevel({f"t{k}": k for k in range(values["vocab_size"])}, unk_token="t0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(folder / "model" / "tokenizer.json"))
+    rng = np.random.default_rng(0)
+    titles = [" ".join(f"t{k}" for k in rng.integers(10, 37, rng.integers(1, 5))) for _ in range(ITEMS)]
+    (folder / "tables").mkdir()
+    (folder / "tables" / "items.csv").write_text("item,title\n" + "".join(f"i{n},{title}\n" for n, title in enumerate(titles)))
+    events = [(u, rng.integers(ITEMS), t) for u in range(USERS) for t in range(rng.integers(3, 8))]
+    (folder / "tables" / "interactions.csv").write_text("user,item,timestamp\n" + "".join(f"u{u},i{i},{t}\n" for u, i, t in events))
+    (folder / "run.py").write_text(config_text(FIELDS))
+    return folder
+
+
+@pytest.fixture
+def make(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+
+    def make(**changes):
+        config = default_config()
+        config.update_from_flattened_dict(FIELDS | {name.replace("__", "."): value for name, value in changes.items()})
+        resolved = pretrained.configure(resolve(config))
+        return make_run(resolved, prepare(resolved.data, pretrained.vocabulary(resolved)))
+
+    return make
+
+
+def evaluator_of(run):
+    return Evaluator(run.model, run.config, run.prepared, run.items, run.mesh)
+
+
+@pytest.fixture(scope="session")
+def trained(folder):
+    return run(folder, "--config=run.py", "--workdir=lora")
+
+
+def test_a_checkpoint_holds_what_was_trained(folder, trained, make):
+    out, err = trained
+    assert err == "" and "wrote lora/evaluation.json" in out
+    this = make()
+    saved = flat(ocp.StandardCheckpointer().restore(folder / "lora" / "checkpoints" / "5" / "params"))
+    new = [name for name in flat(this.model.shapes()) if name not in pretrained.names(this.config)]
+    assert saved.keys() == set(new)
+    kinds = {name.rpartition(".")[2] for name in new if ".0_0." in name or ".2_0." in name}
+    assert kinds == set(OWN) and any(".1_0." in name for name in new)  # the inserted layer is trained as a whole
+    others = {name for name in new if "decoder.blocks" not in name}
+    assert others == {"decoder.boundary_D", "output_boundary_D", "state_DE", "table_IE"}
+    moments = jax.tree.leaves(ocp.StandardCheckpointer().restore(folder / "lora" / "checkpoints" / "5" / "rest"))
+    assert sum(x.size for x in moments) == 2 * sum(x.size for x in saved.values()) + 2  # Adam's two, and two counts
+    start = flat(init_state(this)["params"])
+    assert start.keys() == saved.keys() and all((np.asarray(start[name]) != saved[name]).any() for name in saved)
+    both = sum(x.size for x in saved.values()), sum(x.size for x in jax.tree.leaves(this.frozen))
+    assert f"{both[0]:,} parameters trained, {both[1]:,} frozen" in out
+
+
+def test_frozen_parameters_are_those_of_the_folder_before_and_after(folder, make, tmp_path):
+    """Bitwise, by what the training step is given; and trained where the config says so."""
+    this = make(train__trained="final_norm|embedding")
+    seen = []
+
+    def recording(run):
+        step = make_train_step(run)
+
+        def recorded(state, batch, items, number, frozen):
+            seen.append(frozen)
+            return step(state, batch, items, number, frozen)
+
+        return recorded
+
+    make_train_step = train_lib.make_train_step
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_lib, "make_train_step", recording)
+        with jax.set_mesh(this.mesh):
+            checkpoints = train(this, tmp_path, evaluator_of(this), Signals())
+            params = checkpoints.restore_params(5, this.abstract_trained)
+    names = pretrained.names(this.config)
+    given = pretrained.load(this.config, select(this.model.shapes(), lambda name: name in names))
+    assert len(seen) == 5
+    for frozen in seen:
+        assert flat(frozen).keys() == names.keys() - {"decoder.final_norm.scale", "decoder.embedding_VD"}
+        for name, x in flat(frozen).items():
+            np.testing.assert_array_equal(x, flat(given)[name])
+    for name in ("decoder.final_norm.scale", "decoder.embedding_VD"):
+        assert (np.asarray(flat(params)[name]) != flat(given)[name]).any()
+
+
+def test_what_is_frozen(make):
+    def frozen(**changes):
+        return make(**changes).frozen_names
+
+    names = set(pretrained.names(make().config))
+    assert frozen() == frozen(train__frozen=".") == names
+    full = {"model__lora__rank": 0}
+    assert not frozen(**full)
+    assert frozen(**full, train__frozen=r"embedding|norm\.scale") == {name for name in names if "embedding" in name or "norm.scale" in name}
+    assert frozen(train__trained=r"mlp\.") == {name for name in names if "mlp." not in name}
+    assert frozen(**full, objective__token=0.0) == {"output_VD"}  # nothing reads it
+    for changes, said in (
+        ({"train__frozen": "layers"}, r"config\.train\.frozen = 'layers' finds none of the pretrained parameters, such as decoder\."),
+        ({"train__trained": "lora"}, r"config\.train\.trained = 'lora' finds none of the pretrained"),
+    ):
+        with pytest.raises(InputError, match=said):
+            frozen(**changes)
+
+
+def test_base_weights_in_bfloat16(make):
+    """Frozen ones are rounded, trained ones are not."""
+    exact, rounded = make(), make(model__frozen_dtype="bfloat16", train__trained="final_norm")
+    assert {str(x.dtype) for x in jax.tree.leaves(rounded.frozen)} == {"bfloat16"}
+    for name, x in flat(rounded.frozen).items():
+        np.testing.assert_array_equal(x, np.asarray(flat(exact.frozen)[name]).astype("bfloat16"))
+    state = init_state(rounded)
+    assert {str(x.dtype) for x in jax.tree.leaves(state["params"])} == {"float32"}
+    rows = [rounded.rows[row] for row in range(2)]
+    batch = rounded.finish({name: np.stack([row[name] for row in rows]) for name in rows[0]})
+    state, metrics = train_lib.make_train_step(rounded)(state, batch, rounded.items, np.int32(0), rounded.frozen)
+    assert np.isfinite(metrics["gradient_norm"]) and {str(x.dtype) for x in jax.tree.leaves(state["params"])} == {"float32"}
+
+
+def test_the_boundary_starts_as_the_mean_of_the_tokens(make):
+    for changes in ({}, {"model__lora__rank": 0}):
+        this = make(**changes)
+        state = init_state(this)
+        every = flat(join(state["params"], this.frozen))
+        for boundary, rows in (("decoder.boundary_D", "decoder.embedding_VD"), ("output_boundary_D", "output_VD")):
+            np.testing.assert_allclose(every[boundary], np.asarray(every[rows], np.float64).mean(0), rtol=1e-5, atol=1e-6)
+
+
+def test_interrupted_and_whole_are_the_same(folder, trained):
+    run(folder, "--config=run.py", "--workdir=parts", "--config.train.steps=3")
+    run(folder, "--config=run.py", "--workdir=parts")
+    for item in ("params", "rest"):
+        assert_same(*(ocp.StandardCheckpointer().restore(folder / name / "checkpoints" / "5" / item) for name in ("lora", "parts")))
+    assert (folder / "lora" / "evaluation.json").read_text() == (folder / "parts" / "evaluation.json").read_text()
+
+
+def test_export_is_the_merged_model(folder, trained, make, tmp_path):
+    out, _ = run(folder, "--workdir=lora", "--mode=export", "--step=last", f"--output={tmp_path / 'out'}")
+    assert "inter" in out and f"wrote {tmp_path / 'out'}, from step 5" in out  # transformers' attention is another: said
+    this = make()
+    saved = ocp.StandardCheckpointer().restore(folder / "lora" / "checkpoints" / "5" / "params")
+    merged = flat(merge(join(saved, this.frozen), this.config.model.lora))
+    config = pretrained.configure(
+        dataclasses.replace(this.config, model=dataclasses.replace(this.config.model, pretrained=str(tmp_path / "out")))
+    )
+    again = flat(pretrained.load(config, select(this.model.shapes(), lambda name: name in pretrained.names(config))))
+    assert len(again) == len(pretrained.names(config))
+    for name, x in again.items():
+        np.testing.assert_array_equal(x, merged[name])
+    changed = {name for name in again if (np.asarray(again[name]) != flat(this.frozen)[name]).any()}
+    assert changed == {f"decoder.blocks.{block}.{name}" for block in ("0_0", "2_0") for name in ("attention.query_DNH", "mlp.down_FD")}
+    _, err = run(folder, "--workdir=lora", "--mode=export", code=2)
+    assert err == "error: --mode=export makes a Hugging Face folder: --output=DIR is missing\n"
+
+
+def test_the_initial_model_and_the_losses(folder, make):
+    """train.steps = 0: the base model under ordinary attention; its losses by hand, from all log-probabilities."""
+    flags = ["--config.train.steps=0", "--config.model.schedule=full*2", "--config.model.lora.rank=0"]
+    out, _ = run(folder, "--config=run.py", "--workdir=base", *flags)
+    assert "step 0: validation" in out
+    this = make(train__steps=0, model__schedule="full*2", model__lora__rank=0)
+    params = init_state(this)["params"]
+    assert_same(ocp.StandardCheckpointer().restore(folder / "base" / "checkpoints" / "0" / "params"), params)
+    evaluation = json.loads((folder / "base" / "evaluation.json").read_text())
+    events, catalogue = this.prepared.events, this.prepared.catalogue
+    for label, split in ((VALIDATION, "validation"), (TEST, "test")):
+        losses = []
+        for target in events.targets(label):
+            begin = events.offsets[np.searchsorted(events.offsets, target, side="right") - 1]
+            item = events.item[target : target + 1]
+            row = candidate_rows(catalogue, [events.item[begin:target]], [item], this.config.data.row_tokens)
+            model = this.model.bind(params)
+            x_TD = np.asarray(model.states(row))[0]
+            logits = np.concatenate([x_TD @ np.asarray(part).T for part in model.output_embedding()], axis=1)
+            log_p = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+            at = np.flatnonzero(row["candidate"][0])
+            losses += [(-log_p[t - 1, row["token"][0, t]], t == at[-1]) for t in at]
+        loss, boundary = map(np.array, zip(*losses, strict=True))
+        got = evaluation["results"]["model"][split]
+        np.testing.assert_allclose([got["token_loss"], got["text_loss"]], [loss.mean(), loss[~boundary].mean()], rtol=1e-5)
+
+
+def test_ranking_by_likelihood(make):
+    """Ranks of a text generator without item vectors: by each candidate scored alone."""
+    this = make(objective__item=0.0, eval__ranking="likelihood", eval__length_normalized=True, data__item_tokens=2)
+    assert not any("DE" in name or "IE" in name for name in flat(this.model.shapes()))
+    params = join(init_state(this)["params"], this.frozen)
+    events, catalogue = this.prepared.events, this.prepared.catalogue
+    targets = events.targets(TEST)[:7]
+    rank, ties = evaluator_of(this).rank(params, targets)
+    titles = [tuple(catalogue.tokens[begin:end]) for begin, end in zip(catalogue.offsets, catalogue.offsets[1:], strict=False)][:ITEMS]
+    alone = jax.jit(lambda params, row: log_likelihoods(this.model.bind(params), row, 1, normalize=True)[0, 0])
+    for n, target in enumerate(targets):
+        begin = events.offsets[np.searchsorted(events.offsets, target, side="right") - 1]
+        history, own = events.item[begin:target], events.item[target]
+        most = 40 - int(catalogue.item_lengths.max())
+        scores = np.array(
+            [
+                alone(params, candidate_rows(catalogue, [history], [np.array([item])], most + int(catalogue.item_lengths[item]), 40))
+                for item in range(ITEMS)
+            ]
+        )
+        others = [item for item in range(ITEMS) if item != own and item not in history]
+        equal = [item for item in others if titles[item] == titles[own]]
+        above = [item for item in others if item not in equal and scores[item] > scores[own]]
+        assert (rank[n], ties[n]) == (1 + len(above), len(equal))
+
+
+# ---- what is wrong
+
+
+def broken(folder, tmp_path, change):
+    copy = tmp_path / "model"
+    shutil.copytree(folder / "model", copy)
+    change(copy)
+    return f"--config.model.pretrained={copy}"
+
+
+def truncate(copy):
+    with (copy / "model.safetensors").open("r+b") as file:
+        file.truncate(1000)
+
+
+def integers(copy):
+    write_model(copy, MODELS["llama3"], dtype=np.int32)
+
+
+def a_shard_less(copy):
+    (copy / "model.safetensors").unlink()
+    write_model(copy, MODELS["llama3"], files=3)
+    (copy / "model-00002-of-00003.safetensors").unlink()
+
+
+def other_tokenizer(copy):
+    Tokenizer(models.WordLevel({f"t{k}": k for k in range(50)}, unk_token="t0")).save(str(copy / "tokenizer.json"))
+
+
+def unsupported(copy):
+    values = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(values | {"model_type": "mixtral"}))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (truncate, "model.safetensors"),
+        (integers, "I32"),
+        (a_shard_less, "model-00002-of-00003.safetensors"),
+        (other_tokenizer, "tokenizer of another vocabulary size: its token ids need 50 rows, the model's embedding has 37"),
+        (unsupported, "mixtral"),
+        (lambda copy: (copy / "tokenizer.json").unlink(), "tokenizer.json: no such file"),
+        (lambda copy: (copy / "model.safetensors").unlink(), "model.safetensors"),
+        (shutil.rmtree, "no such folder"),
+    ],
+    ids=["truncated", "wrong type", "missing shard", "tokenizer", "unsupported", "no tokenizer", "no weights", "no folder"],
+)
+def test_bad_folders_are_one_line(folder, tmp_path, change, said):
+    _, err = run(folder, "--config=run.py", f"--workdir={tmp_path / 'w'}", broken(folder, tmp_path, change), code=2)
+    assert err.startswith("error: ") and err.count("\n") == 1 and said in err and str(tmp_path / "model") in err
+    assert not (tmp_path / "w").exists()
+
+
+def test_a_working_folder_knows_its_model(folder, trained, tmp_path):
+    """By its content: it may be elsewhere, and another at the same place is refused."""
+    moved = broken(folder, tmp_path, lambda copy: None)
+    run(folder, "--workdir=lora", "--mode=evaluate", moved)
+    other = write_model(tmp_path / "other", MODELS["llama3"], {name: x + 1e-3 for name, x in weights(MODELS["llama3"]).items()})
+    shutil.copy(folder / "model" / "tokenizer.json", other)
+    _, err = run(folder, "--workdir=lora", "--mode=evaluate", f"--config.model.pretrained={other}", code=2)
+    assert "lora was made from another pretrained model: its pretrained_sha256 is " in err

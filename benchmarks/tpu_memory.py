@@ -26,12 +26,12 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from iam_jax.config import default_config, resolve
+from iam_jax.config import Config, default_config, resolve
 from iam_jax.model import make_model
 from iam_jax.objective import Items
-from iam_jax.optimizer import make_optimizer
-from iam_jax.sharding import BATCH, param_sharding
-from iam_jax.train import Run, make_train_step
+from iam_jax.parameters import abstract, frozen_names, select
+from iam_jax.sharding import BATCH
+from iam_jax.train import Run, abstract_state, make_train_step
 
 CHIPS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 ITEM = 12  # tokens
@@ -49,26 +49,38 @@ def make_config(row_tokens: int, rows: int, **model) -> ml_collections.ConfigDic
 
 def compile_step(chip: str, mesh_shape: tuple[int, int, int], row_tokens: int, rows: int, **model):
     """The compiled training step (jax.stages.Compiled) for the chip's first devices, with `model` fields over MODEL's."""
-    topology = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[chip])
-    devices = np.array(topology.devices[: int(np.prod(mesh_shape))]).reshape(mesh_shape)
-    mesh = jax.sharding.Mesh(devices, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
-    everywhere, split = NamedSharding(mesh, P()), NamedSharding(mesh, BATCH)
-    config = resolve(make_config(row_tokens, rows, **model))
-    made = make_model(config, vocabulary=1000, items=1000, longest=ITEM)
+    run = abstract_run(CHIPS[chip], mesh_shape, resolve(make_config(row_tokens, rows, **model)), vocabulary=1000, items=1000)
+    return compile_run(run, abstract_arguments(run, items=1000))
 
-    def abstract(shape, dtype, sharding=everywhere):
+
+def abstract_run(topology: str, mesh_shape: tuple[int, int, int], config: Config, vocabulary: int, items: int) -> Run:
+    """A run without data, for the first devices of a TPU slice such as "v5e:2x4". vocabulary: token ids, the boundary token included."""
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[: int(np.prod(mesh_shape))]
+    mesh = jax.sharding.Mesh(np.array(devices).reshape(mesh_shape), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    model = make_model(config, vocabulary, items, longest=ITEM)
+    return Run(config, None, mesh, model, None, None, frozen_names=frozenset(frozen_names(config, model.shapes())))
+
+
+def abstract_arguments(run: Run, items: int) -> tuple:
+    """What the training step takes, in shapes, types and shardings: state, batch, items, number of the step, frozen parameters."""
+    everywhere, split = NamedSharding(run.mesh, P()), NamedSharding(run.mesh, BATCH)
+    row_tokens, rows = run.config.data.row_tokens, run.config.train.batch_rows
+
+    def make(shape, dtype, sharding=everywhere):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
-    state = {"params": made.shapes(), "optimizer": jax.eval_shape(make_optimizer(config.optimizer).init, made.shapes())}
-    state = jax.tree.map(lambda x, s: abstract(x.shape, x.dtype, s), state, param_sharding(mesh, state))
     of_items = [jnp.bool_, jnp.float32, jnp.float32, jnp.uint32]
-    items = Items(abstract((1000, ITEM), jnp.int32), abstract((1000,), jnp.int32), *(abstract((1000,), dtype) for dtype in of_items))
+    catalogue = Items(make((items, ITEM), jnp.int32), make((items,), jnp.int32), *(make((items,), dtype) for dtype in of_items))
     widths = dict.fromkeys(("token", "user", "group", "position", "label"), row_tokens)
     widths |= dict.fromkeys(("target", "target_at"), row_tokens // ITEM)
-    batch = {name: abstract((rows, width), jnp.int32, split) for name, width in widths.items()}
-    with jax.set_mesh(mesh):
-        step = make_train_step(Run(config, None, mesh, made, None, items))
-        return step.lower(state, batch, items, abstract((), jnp.int32)).compile()
+    batch = {name: make((rows, width), jnp.int32, split) for name, width in widths.items()}
+    frozen = select(run.model.shapes(), lambda name: name in run.frozen_names)
+    return abstract_state(run), batch, catalogue, make((), jnp.int32), abstract(run.mesh, frozen, run.config.model.frozen_dtype)
+
+
+def compile_run(run: Run, arguments: tuple):
+    with jax.set_mesh(run.mesh):
+        return make_train_step(run).lower(*arguments).compile()
 
 
 def temporaries(compiled) -> int:

@@ -58,7 +58,7 @@ class LoraConfig:
     rank: int = 0  # of the low-rank adapters (arXiv 2106.09685); 0: none
     alpha: float = 16.0  # what they add is scaled by alpha / rank
     dropout: float = 0.0  # of the adapters' inputs
-    targets: str = "."  # regular expression over the names of pretrained matrices, "attention.query_DNH", "mlp.up_DF", …
+    targets: str = "."  # regular expression over a layer's matrices: "attention.query_DNH", "mlp.up_DF", …
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +111,7 @@ class ObjectiveConfig:
     negatives: int = 512  # sampled: drawn negatives per step, beside the batch's own targets
     negatives_power: float = 1.0  # they are drawn proportionally to (training events of the item) ** power
     refresh_steps: int = 100  # cached: steps between two refreshes of the cached text vectors
-    chunk: int = 2048  # positions whose logits exist at one time
+    chunk: int = 2048  # positions whose logits exist at one time, on all devices together
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,8 +133,8 @@ class TrainConfig:
     steps: int = 10000  # of the optimizer; 0: the initial model is evaluated
     batch_rows: int = 16  # rows of a step, all micro-batches together
     seed: int = 0  # of initial parameters, order of rows, dropout and draws
-    frozen: str = "auto"  # pretrained parameters that are not trained: auto (with LoRA all, else none) | a regular expression over names
-    trained: str = ""  # exceptions to train.frozen: a regular expression over names; empty: none
+    frozen: str = "auto"  # pretrained parameters that are not trained: auto (with LoRA all, else none) | a regular expression
+    trained: str = ""  # exceptions: a regular expression, too, over names like "decoder.blocks.0_1.attention.query_DNH"; empty: none
     eval_every: int = 500  # steps between two validations
     save_every: int = 500  # steps between two checkpoints, besides those at validations
     keep: int = 2  # newest checkpoints kept, besides the best
@@ -190,7 +190,7 @@ class Config:
     @property
     def uses_text(self) -> bool:
         """Whether item vectors come from the items' text, in part or whole."""
-        return self.objective.vectors != "table"
+        return self.objective.item > 0 and self.objective.vectors != "table"
 
     @property
     def leading_vectors(self) -> bool:
@@ -201,6 +201,23 @@ class Config:
     def states_by_item(self) -> bool:
         """Whether there are leading intra layers whose states depend on the item alone, wherever it stands."""
         return self.model.positions == "rotary" and self.schedule.leading_intra > 0
+
+    @property
+    def selection(self) -> str:
+        """The name under which the metric that selects the best step is kept."""
+        return f"{self.metric_prefix}{self.eval.metric}"
+
+    @property
+    def metric_prefix(self) -> str:
+        """What tells validation metrics of other rankings than the item objective's apart."""
+        if self.eval.ranking == "item":
+            return ""
+        return f"{'length-normalized ' * self.eval.length_normalized}{self.eval.ranking} "
+
+    @property
+    def drops(self) -> bool:
+        """Whether there is any dropout inside the layers."""
+        return self.model.dropout > 0 or (self.model.lora.rank > 0 and self.model.lora.dropout > 0)
 
     @property
     def softmax(self) -> str:
@@ -392,6 +409,12 @@ def check(config: Config) -> None:
         except re.error as error:
             require(False, field, f"is no regular expression: {error}")
     require(train.frozen == "auto" or pretrained, "train.frozen", "only pretrained parameters can be frozen, and model.pretrained is empty")
+    freezes = pretrained and bool(lora.rank if train.frozen == "auto" else train.frozen)
+    require(freezes or not train.trained, "train.trained", "nothing is frozen (model.pretrained, model.lora.rank, train.frozen)")
+    rounds = model.frozen_dtype != "float32"
+    require(freezes or not rounds, "model.frozen_dtype", "nothing is frozen (model.pretrained, model.lora.rank, train.frozen)")
+    inserts = any(any(stage.inserted) for stage in schedule.stages)
+    require(pretrained or not inserts, "model.schedule", "'+' inserts layers into a pretrained model, and model.pretrained is empty")
     require(0 <= model.dropout < 1, "model.dropout", "must be in [0, 1)")
     require(not model.tie_items or by_id, "model.tie_items", "needs data.tokenizer = 'id'")
     require(not model.tie_items or objective.vectors == "table", "model.tie_items", "needs objective.vectors = 'table'")
@@ -405,14 +428,15 @@ def check(config: Config) -> None:
     by_item = evaluation.ranking == "item"
     require(objective.item > 0 or not by_item, "objective.item", "must be above 0: items are ranked by it (eval.ranking)")
     require(objective.token > 0 or by_item, "objective.token", "must be above 0: eval.ranking = 'likelihood' is of their text")
-    text, token = config.uses_text, objective.token
+    text, token = objective.vectors != "table", objective.token
     require(not (by_id and token), "objective.token", "needs text tokens, and data.tokenizer is 'id'")
     require(not (by_id and text), "objective.vectors", "vectors from text need text tokens, and data.tokenizer is 'id'")
     sees_next = "intra_both" in schedule.relations
     require(not (token and sees_next), "objective.token", "intra_both sees the token to be predicted")
     leads = objective.text_layers == "all" or schedule.leading_intra > 0
-    require(not text or leads, "objective.text_layers", "'leading' needs a schedule that begins with intra layers")
-    require(objective.softmax != "cached" or text, "objective.softmax", "'cached' needs objective.vectors = 'text' or 'both'")
+    require(not config.uses_text or leads, "objective.text_layers", "'leading' needs a schedule that begins with intra layers")
+    cached = objective.softmax == "cached"
+    require(not cached or config.uses_text, "objective.softmax", "'cached' needs objective.item and objective.vectors = 'text' or 'both'")
     require(objective.negatives >= 0, "objective.negatives", "must be 0 or more")
     require(0 <= objective.negatives_power <= 2, "objective.negatives_power", "must be in [0, 2]")
     for field in ("refresh_steps", "chunk"):

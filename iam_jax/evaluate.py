@@ -26,7 +26,7 @@ from iam_jax.files import write_atomically
 from iam_jax.likelihood import log_likelihoods
 from iam_jax.model import Model, Params
 from iam_jax.objective import Items, item_vectors, label_log_probs
-from iam_jax.sharding import shard_batch
+from iam_jax.sharding import batch_shards, shard_batch
 
 _SCORES = 1 << 24  # scores that exist at one time: 64 MiB
 
@@ -107,7 +107,7 @@ class Evaluator:
             if model.item_states == "on":
                 print(f"ranking computes the leading intra layers for every history: the catalogue's states take {gib:.1f} GiB", flush=True)
             return None
-        shards = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        shards = batch_shards(self.mesh)
         at_once = math.ceil(self.config.eval.batch_rows / shards) * shards
         return CatalogueItems(self.prepared.catalogue, self.config.data.row_tokens, at_once)
 
@@ -189,23 +189,27 @@ class Evaluator:
         row_tokens, longest = config.data.row_tokens, int(catalogue.item_lengths.max())
         # A row holds a history and a few times as many tokens of candidates; a batch is about the size of the others.
         C = min(math.ceil(4 * row_tokens / longest), catalogue.items)
-        T, B = row_tokens + C * longest, math.ceil(config.eval.batch_rows / 5)
+        # Equal texts once: they must tie, and rounding depends on the place in a row.
+        token, length = catalogue.padded()
+        _, first, text_I = np.unique(np.column_stack([length, token]), axis=0, return_index=True, return_inverse=True)
+        shards = batch_shards(self.mesh)
+        T, B = row_tokens + C * longest, math.ceil(config.eval.batch_rows / 5 / shards) * shards
         begin = events.offsets[baselines.users_of(events, targets)]
         histories = [events.item[first:target] for first, target in zip(begin, targets, strict=True)]
-        scores = np.zeros((len(targets), catalogue.items), np.float32)
+        scores = np.zeros((len(targets), len(first)), np.float32)
         for x in range(0, len(targets), B):
             some = histories[x : x + B] + [histories[x]] * max(0, x + B - len(targets))
-            for c in range(0, catalogue.items, C):
+            for c in range(0, len(first), C):
                 poll()
-                items = np.arange(c, min(c + C, catalogue.items))
+                items = first[c : c + C]
                 # Whatever the candidates, the history is the one that leaves room for the longest.
                 most = row_tokens - longest + int(catalogue.item_lengths[items].max())
                 batch = candidate_rows(catalogue, some, [items] * B, most, T)
                 found = np.asarray(self._log_likelihoods(params, shard_batch(self.mesh, batch), C))
                 if not np.isfinite(found).all():
                     raise FloatingPointError("a log-likelihood is not finite")
-                scores[x : x + B, items] = found[: len(targets) - x, : len(items)]
-        return scores
+                scores[x : x + B, c : c + C] = found[: len(targets) - x, : len(items)]
+        return scores[:, text_I.reshape(-1)]
 
     def _progress(self, iterable, total: int, label: str):
         return tqdm(iterable, label, total, leave=False, disable=not self.config.log.progress or total < 4, mininterval=1)
@@ -247,6 +251,7 @@ def protocol(prepared: Prepared, config: Config) -> dict:
         "k_core": config.data.k_core,
         "ks": list(config.eval.ks),
         "context_items": config.data.context_items,
+        "ranking": config.metric_prefix.strip() or "item",
     }
 
 

@@ -50,6 +50,10 @@ def run(signals: Signals) -> None:
         what = "it needs a model that began as one (config.model.pretrained)" if _OUTPUT.value else "--output=DIR is missing"
         raise InputError(f"--mode=export makes a Hugging Face folder: {what}")
     vocabulary = fingerprint = None
+    if exporting:
+        from iam_jax.model.pretrained import check_output
+
+        check_output(_OUTPUT.value)
     if config.model.pretrained:
         from iam_jax.model import pretrained
 
@@ -84,7 +88,7 @@ def run(signals: Signals) -> None:
         if training:
             checkpoints = train(this, workdir, evaluator, signals)
         else:
-            checkpoints = Checkpoints(workdir, config.train.keep, config.eval.metric, read_only=True)
+            checkpoints = Checkpoints(workdir, config.train.keep, config.selection, read_only=True)
         step = checkpoints.resolve("best" if training else _STEP.value)
         params = join(checkpoints.restore_params(step, this.abstract_trained), this.frozen)
         checkpoints.close()

@@ -4,6 +4,7 @@ Axes: X positions of any kind, M targets of a row, C candidates, I items, E item
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from functools import partial
@@ -18,6 +19,7 @@ from iam_jax.data.catalogue import Catalogue
 from iam_jax.data.item_rows import CHUNKS
 from iam_jax.data.splits import Events
 from iam_jax.model.heads import Recommender
+from iam_jax.sharding import shards_here, split_rows
 
 _ARRAYS = ("token_IT", "length_I", "trained_I", "target_share_I", "drawn_share_I", "drawn_until_I")  # of Items
 
@@ -90,12 +92,22 @@ def label_log_probs(
     """[X] float32: log softmax(h v^T)[label], 0 where the label is below 0. At most `chunk` positions' logits exist at one time, in
     the backward pass too. v_CE: in parts, where it is several. allowed_C: candidates that take part."""
 
+    parts = v_CE if isinstance(v_CE, tuple) else (v_CE,)
+    allowed = (None,) * len(parts) if allowed_C is None else jnp.split(allowed_C, np.cumsum([len(v) for v in parts])[:-1])
+
     def part(label_x, h_xE):
-        logits_xC = logits(h_xE, v_CE)
-        if allowed_C is not None:
-            logits_xC = jnp.where(allowed_C, logits_xC, -jnp.inf)
-        picked_x = jnp.take_along_axis(logits_xC, jnp.maximum(label_x, 0)[:, None], axis=1)[:, 0]
-        return jnp.where(label_x >= 0, picked_x - jax.nn.logsumexp(logits_xC, axis=1), 0)
+        # Each part by itself: logits in one piece would be copied, and a sharded vocabulary moved between devices.
+        start, picked_x, sums = 0, 0, []
+        for v, may in zip(parts, allowed, strict=True):
+            logits_xC = jnp.einsum("xE,CE->xC", h_xE, v, preferred_element_type=jnp.float32)
+            if may is not None:
+                logits_xC = jnp.where(may, logits_xC, -jnp.inf)
+            inside_x = (label_x >= start) & (label_x < start + len(v))
+            found_x = jnp.take_along_axis(logits_xC, jnp.clip(label_x - start, 0, len(v) - 1)[:, None], axis=1)[:, 0]
+            picked_x = jnp.where(inside_x, found_x, picked_x)
+            sums.append(jax.nn.logsumexp(logits_xC, axis=1))
+            start += len(v)
+        return jnp.where(label_x >= 0, picked_x - functools.reduce(jnp.logaddexp, sums), 0)
 
     return _over_chunks(part, chunk, label_X, h_XE)
 
@@ -132,24 +144,32 @@ def _over_chunks(part: Callable[..., jax.Array], chunk: int, label_X: jax.Array,
     part = jax.checkpoint(part)
     if len(label_X) <= chunk:
         return part(label_X, *y_XE)
-    values = jax.lax.map(lambda xs: part(*xs), (_chunks(label_X, chunk, -1), *(_chunks(y, chunk) for y in y_XE)))
-    return values.reshape(-1)[: len(label_X)]
+    values = jax.lax.map(lambda xs: part(*xs), (_strided(label_X, chunk, -1), *(_strided(y, chunk) for y in y_XE)))
+    return _unstrided(values, len(label_X))
 
 
-def _chunks(y: jax.Array, chunk: int, fill: int = 0) -> jax.Array:
-    """[X, …] as [parts, size, …]: the fewest parts of at most `chunk` rows, of the same size, filled up at the end."""
+def _strided(y: jax.Array, chunk: int, fill: int = 0) -> jax.Array:
+    """[X, …] as [parts, size, …]: the fewest parts of about `chunk` rows, of the same size, filled up at the end. A part is every parts-th
+    row, so that rows that are spread over devices stay where they are and every part is spread over all of them."""
+    shards = shards_here()
     parts = math.ceil(len(y) / chunk)
-    size = math.ceil(len(y) / parts)
+    size = math.ceil(len(y) / parts / shards) * shards
     widths = ((0, parts * size - len(y)), *[(0, 0)] * (y.ndim - 1))
-    return jnp.pad(y, widths, constant_values=fill).reshape(parts, size, *y.shape[1:])
+    y = jnp.pad(y, widths, constant_values=fill).reshape(size, parts, *y.shape[1:])
+    return split_rows(y.swapaxes(0, 1), axis=1)
+
+
+def _unstrided(y: jax.Array, rows: int) -> jax.Array:
+    """[parts, size, …] as [rows, …]: `_strided` undone."""
+    return y.swapaxes(0, 1).reshape(-1, *y.shape[2:])[:rows]
 
 
 def all_text_vectors(model: Recommender, items: Items, chunk: int = 1024, key: jax.Array | None = None) -> jax.Array:
     """v_IE of every item's text, `chunk` items at a time."""
-    token, length = _chunks(items.token_IT, chunk), _chunks(items.length_I, chunk, fill=1)
+    token, length = _strided(items.token_IT, chunk), _strided(items.length_I, chunk, fill=1)
     keys = None if key is None else jax.random.split(key, len(token))
     vectors = jax.lax.map(jax.checkpoint(lambda xs: model.text_vectors(*xs)), (token, length, keys))
-    return vectors.reshape(-1, vectors.shape[-1])[: len(items.token_IT)]
+    return _unstrided(vectors, len(items.token_IT))
 
 
 def item_vectors(model: Recommender, config: Config, items: Items, boundary_ID: jax.Array | None = None) -> jax.Array:

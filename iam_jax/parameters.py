@@ -12,6 +12,9 @@ from iam_jax.errors import InputError
 from iam_jax.model import Params, pretrained
 from iam_jax.sharding import param_sharding
 
+# A pretrained model's embeddings, and where the row of the boundary token is that each lacks.
+EMBEDDINGS = {"decoder.embedding_VD": "decoder.boundary_D", "output_VD": "output_boundary_D"}
+
 
 def name_of(path: tuple) -> str:
     return jax.tree_util.keystr(path, simple=True, separator=".")
@@ -35,7 +38,7 @@ def join(a: Params, b: Params) -> Params:
 
 
 def frozen_names(config: Config, params: Params) -> set[str]:
-    """The names of the parameters that are not trained. Raises InputError for a pattern that finds nothing or everything."""
+    """The names of the parameters that are not trained. Raises InputError for a pattern that finds nothing."""
     if not config.model.pretrained:
         return set()
     names = {name_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)}
@@ -51,8 +54,6 @@ def frozen_names(config: Config, params: Params) -> set[str]:
     frozen -= exceptions
     if not config.objective.token:
         frozen |= given & {"output_VD"}  # nothing reads it
-    if frozen == names:
-        raise InputError(f"config.train.frozen = {pattern!r} leaves nothing to train")
     return frozen
 
 
@@ -61,10 +62,8 @@ def abstract(mesh: jax.sharding.Mesh, tree, dtype: str | None = None):
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, sharding=s), tree, param_sharding(mesh, tree))
 
 
-def start_boundary(params: Params, frozen: Params) -> Params:
-    """The boundary token, which a pretrained model does not know, starts as the mean of its tokens, as input and as output."""
-    every = join(params, frozen)
-    params = params | {"decoder": params["decoder"] | {"boundary_D": every["decoder"]["embedding_VD"].mean(0, dtype=jnp.float32)}}
-    if "output_boundary_D" in params:
-        params["output_boundary_D"] = every["output_VD"].mean(0, dtype=jnp.float32)
-    return params
+def mean_rows(embeddings: Params) -> Params:
+    """The boundary token's rows at the start, of the EMBEDDINGS that there are: a pretrained model does not know it, so it begins as the
+    mean of its tokens."""
+    out = {"decoder": {"boundary_D": embeddings["decoder"]["embedding_VD"].mean(0, dtype=jnp.float32)}}
+    return out | ({"output_boundary_D": embeddings["output_VD"].mean(0, dtype=jnp.float32)} if "output_VD" in embeddings else {})

@@ -53,20 +53,29 @@ def param_sharding(mesh: Mesh, tree):
     return jax.tree_util.tree_map_with_path(leaf, tree)
 
 
+def batch_shards(mesh) -> int:
+    """How many parts the rows of a batch are split into."""
+    return math.prod(mesh.shape[name] for name in BATCH_AXES)
+
+
+def shards_here() -> int:
+    """Inside jit: `batch_shards` of the current mesh, 1 without one."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty or not set(BATCH_AXES) <= set(mesh.axis_names) else batch_shards(mesh)
+
+
 def split_rows(tree, axis: int):
     """Inside jit: rows along `axis` over the data and fsdp axes of the current mesh. A reshape of sharded rows into parts would leave
     the parts sharded, and a loop over them then computes every part on every device."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or not set(BATCH_AXES) <= set(mesh.axis_names):
+    shards, spec = shards_here(), PartitionSpec(*[None] * axis, BATCH_AXES)
+    if shards == 1:
         return tree
-    shards = math.prod(mesh.shape[name] for name in BATCH_AXES)
-    spec = PartitionSpec(*[None] * axis, BATCH_AXES)
     return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, spec) if x.shape[axis] % shards == 0 else x, tree)
 
 
 def shard_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     """Rows over the data and fsdp axes; replicated where they do not divide."""
-    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    parts = batch_shards(mesh)
 
     def place(x: np.ndarray) -> jax.Array:
         return jax.device_put(x, NamedSharding(mesh, BATCH if x.shape[0] % parts == 0 else PartitionSpec()))

@@ -25,8 +25,8 @@ from iam_jax.kernels.range_attention import choose
 from iam_jax.logs import MetricsLog, progress_bar
 from iam_jax.model import Model, Params, make_model, pretrained
 from iam_jax.optimizer import learning_rate, make_optimizer
-from iam_jax.parameters import abstract, frozen_names, join, select, start_boundary
-from iam_jax.sharding import make_mesh, param_sharding, shard_batch, split_rows
+from iam_jax.parameters import EMBEDDINGS, abstract, frozen_names, join, mean_rows, select
+from iam_jax.sharding import batch_shards, make_mesh, param_sharding, shard_batch, split_rows
 
 
 @dataclasses.dataclass
@@ -110,10 +110,10 @@ def _check_attention(config: Config) -> None:
 def _distinct_items(config: Config, rows: Rows, mesh: jax.sharding.Mesh) -> DistinctItems | None:
     """Whether a batch's items go through the leading intra layers once each (model.item_states)."""
     model, parts = config.model, config.optimizer.accumulate
-    if not config.states_by_item or model.item_states == "off" or (model.item_states == "auto" and model.dropout > 0):
+    if not config.states_by_item or model.item_states == "off" or (model.item_states == "auto" and config.drops):
         return None
     text = config.leading_vectors and config.softmax != "full"
-    items = DistinctItems(rows, config.train.batch_rows, parts, mesh.shape["data"] * mesh.shape["fsdp"], targets=text)
+    items = DistinctItems(rows, config.train.batch_rows, parts, batch_shards(mesh), targets=text)
     # The first micro-batch, in the plan's order, stands for all.
     some = [rows[row] for row in range(min(len(rows), config.train.batch_rows // parts))]
     batch = {name: np.stack([row[name] for row in some]) for name in some[0]}
@@ -166,18 +166,20 @@ def make_train_step(run: Run):
     return jax.jit(train_step, donate_argnums=0)
 
 
-def make_state(run: Run, trained: Params) -> dict:
-    """The state at the start: parameters, optimizer state and (objective.softmax = "cached") the text vectors' cache."""
+def rest_of_state(run: Run, trained: Params) -> dict:
+    """What the state holds beside the trained parameters, at the start: the optimizer's state and (objective.softmax = "cached") the
+    text vectors' cache."""
     config = run.config
-    state = {"params": trained, "optimizer": make_optimizer(config.optimizer).init(trained)}
+    rest = {"optimizer": make_optimizer(config.optimizer).init(trained)}
     if config.softmax == "cached":
-        state["cache"] = jnp.zeros((run.prepared.catalogue.items, config.model.width))
-    return state
+        rest["cache"] = jnp.zeros((run.prepared.catalogue.items, config.model.width))
+    return rest
 
 
 def abstract_state(run: Run) -> dict:
     """Shapes, types and shardings of the state, without allocating it."""
-    return abstract(run.mesh, jax.eval_shape(functools.partial(make_state, run), run.abstract_trained))
+    trained = run.abstract_trained
+    return {"params": trained} | abstract(run.mesh, jax.eval_shape(functools.partial(rest_of_state, run), trained))
 
 
 def init_state(run: Run) -> dict:
@@ -193,18 +195,19 @@ def init_state(run: Run) -> dict:
         options = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None
         return jax.jit(make, out_shardings=param_sharding(run.mesh, jax.eval_shape(make, *args)), compiler_options=options)(*args)
 
-    key = jax.random.key(config.train.seed)
-    if not config.model.pretrained:
-        return place(lambda key: make_state(run, fresh(key)), key)
-    params = join(place(fresh, key), pretrained.load(config, select(run.abstract_trained, lambda name: name in given)))
-    return place(functools.partial(make_state, run), place(start_boundary, params, run.frozen))
+    trained = place(fresh, jax.random.key(config.train.seed))
+    if config.model.pretrained:
+        trained = join(trained, pretrained.load(config, select(run.abstract_trained, lambda name: name in given)))
+        boundaries = place(mean_rows, select(join(trained, run.frozen), lambda name: name in EMBEDDINGS))
+        trained = join(select(trained, lambda name: name not in EMBEDDINGS.values()), boundaries)
+    return {"params": trained} | place(functools.partial(rest_of_state, run), trained)
 
 
 def train(run: Run, workdir: Path, evaluator: Evaluator, signals: Signals) -> Checkpoints:
     """Trains to train.steps, or goes on where the working folder's newest checkpoint stands. Raises Stop when interrupted (all saved)
     and NonFiniteError when a loss or gradient is not finite (the last good checkpoint stays)."""
     config = run.config
-    cfg, metric = config.train, config.eval.metric
+    cfg, metric = config.train, config.selection
     checkpoints = Checkpoints(workdir, cfg.keep, metric)
 
     # ---- state: from the newest checkpoint, else from scratch
@@ -283,7 +286,8 @@ def train(run: Run, workdir: Path, evaluator: Evaluator, signals: Signals) -> Ch
         ranks = evaluator.rank(params, validation, signals.poll, "validation")
         summary = summarize(run.prepared, config, validation, ranks)
         kept = {name: value for name, value in summary.items() if "@" in name and not name.endswith("_ci")}
-        return kept | evaluator.losses(params, validation, signals.poll, "validation")
+        kept |= evaluator.losses(params, validation, signals.poll, "validation")
+        return {f"{config.metric_prefix}{name}": value for name, value in kept.items()}
 
     with signals.deferred():
         try:

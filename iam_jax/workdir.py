@@ -51,7 +51,7 @@ def open_workdir(workdir: Path, config: Config, prepared: Prepared, pretrained_s
     if (workdir / "checkpoints").is_dir():
         from iam_jax.checkpoint import Checkpoints  # takes a second to import
 
-        checkpoints = Checkpoints(workdir, config.train.keep, config.eval.metric, read_only=True)
+        checkpoints = Checkpoints(workdir, config.train.keep, config.selection, read_only=True)
         checkpoints.best()  # another eval.metric than was measured is refused before the config is written
         checkpoints.close()
     files = {

@@ -87,6 +87,11 @@ WRONG = [
     *cases("model.pretrained", "", data__tokenizer="pretrained"),
     *cases("model.lora.rank", 4),
     *cases("train.frozen", "embedding"),
+    *cases("train.trained", "embedding"),
+    *cases("train.trained", "embedding", model__pretrained="folder", data__tokenizer="pretrained"),
+    *cases("model.frozen_dtype", "bfloat16"),
+    *cases("model.frozen_dtype", "bfloat16", model__pretrained="folder", data__tokenizer="pretrained"),
+    *cases("objective.softmax", "cached", objective__vectors="text", objective__item=0.0, objective__token=1.0, eval__ranking="likelihood"),
     *cases("model.lora.targets train.frozen train.trained", "(", model__pretrained="folder", data__tokenizer="pretrained"),
     *cases("data.row_tokens", 512, model__positions="learned", model__max_positions=256),
     *cases("data.shuffled_titles", True, data__tokenizer="id"),
@@ -103,7 +108,7 @@ WRONG = [
     *cases("objective.softmax", "cached"),
     *cases("optimizer.decay_steps", 50, 100, optimizer__warmup_steps=100),
     *cases("train.batch_rows", 16, optimizer__accumulate=3),
-    *cases("model.schedule", "", "intra outer", "full*0"),
+    *cases("model.schedule", "", "intra outer", "full*0", "(full +inter)*2"),
 ]
 
 

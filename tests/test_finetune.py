@@ -67,6 +67,7 @@ def folder(tmp_path_factory):
     tokenizer.save(str(folder / "model" / "tokenizer.json"))
     rng = np.random.default_rng(0)
     titles = [" ".join(f"t{k}" for k in rng.integers(10, 37, rng.integers(1, 5))) for _ in range(ITEMS)]
+    titles[1] = titles[2] = titles[0]
     (folder / "tables").mkdir()
     (folder / "tables" / "items.csv").write_text("item,title\n" + "".join(f"i{n},{title}\n" for n, title in enumerate(titles)))
     events = [(u, rng.integers(ITEMS), t) for u in range(USERS) for t in range(rng.integers(3, 8))]
@@ -214,6 +215,9 @@ def test_export_is_the_merged_model(folder, trained, make, tmp_path):
     assert changed == {f"decoder.blocks.{block}.{name}" for block in ("0_0", "2_0") for name in ("attention.query_DNH", "mlp.down_FD")}
     _, err = run(folder, "--workdir=lora", "--mode=export", code=2)
     assert err == "error: --mode=export makes a Hugging Face folder: --output=DIR is missing\n"
+    for output, said in (("run.py", "exists already"), ("run.py/out", "run.py cannot be written to"), ("tables", "exists already")):
+        out, err = run(folder, "--workdir=lora", "--mode=export", f"--output={output}", code=2)
+        assert err.count("\n") == 1 and said in err and not out  # before any work
 
 
 def test_the_initial_model_and_the_losses(folder, make):
@@ -249,7 +253,7 @@ def test_ranking_by_likelihood(make):
     assert not any("DE" in name or "IE" in name for name in flat(this.model.shapes()))
     params = join(init_state(this)["params"], this.frozen)
     events, catalogue = this.prepared.events, this.prepared.catalogue
-    targets = events.targets(TEST)[:7]
+    targets = events.targets(TEST)
     rank, ties = evaluator_of(this).rank(params, targets)
     titles = [tuple(catalogue.tokens[begin:end]) for begin, end in zip(catalogue.offsets, catalogue.offsets[1:], strict=False)][:ITEMS]
     alone = jax.jit(lambda params, row: log_likelihoods(this.model.bind(params), row, 1, normalize=True)[0, 0])
@@ -267,6 +271,29 @@ def test_ranking_by_likelihood(make):
         equal = [item for item in others if titles[item] == titles[own]]
         above = [item for item in others if item not in equal and scores[item] > scores[own]]
         assert (rank[n], ties[n]) == (1 + len(above), len(equal))
+    assert ties.any() and not ties.all()
+
+
+def test_another_ranking_is_another_selection(folder, trained):
+    """A step chosen by the item scores is not continued by likelihoods; but it may be evaluated by them, and the protocol says so."""
+    flags = ["--workdir=lora", "--config.eval.ranking=likelihood", "--config.eval.length_normalized=true"]
+    _, err = run(folder, *flags, "--config.train.steps=6", code=2)
+    assert "config.eval.metric = 'length-normalized likelihood ndcg@10' was not measured when" in err
+    before = (folder / "lora" / "evaluation.json").read_text()
+    run(folder, *flags, "--mode=evaluate", "--step=last")
+    evaluation = json.loads((folder / "lora" / "evaluation.json").read_text())
+    assert evaluation["protocol"]["ranking"] == "length-normalized likelihood"
+    run(folder, "--workdir=lora", "--mode=evaluate")
+    assert (folder / "lora" / "evaluation.json").read_text() == before
+    assert json.loads(before)["protocol"]["ranking"] == "item"
+
+
+def test_adapters_with_dropout_are_not_shared_unasked(make):
+    """Occurrences of an item share one dropout mask where its states are computed once."""
+    fields = {"model__schedule": "intra*2 +inter", "data__suffix": "", "data__row_tokens": 60}
+    kinds = [type(make(**fields, model__lora__dropout=rate).finish).__name__ for rate in (0.0, 0.5)]
+    assert kinds == ["DistinctItems", "function"]
+    assert type(make(**fields, model__lora__dropout=0.5, model__item_states="on").finish).__name__ == "DistinctItems"
 
 
 # ---- what is wrong

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -167,18 +168,20 @@ def finetune_on(mesh_shape: tuple[int, int, int], folder: Path) -> dict:
     lora = LoraConfig(rank=2)
     config = config_of(folder, "(full +intra +inter)*2", row_tokens=24, lora=lora, frozen_dtype="bfloat16")
     config = pretrained.configure(dataclasses.replace(config, data=dataclasses.replace(config.data, context_items=1)))
-    config = dataclasses.replace(config, objective=dataclasses.replace(config.objective, token=0.5))
+    config = dataclasses.replace(config, objective=dataclasses.replace(config.objective, token=0.5, chunk=64))
     prepared = tiny_data(users=40, items=10, vocabulary=pretrained.vocabulary(config).size + 1)
     run = dataclasses.replace(make_run(config, prepared), mesh=mesh_of(mesh_shape))
     with jax.set_mesh(run.mesh):
         state = init_state(run)
         start = {name: np.asarray(x).sum().tolist() for name, x in names_of(state["params"]).items()}
         rows = stack([run.rows[i] for i in range(8)])
-        step = make_train_step(run)
-        state, metrics = step(state, shard_batch(run.mesh, run.finish(rows)), run.items, np.int32(0), run.frozen)
+        arguments = state, shard_batch(run.mesh, run.finish(rows)), run.items, np.int32(0), run.frozen
+        step = make_train_step(run).lower(*arguments).compile()
+        logits = sorted({int(rows) for rows in re.findall(r"f32\[(\d+),37\]", step.as_text())})  # of 37 tokens
+        state, metrics = step(*arguments)
     held = {name: x.addressable_shards[0].data.size / x.size for name, x in names_of(run.frozen | {"new": state["params"]}).items()}
     loss = float(metrics["item_sum"] + metrics["token_sum"])
-    return {"loss": loss, "norm": float(metrics["gradient_norm"]), "start": start, "held": held}
+    return {"loss": loss, "norm": float(metrics["gradient_norm"]), "start": start, "held": held, "logits": logits}
 
 
 @pytest.fixture(scope="module")
@@ -207,6 +210,8 @@ def test_a_step_of_adapters_is_that_of_one_device(results):
     one, many = results["finetuning"]
     assert many["loss"] == pytest.approx(one["loss"], rel=1e-5) and many["norm"] == pytest.approx(one["norm"], rel=1e-4)
     assert many["start"] == pytest.approx(one["start"], rel=1e-5, abs=1e-4)
+    # 192 positions in three chunks: a device has the logits of its own quarter of a chunk. (37 by 32 is the embedding.)
+    assert 64 in one["logits"] and 16 in many["logits"] and 64 not in many["logits"]
     block = "decoder/blocks/0_0/attention/"
     for name, part in {
         f"{block}query_DNH": 1 / 4, f"{block}key_DKH": 1 / 2, "decoder/embedding_VD": 1 / 2, "decoder/final_norm/scale": 1,

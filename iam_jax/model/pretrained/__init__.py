@@ -7,7 +7,7 @@
 `names` says which parameters are pretrained. One table of names per family lies beside this file.
 """
 
-from iam_jax.model.pretrained.exporting import export
+from iam_jax.model.pretrained.exporting import check_output, export
 from iam_jax.model.pretrained.importing import check_folder, configure, fingerprint, load, names, vocabulary
 
-__all__ = ["check_folder", "configure", "export", "fingerprint", "load", "names", "vocabulary"]
+__all__ = ["check_folder", "check_output", "configure", "export", "fingerprint", "load", "names", "vocabulary"]

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 import tempfile
 from collections.abc import Iterable
@@ -25,6 +26,17 @@ COPIED = (
 _TAGS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "int32": "I32", "uint32": "U32", "bool": "BOOL"}
 
 
+def check_output(output: str | Path) -> Path:
+    """Raises InputError where an export to `output` cannot be made."""
+    output = Path(output).expanduser()
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise InputError(f"{output}: exists already, and an export does not overwrite")
+    existing = next(path for path in output.absolute().parents if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise InputError(f"{output}: {existing} cannot be written to")
+    return output
+
+
 def export(config: Config, params: dict, output: str | Path, max_shard_bytes: int = 5 * 10**9) -> list[str]:
     """Writes the folder `output`, whole or not at all, and returns notes for the user.
 
@@ -33,9 +45,7 @@ def export(config: Config, params: dict, output: str | Path, max_shard_bytes: in
     under our names. Weights are float32 if any pretrained parameter is, else bfloat16. Raises InputError where `output` exists and is not
     empty.
     """
-    output = Path(output).expanduser()
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise InputError(f"{output}: exists already, and an export does not overwrite")
+    output = check_output(output)
     source = read_pretrained(config)
     leaves = {jax.tree_util.keystr(path, simple=True, separator="."): x for path, x in jax.tree_util.tree_leaves_with_path(params)}
     known = places(config, source)
@@ -56,9 +66,10 @@ def export(config: Config, params: dict, output: str | Path, max_shard_bytes: in
             parts.append(to_tensor(np.asarray(x), part, param_axes(parameter, part)).astype(dtype))
         return np.concatenate(parts, axis=-1) if len(parts) > 1 else parts[0]
 
-    output.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
+    folder = None
     try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
         folder.chmod(0o755)
         _write_weights(folder, source.shapes(), dtype, tensor, max_shard_bytes)
         others = {name: x for name, x in leaves.items() if name not in known}
@@ -72,8 +83,11 @@ def export(config: Config, params: dict, output: str | Path, max_shard_bytes: in
             if (source.folder / name).is_file():
                 shutil.copyfile(source.folder / name, folder / name)
         folder.replace(output)
+    except OSError as error:
+        raise InputError(f"{output}: cannot be written ({error.strerror or error})") from error
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
     return _notes(config)
 
 

@@ -1,0 +1,140 @@
+"""What a device holds while a pretrained model is trained: the configs of real models, compiled for TPUs that are not there.
+
+    python benchmarks/pretrained_memory.py
+    python benchmarks/pretrained_memory.py --configs=gpt2_ml1m --variants=lora --slices=v5p:2x2x1
+
+Of a model its shape is enough: its public config.json is written into a temporary folder. The whole training step (train.batch_rows rows of
+data.row_tokens, gradients, AdamW) is compiled ahead of time by libtpu (extra `tpu`) on any machine, and the compiler's own memory analysis
+is read; the program itself, 0.15 GiB for a model of 1B, is not counted. Nothing is allocated and nothing runs. Prints one table and writes
+one JSON. Only one process at a time can hold libtpu.
+"""
+
+import argparse
+import json
+import math
+import platform
+import re
+import runpy
+import tempfile
+import time
+from importlib import metadata
+from pathlib import Path
+
+from tpu_memory import abstract_arguments, abstract_run, compile_run  # isort: skip  (first: it sets the platform)
+
+import jax
+
+from iam_jax.config import Config, resolve
+from iam_jax.model import pretrained
+from iam_jax.model.pretrained.importing import read_pretrained
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+SLICES = {"v5e:2x4": (1, 8, 1), "v5p:2x2x1": (1, 1, 1)}  # chips of which the first data x fsdp x tensor are used
+ITEMS = {"llama3_1b_amazon": 11_758, "qwen3_0_6b_amazon": 11_758, "gpt2_ml1m": 3_416}
+LLAMA3 = {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+SHAPES: dict[str, dict] = {
+    "llama3_1b_amazon": {
+        "model_type": "llama",
+        "vocab_size": 128_256,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 500_000.0,
+        "rope_scaling": LLAMA3 | {"original_max_position_embeddings": 8192},
+        "max_position_embeddings": 131_072,
+        "tie_word_embeddings": True,
+    },
+    "qwen3_0_6b_amazon": {
+        "model_type": "qwen3",
+        "vocab_size": 151_936,
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1_000_000.0,
+        "max_position_embeddings": 40_960,
+        "tie_word_embeddings": True,
+    },
+    "gpt2_ml1m": {"model_type": "gpt2", "vocab_size": 50_257, "n_positions": 1024, "n_embd": 768, "n_layer": 12, "n_head": 12},
+}
+
+
+def make_config(name: str, variant: str, folder: Path, shape: dict | None = None, **model) -> Config:
+    """The config file's, with the model's config.json in `folder`. shape: instead of the public one's values; model: fields."""
+    (folder / "config.json").write_text(json.dumps(SHAPES[name] | (shape or {})))
+    config = runpy.run_path(str(CONFIGS / f"{name}.py"))["get_config"](variant)
+    config.model.update(pretrained=str(folder), attention="tpu", **model)
+    return pretrained.configure(resolve(config))
+
+
+def device_bytes(tree) -> int:
+    """What one device holds of a tree of abstract arrays."""
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def measure(config: Config, chips: str, mesh_shape: tuple[int, int, int], items: int) -> dict:
+    """Bytes of a device; those that the compiler tells are None where the step does not fit."""
+    run = abstract_run(chips, mesh_shape, config, read_pretrained(config).vocabulary + 1, items)
+    arguments = state, *_, frozen = abstract_arguments(run, items)
+    result = {
+        "trained": device_bytes(state["params"]),
+        "frozen": device_bytes(frozen),
+        "optimizer": device_bytes(state["optimizer"]),
+        "temporaries": None,
+        "total": None,
+        "fits": True,
+    }
+    start = time.perf_counter()
+    try:
+        memory = compile_run(run, arguments).memory_analysis()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        found = re.search(r"Used ([\d.]+)([MG]) of ([\d.]+)([MG]) hbm", str(error))
+        total = found and int(float(found[1]) * {"M": 2**20, "G": 2**30}[found[2]])
+        result |= {"total": total, "fits": False, "error": str(error)[:2000]}
+    else:
+        # The new state takes the place of the old one.
+        total = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes + memory.temp_size_in_bytes
+        result |= {"arguments": memory.argument_size_in_bytes, "temporaries": memory.temp_size_in_bytes, "total": total}
+    return result | {"compile_seconds": time.perf_counter() - start}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--configs", default=",".join(SHAPES))
+    parser.add_argument("--variants", default="lora,full")
+    parser.add_argument("--slices", default=",".join(SLICES))
+    parser.add_argument("--output", type=Path, default=Path("runs/benchmarks/pretrained_memory.json"))
+    args = parser.parse_args()
+
+    columns = ("trained", "frozen", "optimizer", "temporaries", "total")
+    rows = []
+    print(f"GiB of a device\n{'config':20}{'variant':9}{'slice':11}{'rows':>5}" + "".join(f"{column:>13}" for column in columns))
+    for name in args.configs.split(","):
+        for variant in args.variants.split(","):
+            for chips in args.slices.split(","):
+                with tempfile.TemporaryDirectory() as folder:
+                    config = make_config(name, variant, Path(folder))
+                    row = {"config": name, "variant": variant, "slice": chips, "mesh": SLICES[chips]}
+                    row |= {"rows": config.train.batch_rows, "row_tokens": config.data.row_tokens}
+                    row |= measure(config, chips, SLICES[chips], ITEMS[name])
+                rows.append(row)
+                sizes = ("-" if row[column] is None else f"{row[column] / 2**30:.2f}" for column in columns)
+                shown = "".join(f"{size:>13}" for size in sizes) + ("" if row["fits"] else "   does not fit")
+                print(f"{name:20}{variant:9}{chips:11}{row['rows']:>5}{shown}", flush=True)
+    record = {"rows": rows, "versions": {package: metadata.version(package) for package in ("jax", "libtpu")}}
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.write_text(json.dumps(record | {"python": platform.python_version()}, indent=2) + "\n")
+    print(f"wrote {args.output}")
+
+
+if __name__ == "__main__":
+    main()

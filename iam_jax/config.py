@@ -413,8 +413,6 @@ def check(config: Config) -> None:
     require(freezes or not train.trained, "train.trained", "nothing is frozen (model.pretrained, model.lora.rank, train.frozen)")
     rounds = model.frozen_dtype != "float32"
     require(freezes or not rounds, "model.frozen_dtype", "nothing is frozen (model.pretrained, model.lora.rank, train.frozen)")
-    inserts = any(any(stage.inserted) for stage in schedule.stages)
-    require(pretrained or not inserts, "model.schedule", "'+' inserts layers into a pretrained model, and model.pretrained is empty")
     require(0 <= model.dropout < 1, "model.dropout", "must be in [0, 1)")
     require(not model.tie_items or by_id, "model.tie_items", "needs data.tokenizer = 'id'")
     require(not model.tie_items or objective.vectors == "table", "model.tie_items", "needs objective.vectors = 'table'")

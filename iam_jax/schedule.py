@@ -3,8 +3,8 @@
     schedule = term+     term = layers | "(" layers+ ")" ["*" count]     layers = ["+"] relation ["*" count]
 
 `(intra inter)*6` is item-aware attention, `full*12` the ordinary decoder, `(full inter)*6` and `(intra full)*6` the ablations,
-`intra*4 full*4 inter*4` the order of HatLLM (arXiv 2510.10955). `+` marks a layer inserted into a pretrained model: its output
-projections start at zero. `(full*4 +intra +inter)*4` puts an item-aware block behind every four of sixteen layers.
+`intra*4 full*4 inter*4` the order of HatLLM (arXiv 2510.10955). `+` marks a layer whose output projections start at zero, as
+one that is inserted into a pretrained model must. `(full*4 +intra +inter)*4` puts an item-aware block behind every four of sixteen layers.
 """
 
 import dataclasses

@@ -257,6 +257,7 @@ def test_evaluation_json_holds_the_protocol_and_every_model(temporal):
     assert saved["split_sha256"] == "a1b2" and saved["step"] == 12
     assert saved["protocol"] == {
         "split": "temporal", "filter_seen": True, "candidates": 8, "k_core": 0, "ks": [1, 5, 10, 20, 50], "context_items": 1,
+        "ranking": "item",
     }  # fmt: skip
     names = [f"{name}@{k}" for name in ("hr", "precision", "ndcg", "mrr") for k in (1, 5, 10, 20, 50)]
     assert list(saved["results"]) == ["model", "popularity", "last_item", "oracle"]

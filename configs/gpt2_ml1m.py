@@ -8,9 +8,8 @@ DIR is the model's Hugging Face folder (config.json, safetensors, tokenizer.json
 model itself frozen in bfloat16; `full` trains everything. On a slice of 8 chips add --config.mesh.fsdp=8.
 
 Cost: memory of a device, as libtpu's compiler plans a step of 8 rows of 1,024 tokens (`python benchmarks/pretrained_memory.py`,
-2026-11-24, jax 0.12.0.1, libtpu 0.0.50.1; nothing was run). On each of 8 chips v5e (16 GiB): `lora` 0.7 GiB (0.04 trained, 0.03 frozen,
-0.09 optimizer, 0.55 temporaries), `full` 1.0 GiB (0.09 trained, 0.19 optimizer, 0.74 temporaries). On one v5p (95 GiB): `lora` 2.2 GiB,
-`full` 4.2 GiB.
+2026-11-24, jax 0.12.0.1, libtpu 0.0.50.1; nothing was run). On each of 8 chips v5e (16 GiB): `lora` 0.4 GiB (0.04 trained, 0.03 frozen,
+0.09 optimizer, 0.26 temporaries), `full` 0.7 GiB (0.09 trained, 0.19 optimizer, 0.39 temporaries).
 Result: not trained here; the weights were not at hand.
 """
 

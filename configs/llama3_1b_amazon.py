@@ -8,9 +8,9 @@ DIR is the model's Hugging Face folder (config.json, safetensors, tokenizer.json
 model itself frozen in bfloat16; `full` trains everything. On a slice of 8 chips add --config.mesh.fsdp=8.
 
 Cost: memory of a device, as libtpu's compiler plans a step of 8 rows of 1,024 tokens (`python benchmarks/pretrained_memory.py`,
-2026-11-24, jax 0.12.0.1, libtpu 0.0.50.1; nothing was run). On each of 8 chips v5e (16 GiB): `lora` 3.8 GiB (0.35 trained, 0.29 frozen,
-0.70 optimizer, 2.43 temporaries), `full` 6.9 GiB (0.89 trained, 1.79 optimizer, 4.20 temporaries). On one v5p (95 GiB): `lora` 16.1 GiB,
-`full` 40.0 GiB.
+2026-11-24, jax 0.12.0.1, libtpu 0.0.50.1; nothing was run). On each of 8 chips v5e (16 GiB): `lora` 2.6 GiB (0.35 trained, 0.29 frozen,
+0.70 optimizer, 1.28 temporaries), `full` 5.3 GiB (0.89 trained, 1.79 optimizer, 2.62 temporaries). On one v5p (95 GiB): `lora` 16.1 GiB,
+`full` 39.9 GiB.
 Result: not trained here; the weights are not public domain and were not at hand.
 """
 

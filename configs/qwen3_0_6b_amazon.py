@@ -8,9 +8,8 @@ DIR is the model's Hugging Face folder (config.json, safetensors, tokenizer.json
 model itself frozen in bfloat16; `full` trains everything. On a slice of 8 chips add --config.mesh.fsdp=8.
 
 Cost: memory of a device, as libtpu's compiler plans a step of 8 rows of 1,024 tokens (`python benchmarks/pretrained_memory.py`,
-2026-11-24, jax 0.12.0.1, libtpu 0.0.50.1; nothing was run). On each of 8 chips v5e (16 GiB): `lora` 3.1 GiB (0.13 trained, 0.14 frozen,
-0.26 optimizer, 2.61 temporaries), `full` 4.5 GiB (0.38 trained, 0.76 optimizer, 3.36 temporaries). On one v5p (95 GiB): `lora` 5.7 GiB,
-`full` 16.3 GiB.
+2026-11-24, jax 0.12.0.1, libtpu 0.0.50.1; nothing was run). On each of 8 chips v5e (16 GiB): `lora` 1.1 GiB (0.13 trained, 0.14 frozen,
+0.26 optimizer, 0.60 temporaries), `full` 2.7 GiB (0.38 trained, 0.76 optimizer, 1.52 temporaries).
 Result: not trained here; the weights were not at hand.
 """
 

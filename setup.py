@@ -32,7 +32,8 @@ setup(
     extras_require={
         "cuda": ["jax[cuda13]>=0.10,<0.14"],
         "tpu": ["jax[tpu]>=0.10,<0.14"],
-        "parity": ["torch==2.13.0", "transformers>=5.20,<6"],  # of imported models with transformers: tests only
+        # Tests and benchmarks only: of imported models with transformers, of metrics with ranx.
+        "parity": ["torch==2.13.0", "transformers>=5.20,<6", "ranx>=0.3.20,<0.4"],
         "test": ["pytest>=8,<10", "pytest-xdist>=3.6,<4", "hypothesis>=6.100,<7", "ruff>=0.9,<1"],
     },
 )

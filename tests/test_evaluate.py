@@ -76,10 +76,10 @@ def integers(prepared, seed=0):
     return {name: jnp.float32(rng.integers(-2, 3, shape)) for name, shape in shapes.items()}
 
 
-def make_evaluator(prepared, made=None, **sections):
+def make_evaluator(prepared, made=None, mesh=None, **sections):
     config = make_config(**sections)
     items = objective.make_items(prepared.catalogue, prepared.events, tiny_rows(prepared, config).segments, config)
-    return Evaluator(made or SimpleNamespace(bind=Counter), config, prepared, items, make_mesh(MeshConfig()))
+    return Evaluator(made or SimpleNamespace(bind=Counter), config, prepared, items, mesh or make_mesh(MeshConfig()))
 
 
 def tokens_of(prepared, item):
@@ -257,6 +257,7 @@ def test_evaluation_json_holds_the_protocol_and_every_model(temporal):
     assert saved["split_sha256"] == "a1b2" and saved["step"] == 12
     assert saved["protocol"] == {
         "split": "temporal", "filter_seen": True, "candidates": 8, "k_core": 0, "ks": [1, 5, 10, 20, 50], "context_items": 1,
+        "ranking": "item",
     }  # fmt: skip
     names = [f"{name}@{k}" for name in ("hr", "precision", "ndcg", "mrr") for k in (1, 5, 10, 20, 50)]
     assert list(saved["results"]) == ["model", "popularity", "last_item", "oracle"]

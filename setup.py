@@ -23,6 +23,7 @@ setup(
         "polars>=1.20,<3",  # reads, checks and sorts tables of millions of rows
         "tokenizers>=0.21,<1",  # byte-level BPE, and any tokenizer.json, without torch
         "safetensors>=0.8,<1",  # the weights of existing language models, without torch
+        "flatbuffers>=24",  # what jax.export writes its functions with, without declaring it
         "tensorflow-datasets>=4.9.9,<5",  # downloads and prepares the public data sets
         "array_record>=0.6,<1",  # the file format that tensorflow-datasets reads without TensorFlow
         "importlib_resources>=6",  # tensorflow-datasets imports it without declaring it

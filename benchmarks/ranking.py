@@ -219,9 +219,8 @@ def main() -> int:
     first = ranks["iam_jax"]
     equal = all((found[name] == first[name]).all() for found in ranks.values() for name in first)
     median = int(np.median(first["rank"]))
-    print(
-        f"median rank {median:,}, {np.mean(first['ties'] > 0):.0%} with ties: {'equal' if equal else 'NOT EQUAL'} in all ways that give ranks"
-    )
+    verdict = "equal" if equal else "NOT EQUAL"
+    print(f"median rank {median:,}, {np.mean(first['ties'] > 0):.0%} with ties: {verdict} in all ways that give ranks")
     facts = {"device": where, "date": date, "versions": versions, "settings": settings, "equal": bool(equal), "median_rank": median}
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps(facts | {"results": results}, indent=2) + "\n")

@@ -9,8 +9,9 @@ code is 1. The ways are the evaluator's own function (iam_jax/evaluate.py: the t
 in chunks, with the seen items left out), the same in PyTorch, and PyTorch's products with `topk` of 50, chunk by chunk, which gives no rank
 beyond 50. Each way runs in a process of its own, one after another, with as many threads as there are cores.
 
-seconds: the best of --repeats runs over all users, compilation left out (its seconds are apart). MiB: the peak of the process' resident
-memory above what it was when only the vectors and the seen items were there. Prints one table and writes one JSON.
+seconds: the best of --repeats runs over all users, compilation left out (the first batch's seconds are apart). MiB: the peak of the
+process' resident memory in these runs less the bytes of the item vectors: Python and its libraries, users, scores. Prints one table and
+writes one JSON.
 """
 
 import argparse
@@ -56,17 +57,17 @@ def resident() -> int:
 
 
 class Peak:
-    """`bytes`: the most resident memory within the block, above what there was at its beginning; looked at every 2 ms."""
+    """`bytes`: the most resident memory within the block; looked at every 2 ms."""
 
     def __enter__(self) -> "Peak":
-        self._first, self.bytes, self._done = resident(), 0, threading.Event()
+        self.bytes, self._done = resident(), threading.Event()
         self._thread = threading.Thread(target=self._watch)
         self._thread.start()
         return self
 
     def _watch(self) -> None:
         while not self._done.wait(0.002):
-            self.bytes = max(self.bytes, resident() - self._first)
+            self.bytes = max(self.bytes, resident())
 
     def __exit__(self, *_) -> None:
         self._done.set()
@@ -164,7 +165,7 @@ def measure(way: str, args: argparse.Namespace) -> dict:
             samples.append(time.perf_counter() - started)
     if results:
         np.savez(args.results, **results)
-    return {"first_batch_seconds": compiled, "samples": samples, "peak_bytes": peak.bytes if resident() else None}
+    return {"first_batch_seconds": compiled, "samples": samples, "peak_bytes": peak.bytes or None}
 
 
 def main() -> int:
@@ -196,7 +197,7 @@ def main() -> int:
     print(", ".join(f"{name} {version}" for name, version in versions.items()))
     if not has_torch:
         print("torch is not installed (the extra `parity`): nothing to compare with")
-    print(f"{'way':<16}{'seconds':>10}{'users/s':>10}{'GFLOP/s':>10}{'compile s':>11}{'MiB':>9}{'relative':>10}")
+    print(f"{'way':<16}{'seconds':>10}{'users/s':>10}{'GFLOP/s':>10}{'first s':>11}{'MiB':>9}{'relative':>10}")
     results, ranks = {}, {}
     with tempfile.TemporaryDirectory() as folder:
         for way, label in WAYS.items():
@@ -207,12 +208,14 @@ def main() -> int:
             env = os.environ | {"JAX_PLATFORMS": "cpu"}
             done = subprocess.run([sys.executable, __file__, *flags], stdout=subprocess.PIPE, text=True, env=env, check=True)
             result = json.loads(done.stdout)
+            beyond = result["peak_bytes"] and result["peak_bytes"] - args.items * args.width * 4
+            result["bytes_beyond_item_vectors"] = beyond
             result["best_seconds"] = best = min(result["samples"])
             result["relative_to_iam_jax"] = best / results.get("iam_jax", result)["best_seconds"]
             results[way] = result
             if file.exists():
                 ranks[way] = dict(np.load(file))
-            memory = "-" if result["peak_bytes"] is None else f"{result['peak_bytes'] / 2**20:,.0f}"
+            memory = "-" if beyond is None else f"{beyond / 2**20:,.0f}"
             line = f"{label:<16}{best:>10,.2f}{args.users / best:>10,.0f}{operations / best / 1e9:>10,.0f}"
             line += f"{result['first_batch_seconds']:>11,.2f}{memory:>9}{result['relative_to_iam_jax']:>10.2f}"
             print(line, flush=True)

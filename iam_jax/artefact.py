@@ -19,6 +19,7 @@ import jax
 import jax.export
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType
 from tokenizers import Tokenizer
 
 from iam_jax.config import Config
@@ -94,10 +95,12 @@ def export_scorer(config: Config, catalogue: Catalogue, params: Params, width: i
         return make(weights, rows, rows, jax.ShapeDtypeStruct((B, S), int32))
 
     order = sorted([*shapes, VECTORS])  # as JAX flattens a dict
-    # Of sizes that are not known JAX keeps arguments that nothing reads.
-    read = {order[n] for n in exported(list(shapes), 1, 1).module_kept_var_idx if n < len(order)}
-    names = [name for name in shapes if name in read]
-    return exported(names, *jax.export.symbolic_shape("b, s")), names
+    alone = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:1])
+    with jax.set_mesh(alone):  # a function that was exported on a mesh wants as many devices
+        # Of sizes that are not known JAX keeps arguments that nothing reads.
+        read = {order[n] for n in exported(list(shapes), 1, 1).module_kept_var_idx if n < len(order)}
+        names = [name for name in shapes if name in read]
+        return exported(names, *jax.export.symbolic_shape("b, s")), names
 
 
 def export(evaluator: Evaluator, params: Params, step: int, output: Path, top_k: int = TOP_K) -> list[str]:

@@ -28,6 +28,21 @@ PAGE = (Path(__file__).parents[1] / "docs" / "serving.md").read_text(encoding="u
 (CODE,) = re.findall(r"```python\n(.+?)```", PAGE, re.S)
 
 
+ON_EIGHT = """
+import jax
+from helpers import make_config, random_params, tiny_data
+from iam_jax import artefact
+from iam_jax.config import MeshConfig
+from iam_jax.model import make_model
+from iam_jax.sharding import make_mesh
+
+config, prepared = make_config(), tiny_data(items=9)
+params = random_params(make_model(config, prepared.catalogue.vocabulary, 9, 4))
+with jax.set_mesh(make_mesh(MeshConfig(2, 2, 2))):
+    print(artefact.export_scorer(config, prepared.catalogue, params, 16, 3)[0].nr_devices)
+"""
+
+
 def service(folder: Path, calls: list) -> list:
     """What the page's code answers, in a process of its own."""
     block = "import sys\nsys.modules['iam_jax'] = None  # an import fails\n"
@@ -169,3 +184,10 @@ def test_what_cannot_be_exported_is_said_in_one_line(trained):
     assert not (trained / "new").exists()
     with pytest.raises(InputError, match=r"config\.objective\.item = 0 has none"):
         artefact.check(make_config(objective={"item": 0.0, "token": 1.0}, eval={"ranking": "likelihood"}))
+
+
+def test_what_is_exported_on_a_mesh_runs_on_one_device():
+    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    env["PYTHONPATH"] = os.pathsep.join([*map(str, (Path(__file__).parents[1], Path(__file__).parent)), env.get("PYTHONPATH", "")])
+    done = subprocess.run([sys.executable, "-c", ON_EIGHT], capture_output=True, text=True, env=env, timeout=200)
+    assert done.stdout == "1\n", done.stderr[-3000:]

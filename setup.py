@@ -23,6 +23,7 @@ setup(
         "polars>=1.20,<3",  # reads, checks and sorts tables of millions of rows
         "tokenizers>=0.21,<1",  # byte-level BPE, and any tokenizer.json, without torch
         "safetensors>=0.8,<1",  # the weights of existing language models, without torch
+        "flatbuffers>=24",  # what jax.export writes its functions with, without declaring it
         "tensorflow-datasets>=4.9.9,<5",  # downloads and prepares the public data sets
         "array_record>=0.6,<1",  # the file format that tensorflow-datasets reads without TensorFlow
         "importlib_resources>=6",  # tensorflow-datasets imports it without declaring it
@@ -32,7 +33,8 @@ setup(
     extras_require={
         "cuda": ["jax[cuda13]>=0.10,<0.14"],
         "tpu": ["jax[tpu]>=0.10,<0.14"],
-        "parity": ["torch==2.13.0", "transformers>=5.20,<6"],  # of imported models with transformers: tests only
+        # Tests and benchmarks only: of imported models with transformers, of metrics with ranx.
+        "parity": ["torch==2.13.0", "transformers>=5.20,<6", "ranx>=0.3.20,<0.4"],
         "test": ["pytest>=8,<10", "pytest-xdist>=3.6,<4", "hypothesis>=6.100,<7", "ruff>=0.9,<1"],
     },
 )

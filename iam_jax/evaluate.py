@@ -1,6 +1,7 @@
 """The jitted ranking evaluator: every target against the whole catalogue (README, "Evaluation protocol").
 
-Axes: X targets scored at one time, C items of a chunk, J chunks, I items, E item vectors, S seen items.
+Axes: X targets scored at one time, C items of a chunk, J chunks, I items, E item vectors, S seen items. On a mesh every device ranks all
+targets among its own part of the items, and the counts are added up.
 """
 
 import functools
@@ -13,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import polars as pl
+from jax.sharding import PartitionSpec
 from tqdm import tqdm
 
 from iam_jax import baselines, metrics
@@ -26,38 +28,80 @@ from iam_jax.files import write_atomically
 from iam_jax.likelihood import log_likelihoods
 from iam_jax.model import Model, Params
 from iam_jax.objective import Items, item_vectors, label_log_probs
-from iam_jax.sharding import batch_shards, shard_batch
+from iam_jax.sharding import batch_shards, shard_batch, spread_rows
 
-_SCORES = 1 << 24  # scores that exist at one time: 64 MiB
+_SCORES = 1 << 21  # scores that exist at one time: 8 MiB, which a CPU's cache holds in part
 
 Ranks = tuple[np.ndarray, np.ndarray]
 
 
 def rank_chunked(
-    h_XE: jax.Array, v_IE: jax.Array, target_X: jax.Array, seen_XS: jax.Array, chunk: int
+    h_XE: jax.Array, v_IE: jax.Array, target_X: jax.Array, seen_XS: jax.Array, chunk: int, items: int = 0, axes: tuple[str, ...] = ()
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Rank, ties and whether all scores are finite, of each target among the items.
 
     rank = 1 + the candidates that score higher, ties = the other candidates that score the same. seen_XS: distinct items that are no
-    candidates, the target not among them, -1 for none. The target's score is taken from the catalogue's own scores: computed apart,
-    the last bits could differ.
+    candidates, the target not among them, -1 for none. At most X times `chunk` scores exist at one time.
+
+    Inside a shard_map over mesh axes `axes`, v_IE is this device's part of the catalogue: of all parts together the first `items` rows
+    are items, and the results are those over all of them.
     """
-    I, E = v_IE.shape  # noqa: E741
-    chunks = math.ceil(I / chunk)
-    chunk = math.ceil(I / chunks)
-    v_JCE = jnp.pad(v_IE, ((0, chunks * chunk - I), (0, 0))).reshape(chunks, chunk, E)
-    scores_JXC = jax.lax.map(lambda v_CE: jnp.einsum("XE,CE->XC", h_XE, v_CE, precision="highest"), v_JCE)
-    real_JC = (jnp.arange(chunks * chunk) < I).reshape(chunks, chunk)
-    x = jnp.arange(len(target_X))
-    own_X = scores_JXC[target_X // chunk, x, target_X % chunk]
-    above_X = ((scores_JXC > own_X[:, None]) & real_JC[:, None]).sum((0, 2))
-    equal_X = ((scores_JXC == own_X[:, None]) & real_JC[:, None]).sum((0, 2)) - 1
-    finite = (jnp.isfinite(scores_JXC) | ~real_JC[:, None]).all((0, 2))
-    safe_XS = jnp.maximum(seen_XS, 0)
-    seen_scores_XS = scores_JXC[safe_XS // chunk, x[:, None], safe_XS % chunk]
-    above_X -= ((seen_scores_XS > own_X[:, None]) & (seen_XS >= 0)).sum(1)
-    equal_X -= ((seen_scores_XS == own_X[:, None]) & (seen_XS >= 0)).sum(1)
-    return 1 + above_X, equal_X, finite
+    I = len(v_IE)  # noqa: E741
+    J = math.ceil(I / chunk)
+    C = math.ceil(I / J)
+    part = jax.lax.axis_index(axes) * I if axes else 0
+    target_X, seen_XS, stop = target_X - part, seen_XS - part, (items or I) - part
+    chunk_X, chunk_XS = (jnp.where((i >= 0) & (i < I), i // C, -1) for i in (target_X, seen_XS))  # -1: of another part, or none
+    i_C = jnp.arange(C)
+    holds_J = (chunk_X == jnp.arange(J)[:, None]).any(1)
+    holders_first_J = jnp.argsort(~holds_J, stable=True)
+
+    # A target's own score is taken from the catalogue's scores: computed apart, the last bits could differ. So the chunks that hold a
+    # target are computed twice, by one and the same product of the program: first for the targets' own scores, then to compare with them.
+    def sweep(comparing, carry):
+        def step(n, carry):
+            c = jnp.where(comparing, n, holders_first_J[n])
+            start = jnp.minimum(c * C, I - C)
+            scores_XC = jnp.einsum("XE,CE->XC", h_XE, jax.lax.dynamic_slice_in_dim(v_IE, start, C), precision="highest")
+
+            def scores_of(item_X):  # whatever, for items of other chunks
+                return jnp.take_along_axis(scores_XC, jnp.clip(item_X - start, 0, C - 1), axis=1)
+
+            def find(here_X, own_X, *counts):
+                return jnp.where(chunk_X == c, scores_of(target_X[:, None])[:, 0], here_X), own_X, *counts
+
+            def compare(here_X, own_X, above_X, equal_X, finite_X):
+                own_X1 = own_X[:, None]
+                real_C = (start + i_C >= c * C) & (start + i_C < stop)
+                seen_here_XS, seen_scores_XS = chunk_XS == c, scores_of(seen_XS)
+                above_X += ((scores_XC > own_X1) & real_C).sum(1) - ((seen_scores_XS > own_X1) & seen_here_XS).sum(1)
+                equal_X += ((scores_XC == own_X1) & real_C).sum(1) - ((seen_scores_XS == own_X1) & seen_here_XS).sum(1)
+                return here_X, own_X, above_X, equal_X, finite_X & (jnp.isfinite(scores_XC) | ~real_C).all(1)
+
+            return jax.lax.cond(comparing, compare, find, *carry)
+
+        here_X, _, *counts = jax.lax.fori_loop(0, jnp.where(comparing, J, holds_J.sum()), step, carry)
+        return here_X, jax.lax.psum(here_X, axes) if axes else here_X, *counts
+
+    zero_X, none_X = jnp.zeros(len(h_XE)), jnp.zeros(len(h_XE), jnp.int32)
+    carry = (zero_X, zero_X, none_X, none_X, jnp.ones(len(h_XE), bool))
+    _, _, above_X, equal_X, finite_X = jax.lax.fori_loop(0, 2, lambda n, carry: sweep(n > 0, carry), carry)
+    if axes:
+        above_X, equal_X, broken_X = (jax.lax.psum(x, axes) for x in (above_X, equal_X, (~finite_X).astype(jnp.int32)))
+        finite_X = broken_X == 0
+    return 1 + above_X, equal_X - 1, finite_X
+
+
+def make_ranker(mesh: jax.sharding.Mesh, chunk: int, items: int) -> Callable[..., tuple[jax.Array, jax.Array, jax.Array]]:
+    """(h_XE, v_IE, target_X, seen_XS) -> rank, ties, finite: `rank_chunked`, jitted, with v_IE spread over the mesh (`spread_rows`)."""
+    axes = mesh.axis_names if mesh.size > 1 else ()
+
+    def rank(h_XE, v_IE, target_X, seen_XS):
+        return rank_chunked(h_XE, v_IE, target_X, seen_XS, chunk, items, axes)
+
+    everywhere, parts = PartitionSpec(), PartitionSpec(axes)
+    specs = {"in_specs": (everywhere, parts, everywhere, everywhere), "out_specs": everywhere}
+    return jax.jit(jax.shard_map(rank, mesh=mesh, check_vma=False, **specs) if axes else rank)
 
 
 class Evaluator:
@@ -78,7 +122,7 @@ class Evaluator:
         @jax.jit
         def vectors(params: Params, items: Items, leading_XD: jax.Array | None) -> jax.Array:
             boundary_XD = None if leading_XD is None else leading_XD[self._catalogue.boundary_slots]
-            return item_vectors(model.bind(params), config, items, boundary_XD)
+            return spread_rows(mesh, item_vectors(model.bind(params), config, items, boundary_XD))
 
         @jax.jit
         def token_sums(params: Params, batch: dict) -> jax.Array:
@@ -95,7 +139,7 @@ class Evaluator:
         self._log_likelihoods = jax.jit(
             lambda params, batch, count: log_likelihoods(model.bind(params), batch, count, size, normalize=normalize), static_argnums=2
         )
-        self._rank = jax.jit(lambda h, v, target, seen: rank_chunked(h, v, target, seen, chunk))
+        self._rank = make_ranker(mesh, chunk, len(prepared.events.item_ids))
 
     def _catalogue_items(self) -> CatalogueItems | None:
         """The whole catalogue for the leading intra layers, if model.item_states has it and the states fit."""
@@ -167,20 +211,21 @@ class Evaluator:
         leading_XD = self.leading_states(params, self.rows(targets))
         h_nE = self.history_vectors(params, targets, leading_XD, poll, label)
         v_IE = self._item_vectors(params, self.items, leading_XD)
-        X = max(8, min(1024, _SCORES // len(events.item_ids)))
+        X = max(8, min(1024, _SCORES // min(self.config.eval.chunk_items, len(events.item_ids))))
         rank, ties = np.zeros(len(targets), np.int64), np.zeros(len(targets), np.int64)
+        # By item: then few chunks hold the targets of a batch, and few are computed twice.
+        order = np.argsort(events.item[targets], kind="stable")
         for start in self._progress(range(0, len(targets), X), math.ceil(len(targets) / X), f"{label}: ranking"):
             poll()
-            part = targets[start : start + X]
-            target = events.item[part]
+            at = order[start : start + X]
+            part, more = targets[at], X - len(at)
+            target = np.pad(events.item[part], (0, more), mode="edge")
             seen = _padded_seen(events, part, X) if self.config.eval.filter_seen else np.full((X, 1), -1, np.int32)
-            h = np.pad(h_nE[start : start + X], ((0, X - len(part)), (0, 0)))
-            results = self._rank(h, v_IE, np.pad(target, (0, X - len(part))), seen)
-            got_rank, got_ties, finite = (np.asarray(result)[: len(part)] for result in results)
+            results = self._rank(np.pad(h_nE[at], ((0, more), (0, 0))), v_IE, target, seen)
+            rank[at], ties[at], finite = (np.asarray(result)[: len(at)] for result in results)
             if not finite.all():
-                user = events.user_ids[baselines.users_of(events, part[np.argmin(finite)])]
+                user = events.user_ids[baselines.users_of(events, part[~finite].min())]
                 raise FloatingPointError(f"a score of user {user!r} is not finite")
-            rank[start : start + X], ties[start : start + X] = got_rank, got_ties
         return rank, ties
 
     def _likelihoods(self, params: Params, poll: Callable[[], None], events: Events, targets: np.ndarray) -> np.ndarray:

@@ -32,10 +32,10 @@ from iam_jax.workdir import check_workdir, open_workdir  # noqa: E402
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file; may be left out where --workdir holds a run's config.")
 _WORKDIR = flags.DEFINE_string("workdir", "", "Working folder of the run; runs/<the config's name> by default.")
-_MODES = {"train": "train, then evaluate", "evaluate": "evaluate a checkpoint", "export": "a checkpoint as a Hugging Face folder"}
+_MODES = {"train": "train, then evaluate", "evaluate": "evaluate a checkpoint", "export": "a checkpoint as a folder for others"}
 _MODE = flags.DEFINE_enum("mode", "train", list(_MODES), "; ".join(f"{mode}: {what}" for mode, what in _MODES.items()) + ".")
 _STEP = flags.DEFINE_string("step", "best", "Checkpoint that --mode=evaluate and --mode=export read: a step, best or last.")
-_FORMAT = flags.DEFINE_enum("format", "huggingface", ["huggingface"], "What --mode=export writes.")
+_FORMAT = flags.DEFINE_enum("format", "huggingface", ["huggingface", "stablehlo"], "What --mode=export writes.")
 _OUTPUT = flags.DEFINE_string("output", "", "Folder that --mode=export makes.")
 
 
@@ -46,14 +46,19 @@ def run(signals: Signals) -> None:
     training, exporting = _MODE.value == "train", _MODE.value == "export"
     if not training and not (workdir / config_lib.CONFIG_FILE).exists():
         raise InputError(f"--workdir={workdir}: no run there to {_MODE.value}")
-    if exporting and not (_OUTPUT.value and config.model.pretrained):
+    alone = _FORMAT.value == "stablehlo"
+    if exporting and not (_OUTPUT.value and (alone or config.model.pretrained)):
         what = "it needs a model that began as one (config.model.pretrained)" if _OUTPUT.value else "--output=DIR is missing"
-        raise InputError(f"--mode=export makes a Hugging Face folder: {what}")
+        raise InputError(f"--mode=export makes a {'stand-alone' if alone else 'Hugging Face'} folder: {what}")
     vocabulary = fingerprint = None
     if exporting:
         from iam_jax.model.pretrained import check_output
 
         check_output(_OUTPUT.value)
+    if exporting and alone:
+        from iam_jax import artefact
+
+        artefact.check(config)
     if config.model.pretrained:
         from iam_jax.model import pretrained
 
@@ -93,7 +98,11 @@ def run(signals: Signals) -> None:
         params = join(checkpoints.restore_params(step, this.abstract_trained), this.frozen)
         checkpoints.close()
         if exporting:
-            for note in pretrained.export(config, merge(params, config.model.lora), Path(_OUTPUT.value)):
+            if alone:
+                notes = artefact.export(evaluator, params, step, Path(_OUTPUT.value))
+            else:
+                notes = pretrained.export(config, merge(params, config.model.lora), Path(_OUTPUT.value))
+            for note in notes:
                 print(note)
             print(f"wrote {_OUTPUT.value}, from step {step:,}")
             return

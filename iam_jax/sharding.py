@@ -4,6 +4,7 @@ import math
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -71,6 +72,14 @@ def split_rows(tree, axis: int):
     if shards == 1:
         return tree
     return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, spec) if x.shape[axis] % shards == 0 else x, tree)
+
+
+def spread_rows(mesh: Mesh, x: jax.Array) -> jax.Array:
+    """Inside jit: rows [I, …] over all devices of the mesh, rows of zeros behind them where they do not divide."""
+    if mesh.size == 1:
+        return x
+    x = jnp.pad(x, ((0, -len(x) % mesh.size), *[(0, 0)] * (x.ndim - 1)))
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(mesh.axis_names)))
 
 
 def shard_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:

@@ -247,3 +247,25 @@ def test_pretrained_memory(tmp_path, monkeypatch, capsys):
         assert line[4:7] == [f"{row[name] / 2**30:.2f}" for name in ("trained", "frozen", "optimizer")]
         assert row["fits"] == (row["variant"] == "lora")
         assert line[7:] == (["0.50", "2.50"] if row["fits"] else ["-", "20.50", "does", "not", "fit"])
+
+
+def test_ranking_beside_torch_where_there_is_one(tmp_path):
+    sizes = {"users": 21, "items": 700, "width": 8, "seen": 5, "batch": 8, "chunk": 90}
+    done, result = run("ranking", tmp_path / "r.json", *[f"--{name}={value}" for name, value in sizes.items()])
+    assert done.returncode == 0, done.stderr
+    assert result["settings"] == sizes | {"repeats": 1} and result["equal"] and ": equal in all ways" in done.stdout
+    has_torch = importlib.util.find_spec("torch") is not None
+    assert list(result["results"]) == ["iam_jax", "torch", "torch_topk"][: 3 if has_torch else 1]
+    assert ("torch is not installed" in done.stdout) != has_torch and ("torch" in result["versions"]) == has_torch
+    for way in result["results"].values():
+        assert 0 < way["best_seconds"] == min(way["samples"])
+        assert way["bytes_beyond_item_vectors"] == way["peak_bytes"] - 700 * 8 * 4 > 0
+    (line,) = lines_of(done.stdout, "iam_jax: ranks")
+    assert line.split()[-1] == "1.00"
+
+    data = load("ranking").make(SimpleNamespace(**sizes))
+    score, ranks = data["users"].astype(int) @ data["items"].astype(int).T, []
+    for row, own, seen in zip(score, data["target"], data["seen"], strict=True):
+        others = np.setdiff1d(np.arange(700), [own, *seen[seen >= 0]])
+        ranks.append(1 + int((row[others] > row[own]).sum()))
+    assert result["median_rank"] == int(np.median(ranks)) > 50

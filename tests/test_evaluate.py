@@ -76,10 +76,10 @@ def integers(prepared, seed=0):
     return {name: jnp.float32(rng.integers(-2, 3, shape)) for name, shape in shapes.items()}
 
 
-def make_evaluator(prepared, made=None, **sections):
+def make_evaluator(prepared, made=None, mesh=None, **sections):
     config = make_config(**sections)
     items = objective.make_items(prepared.catalogue, prepared.events, tiny_rows(prepared, config).segments, config)
-    return Evaluator(made or SimpleNamespace(bind=Counter), config, prepared, items, make_mesh(MeshConfig()))
+    return Evaluator(made or SimpleNamespace(bind=Counter), config, prepared, items, mesh or make_mesh(MeshConfig()))
 
 
 def tokens_of(prepared, item):

@@ -75,7 +75,7 @@ def export(config: Config, params: dict, output: str | Path, max_shard_bytes: in
         others = {name: x for name, x in leaves.items() if name not in known}
         if others:
             tensors = {name: (np.dtype(x.dtype), x.shape) for name, x in others.items()}
-            _write_file(folder / EXTRA, tensors, (np.asarray(x) for x in others.values()))
+            write_tensors(folder / EXTRA, tensors, (np.asarray(x) for x in others.values()))
         values = dict(source.settings.values)
         values |= {key: dtype.name for key in ("dtype", "torch_dtype") if key in values} or {"dtype": dtype.name}
         (folder / CONFIG).write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -115,14 +115,14 @@ def _write_weights(folder: Path, shapes: dict[str, tuple[int, ...]], dtype: np.d
     stem = WEIGHTS.removesuffix(".safetensors")
     files = [WEIGHTS] if len(shards) == 1 else [f"{stem}-{k:05}-of-{len(shards):05}.safetensors" for k in range(1, len(shards) + 1)]
     for file, held in zip(files, shards, strict=True):
-        _write_file(folder / file, {name: (dtype, shapes[name]) for name in held}, map(tensor, held))
+        write_tensors(folder / file, {name: (dtype, shapes[name]) for name in held}, map(tensor, held))
     if len(shards) > 1:
         where = {name: file for file, held in zip(files, shards, strict=True) for name in held}
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_file(file: Path, tensors: dict[str, tuple[np.dtype, tuple[int, ...]]], arrays: Iterable[np.ndarray]) -> None:
+def write_tensors(file: Path, tensors: dict[str, tuple[np.dtype, tuple[int, ...]]], arrays: Iterable[np.ndarray]) -> None:
     """A safetensors file, one array in memory at a time (the library's writer wants all of them). tensors: name -> type, shape."""
     header, at = {"__metadata__": {"format": "pt"}}, 0  # transformers asks for this format
     for name, (dtype, shape) in tensors.items():

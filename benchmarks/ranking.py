@@ -1,0 +1,234 @@
+"""How long does it take to rank targets among a whole catalogue, and how much memory, beside PyTorch?
+
+    pip install -e '.[parity]'                          # PyTorch; without it only iam_jax is measured
+    python benchmarks/ranking.py                        # 10,000 users x 1,000,000 items x 128 dimensions: minutes
+    python benchmarks/ranking.py --users=1000 --items=100_000
+
+Vectors of random small integers, so that every score is exact: rank and ties of all ways must be equal, integer for integer, or the exit
+code is 1. The ways are the evaluator's own function (iam_jax/evaluate.py: the targets' scores and the counts of higher and of equal scores,
+in chunks, with the seen items left out), the same in PyTorch, and PyTorch's products with `topk` of 50, chunk by chunk, which gives no rank
+beyond 50. Each way runs in a process of its own, one after another, with as many threads as there are cores.
+
+seconds: the best of --repeats runs over all users, compilation left out (the first batch's seconds are apart). MiB: the peak of the
+process' resident memory in these runs less the bytes of the item vectors: Python and its libraries, users, scores. Prints one table and
+writes one JSON.
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from importlib import metadata, util
+from pathlib import Path
+
+import numpy as np
+
+WAYS = {"iam_jax": "iam_jax: ranks", "torch": "torch: ranks", "torch_topk": "torch: top 50"}
+TOP = 50
+PARTS = 1 << 16  # rows of the item vectors that are drawn at one time
+
+
+def make(args: argparse.Namespace) -> dict[str, np.ndarray]:
+    """Vectors of integers from -3 to 3, targets, and the items that are no candidates: distinct, the target not among them, -1 for none."""
+    rng = np.random.default_rng(0)
+    items = np.empty((args.items, args.width), np.float32)
+    for start in range(0, args.items, PARTS):
+        part = items[start : start + PARTS]
+        part[:] = rng.integers(-3, 4, part.shape, np.int8)
+    users = rng.integers(-3, 4, (args.users, args.width)).astype(np.float32)
+    target = rng.integers(args.items, size=args.users).astype(np.int32)
+    seen = np.sort(rng.integers(args.items, size=(args.users, args.seen)).astype(np.int32), axis=1)
+    seen[:, 1:][seen[:, 1:] == seen[:, :-1]] = -1
+    seen[seen == target[:, None]] = -1
+    return {"items": items, "users": users, "target": target, "seen": seen}
+
+
+def resident() -> int:
+    """Bytes of this process in memory; 0 where the system does not tell."""
+    path = Path("/proc/self/statm")
+    return int(path.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if path.exists() else 0
+
+
+class Peak:
+    """`bytes`: the most resident memory within the block; looked at every 2 ms."""
+
+    def __enter__(self) -> "Peak":
+        self.bytes, self._done = resident(), threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+        return self
+
+    def _watch(self) -> None:
+        while not self._done.wait(0.002):
+            self.bytes = max(self.bytes, resident())
+
+    def __exit__(self, *_) -> None:
+        self._done.set()
+        self._thread.join()
+
+
+def batches(target: np.ndarray, size: int) -> Iterator[np.ndarray]:
+    """Rows by target, as the evaluator takes them."""
+    order = np.argsort(target, kind="stable")
+    for start in range(0, len(order), size):
+        yield order[start : start + size]
+
+
+def with_jax(data: dict, args: argparse.Namespace) -> Callable[[int], dict]:
+    """A function that ranks the first so many targets."""
+    import jax
+    from jax.sharding import Mesh
+
+    from iam_jax.evaluate import make_ranker
+
+    ranker = make_ranker(Mesh(np.array(jax.devices()[:1]), ("data",)), args.chunk, args.items)
+    items_IE = jax.block_until_ready(jax.device_put(data.pop("items")))
+
+    def run(first: int) -> dict:
+        rank, ties = np.zeros(first, np.int64), np.zeros(first, np.int64)
+        for at in batches(data["target"][:first], args.batch):
+            rows = np.pad(at, (0, args.batch - len(at)), mode="edge")  # one shape
+            results = ranker(data["users"][rows], items_IE, data["target"][rows], data["seen"][rows])
+            rank[at], ties[at], finite = (np.asarray(result)[: len(at)] for result in results)
+            assert finite.all()
+        return {"rank": rank, "ties": ties}
+
+    return run
+
+
+def with_torch(data: dict, args: argparse.Namespace, topk: bool) -> Callable[[int], dict]:
+    import torch
+
+    torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+    items, users = torch.from_numpy(data.pop("items")), torch.from_numpy(data["users"])
+    target, seen = torch.from_numpy(data["target"]).long(), torch.from_numpy(data["seen"]).long()
+    starts = range(0, args.items, args.chunk)
+
+    def ranks(at):
+        h, y, s = users[at], target[at], seen[at]
+        # Integers: a score computed apart is the same number.
+        own = (h * items[y]).sum(1, keepdim=True)
+        seen_scores = torch.stack([(h * items[s[:, j].clamp(min=0)]).sum(1) for j in range(s.shape[1])], 1)
+        above, equal = (-(compare(seen_scores, own) & (s >= 0)).sum(1) for compare in (torch.gt, torch.eq))
+        finite = True
+        for start in starts:
+            scores = h @ items[start : start + args.chunk].T
+            above += (scores > own).sum(1)
+            equal += (scores == own).sum(1)
+            finite &= bool(torch.isfinite(scores).all())
+        assert finite
+        return 1 + above, equal - 1
+
+    def top(at):
+        h = users[at]
+        best, which = torch.full((len(at), TOP), -torch.inf), torch.zeros((len(at), TOP), dtype=torch.long)
+        for start in starts:
+            scores = h @ items[start : start + args.chunk].T
+            found, place = scores.topk(min(TOP, scores.shape[1]), dim=1)
+            best, order = torch.cat([best, found], 1).topk(TOP, dim=1)
+            which = torch.cat([which, place + start], 1).gather(1, order)
+        return best, which
+
+    @torch.inference_mode()
+    def run(first: int) -> dict:
+        order = batches(data["target"][:first], args.batch)
+        if topk:
+            for at in order:
+                top(torch.from_numpy(at))
+            return {}
+        rank, ties = np.zeros(first, np.int64), np.zeros(first, np.int64)
+        for at in order:
+            rank[at], ties[at] = (x.numpy() for x in ranks(torch.from_numpy(at)))
+        return {"rank": rank, "ties": ties}
+
+    return run
+
+
+def measure(way: str, args: argparse.Namespace) -> dict:
+    """In the process of that way."""
+    data = make(args)
+    run = with_jax(data, args) if way == "iam_jax" else with_torch(data, args, way == "torch_topk")
+    with Peak() as peak:
+        started = time.perf_counter()
+        run(args.batch)  # compiles
+        compiled, samples = time.perf_counter() - started, []
+        for _ in range(args.repeats):
+            started = time.perf_counter()
+            results = run(args.users)
+            samples.append(time.perf_counter() - started)
+    if results:
+        np.savez(args.results, **results)
+    return {"first_batch_seconds": compiled, "samples": samples, "peak_bytes": peak.bytes or None}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--users", type=int, default=10_000)
+    parser.add_argument("--items", type=int, default=1_000_000)
+    parser.add_argument("--width", type=int, default=128)
+    parser.add_argument("--seen", type=int, default=32, help="items of each user that are no candidates")
+    parser.add_argument("--batch", type=int, default=256, help="users scored at one time")
+    parser.add_argument("--chunk", type=int, default=8192, help="items scored at one time")
+    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--output", type=Path, default=Path("runs/benchmarks/ranking.json"))
+    parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
+    parser.add_argument("--results", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.way:
+        print(json.dumps(measure(args.way, args)))
+        return 0
+
+    settings = {name: getattr(args, name) for name in ("users", "items", "width", "seen", "batch", "chunk", "repeats")}
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    where, date = f"CPU ({platform.machine()}, {cores} cores)", datetime.now(UTC).isoformat(timespec="seconds")
+    has_torch = util.find_spec("torch") is not None
+    names = ("iam_jax", "jax", "jaxlib", "numpy", *["torch"] * has_torch)
+    versions = {"python": platform.python_version()} | {name: metadata.version(name) for name in names}
+    gib, operations = args.items * args.width * 4 / 2**30, 2 * args.users * args.items * args.width
+    print(f"{args.users:,} users x {args.items:,} items x {args.width} dimensions, float32, on {where}, {date}")
+    print(f"batches of {args.batch:,} users, chunks of {args.chunk:,} items; the item vectors take {gib:.2f} GiB")
+    print(", ".join(f"{name} {version}" for name, version in versions.items()))
+    if not has_torch:
+        print("torch is not installed (the extra `parity`): nothing to compare with")
+    print(f"{'way':<16}{'seconds':>10}{'users/s':>10}{'GFLOP/s':>10}{'first s':>11}{'MiB':>9}{'relative':>10}")
+    results, ranks = {}, {}
+    with tempfile.TemporaryDirectory() as folder:
+        for way, label in WAYS.items():
+            if way != "iam_jax" and not has_torch:
+                continue
+            file = Path(folder) / f"{way}.npz"
+            flags = [f"--{name}={value}" for name, value in settings.items()] + [f"--way={way}", f"--results={file}"]
+            env = os.environ | {"JAX_PLATFORMS": "cpu"}
+            done = subprocess.run([sys.executable, __file__, *flags], stdout=subprocess.PIPE, text=True, env=env, check=True)
+            result = json.loads(done.stdout)
+            beyond = result["peak_bytes"] and result["peak_bytes"] - args.items * args.width * 4
+            result["bytes_beyond_item_vectors"] = beyond
+            result["best_seconds"] = best = min(result["samples"])
+            result["relative_to_iam_jax"] = best / results.get("iam_jax", result)["best_seconds"]
+            results[way] = result
+            if file.exists():
+                ranks[way] = dict(np.load(file))
+            memory = "-" if beyond is None else f"{beyond / 2**20:,.0f}"
+            line = f"{label:<16}{best:>10,.2f}{args.users / best:>10,.0f}{operations / best / 1e9:>10,.0f}"
+            line += f"{result['first_batch_seconds']:>11,.2f}{memory:>9}{result['relative_to_iam_jax']:>10.2f}"
+            print(line, flush=True)
+    first = ranks["iam_jax"]
+    equal = all((found[name] == first[name]).all() for found in ranks.values() for name in first)
+    median = int(np.median(first["rank"]))
+    verdict = "equal" if equal else "NOT EQUAL"
+    print(f"median rank {median:,}, {np.mean(first['ties'] > 0):.0%} with ties: {verdict} in all ways that give ranks")
+    facts = {"device": where, "date": date, "versions": versions, "settings": settings, "equal": bool(equal), "median_rank": median}
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.write_text(json.dumps(facts | {"results": results}, indent=2) + "\n")
+    return 0 if equal else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

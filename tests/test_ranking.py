@@ -1,0 +1,166 @@
+"""Ranking a catalogue that is spread over devices and cut into chunks: integer for integer what plain loops give. Eight simulated
+devices live in a process of their own, which prints what it found as JSON."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import tiny_data
+from test_evaluate import history_of, integers, make_evaluator, recent, tokens_of
+
+from iam_jax.config import MeshConfig
+from iam_jax.data.splits import TEST, VALIDATION
+from iam_jax.evaluate import make_ranker, rank_chunked
+from iam_jax.metrics import ranking_metrics
+from iam_jax.sharding import make_mesh, spread_rows
+
+USERS, ITEMS = 53, 12_501  # neither divides by 8, nor by any chunk
+CHUNKS = (64, 1000, 4096, 12_000)
+MESHES = ((1, 1, 1), (8, 1, 1), (2, 2, 2))
+
+
+def large_data():
+    """Most targets among the items of others' histories, the last items cold."""
+    return tiny_data(users=USERS, items=ITEMS, cold=5)
+
+
+def targets_of(prepared) -> np.ndarray:
+    return np.concatenate([prepared.events.targets(label) for label in (VALIDATION, TEST)])
+
+
+def ranks_on(shape: tuple[int, int, int]) -> dict:
+    prepared = large_data()
+    params, targets = integers(prepared), targets_of(prepared)
+    mesh, results = make_mesh(MeshConfig(*shape)), {}
+    for chunk in CHUNKS:
+        evaluator = make_evaluator(prepared, eval={"chunk_items": chunk, "batch_rows": 8}, mesh=mesh)
+        with jax.set_mesh(mesh):
+            rank, ties = evaluator.rank(params, targets)
+            v = evaluator._item_vectors(params, evaluator.items, None)
+        results[str(chunk)] = [rank.tolist(), ties.tolist()]
+        held = [int(np.prod(shard.data.shape[:1])) for shard in v.addressable_shards]
+    try:
+        evaluator.rank({**params, "table": params["table"].at[ITEMS - 1].set(jnp.nan)}, targets)
+    except FloatingPointError as error:
+        results["nan"] = str(error)
+    return results | {"held": held, "errors": not_finite_on(mesh)}
+
+
+def not_finite_on(mesh) -> list:
+    """Of a NaN in one state, the targets that are told."""
+    h, v = np.ones((5, 3), np.float32), np.ones((21, 3), np.float32)
+    h[3, 1] = np.nan
+    v = jax.jit(lambda v: spread_rows(mesh, v))(v)
+    _, _, finite = make_ranker(mesh, 4, 21)(h, v, np.array([0, 5, 20, 11, 7]), np.full((5, 1), -1))
+    return np.asarray(finite).tolist()
+
+
+@pytest.fixture(scope="module")
+def expected():
+    prepared = large_data()
+    params, targets = {name: np.asarray(x, int) for name, x in integers(prepared).items()}, targets_of(prepared)
+    ranks = []
+    for target in targets:
+        history, own = history_of(prepared.events, target), prepared.events.item[target]
+        tokens = [token for item in recent(prepared, history, 24) for token in tokens_of(prepared, item)]
+        score = params["table"] @ params["embedding"][tokens].sum(0)
+        others = np.setdiff1d(np.arange(ITEMS), [*history, own])
+        ranks.append([int(1 + (score[others] > score[own]).sum()), int((score[others] == score[own]).sum())])
+    assert min(ties for _, ties in ranks) > 0 and len({rank for rank, _ in ranks}) > 50
+    return [list(column) for column in zip(*ranks, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def eight():
+    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, env=env, cwd=Path(__file__).parents[1], timeout=400)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return dict(zip(MESHES[1:], json.loads(done.stdout), strict=True))
+
+
+@pytest.mark.parametrize("shape", MESHES, ids=str)
+def test_ranks_depend_on_no_chunk_and_no_device(expected, request, shape):
+    found = ranks_on(shape) if shape == MESHES[0] else request.getfixturevalue("eight")[shape]
+    for chunk in CHUNKS:
+        assert found[str(chunk)] == expected, chunk
+    assert found["held"] == ([ITEMS] if shape == MESHES[0] else [-(-ITEMS // 8)] * 8)  # a device holds but its own part
+    assert "is not finite" in found["nan"]
+    assert found["errors"] == [True, True, True, False, True]
+
+
+@pytest.mark.parametrize(
+    ("users", "items", "width", "chunk"), [(64, 5000, 128, 512), (33, 3001, 60, 700), (5, 1111, 128, 300), (300, 257, 16, 64)]
+)
+def test_a_targets_score_is_one_of_the_catalogues(users, items, width, chunk):
+    """Of numbers that are not exact: the target always ties with itself, and with no other item whose score differs at all."""
+    rng = np.random.default_rng(0)
+    h, v = (rng.standard_normal((n, width)).astype(np.float32) for n in (users, items))
+    target = rng.integers(items, size=users)
+    rank, ties, finite = jax.jit(rank_chunked, static_argnums=4)(h, v, target, np.full((users, 1), -1), chunk)
+    assert finite.all() and not np.asarray(ties).any()  # -1 where it does not
+    score = h.astype(np.float64) @ v.T.astype(np.float64)
+    own = score[np.arange(users), target][:, None]
+    exact = 1 + (score > own).sum(1)
+    near = (np.abs(score - own) < 1e-5 * np.abs(own).clip(1)).sum(1) - 1
+    assert (np.abs(rank - exact) <= near).all() and (near == 0).mean() > 0.5
+
+
+def test_memory_does_not_grow_with_the_catalogue():
+    def temporary_bytes(items):
+        h, v = jax.ShapeDtypeStruct((64, 16), np.float32), jax.ShapeDtypeStruct((items, 16), np.float32)
+        target, seen = jax.ShapeDtypeStruct((64,), np.int32), jax.ShapeDtypeStruct((64, 16), np.int32)
+        ranker = make_ranker(make_mesh(MeshConfig()), 256, items)
+        return ranker.lower(h, v, target, seen).compile().memory_analysis().temp_size_in_bytes
+
+    small, large = temporary_bytes(4_000), temporary_bytes(64_000)
+    assert large < small + 64_000  # the scores of all items would be 16 MB, a copy of their vectors 4 MB
+    assert small > 64 * 256 * 4
+
+
+# ---- metrics, from scores to means, once more
+
+
+def slow_metrics(scores: np.ndarray, target: np.ndarray, k: int) -> dict[str, float]:
+    """Means over all users, the target's place counted in a sorted list."""
+    places = [1 + sorted(range(len(row)), key=lambda i, row=row: -row[i]).index(t) for row, t in zip(scores, target, strict=True)]
+    inside = [place for place in places if place <= k]
+    sums = {
+        "hr": len(inside),
+        "precision": len(inside) / k,
+        "ndcg": sum(1 / np.log2(place + 1) for place in inside),
+        "mrr": sum(1 / place for place in inside),
+    }
+    return {f"{name}@{k}": value / len(places) for name, value in sums.items()}
+
+
+def random_ranking(users=40, items=120):
+    rng = np.random.default_rng(1)
+    scores = rng.permuted(np.tile(np.arange(items), (users, 1)), axis=1)  # no ties, and exact
+    return scores, rng.integers(items, size=users)
+
+
+def metrics_of(scores, target, ks):
+    """By the evaluator's function: the scores are products with unit vectors."""
+    found = jax.jit(rank_chunked, static_argnums=4)(
+        jnp.float32(scores), jnp.eye(scores.shape[1]), target, np.full((len(scores), 1), -1), 50
+    )
+    return {name: float(value.mean()) for name, value in ranking_metrics(np.asarray(found[0]), np.asarray(found[1]), ks).items()}
+
+
+def test_metrics_are_those_of_sorted_lists():
+    scores, target = random_ranking()
+    found = metrics_of(scores, target, (1, 5, 10, 20, 50))
+    for k in (1, 5, 10, 20, 50):
+        for name, value in slow_metrics(scores, target, k).items():
+            assert found[name] == pytest.approx(value, rel=1e-12), name
+    assert 0 < found["ndcg@5"] < found["ndcg@50"] < 1
+
+
+if __name__ == "__main__":
+    json.dump([ranks_on(shape) for shape in MESHES[1:]], sys.stdout)

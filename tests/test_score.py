@@ -415,3 +415,9 @@ def test_other_requests_and_other_folders_are_refused(folder, users, tmp_path):
         saved.write_text(json.dumps(json.loads(saved.read_text()) | {"minutes": 77.0}))
     with pytest.raises(InputError, match=r"another request \(run differ\)"):
         scored(copy, tmp_path / "out", users=users, top_k=3)  # trained anew: the same step, another model
+
+
+def test_added_items_need_a_model_that_reads_text(folder, tmp_path):
+    config = config_of(folder, objective__vectors="table")
+    with pytest.raises(InputError, match=r"--items: the model does not read the items' text"):
+        Request(output=str(tmp_path / "out"), vectors=True, items="new.csv").check(config)

@@ -166,6 +166,12 @@ class EvalConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ScoreConfig:
+    part_users: int = 8192  # users (or items, of their vectors) of one file
+    batch_rows: int = 32  # rows of histories computed at one time
+
+
+@dataclasses.dataclass(frozen=True)
 class LogConfig:
     every: int = 50  # steps between two lines of metrics.jsonl
     tensorboard: bool = True  # TensorBoard events in the working folder
@@ -181,6 +187,7 @@ class Config:
     train: TrainConfig = TrainConfig()
     mesh: MeshConfig = MeshConfig()
     eval: EvalConfig = EvalConfig()
+    score: ScoreConfig = ScoreConfig()
     log: LogConfig = LogConfig()
 
     @property
@@ -470,4 +477,6 @@ def check(config: Config) -> None:
         require(getattr(evaluation, field) >= 1, f"eval.{field}", "must be 1 or more")
     for field in ("validation_users", "seed", "item_states_gib"):
         require(getattr(evaluation, field) >= 0, f"eval.{field}", "must be 0 or more")
+    for field in ("part_users", "batch_rows"):
+        require(getattr(config.score, field) >= 1, f"score.{field}", "must be 1 or more")
     require(config.log.every >= 1, "log.every", "must be 1 or more")

@@ -1,7 +1,9 @@
 """The command line: flags to one mode.
 
-    python -m iam_jax.main --config=FILE [--workdir=DIR] [--mode=train|evaluate|export]
+    python -m iam_jax.main --config=FILE [--workdir=DIR] [--mode=train|evaluate|score|export]
         [--step=N|best|last] [--config.section.key=value ...]
+    python -m iam_jax.main --mode=score --workdir=DIR --users=TABLE [--items=TABLE] [--candidates=TABLE] --output=DIR [--top_k=100]
+    python -m iam_jax.main --mode=score --workdir=DIR --vectors [--users=TABLE] [--items=TABLE] --output=DIR
 
 Exit codes: 0 done; 2 bad input, flag or config; 4 stopped on non-finite training; 75 stopped by Ctrl-C or SIGTERM with everything saved.
 """
@@ -32,11 +34,23 @@ from iam_jax.workdir import check_workdir, open_workdir  # noqa: E402
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file; may be left out where --workdir holds a run's config.")
 _WORKDIR = flags.DEFINE_string("workdir", "", "Working folder of the run; runs/<the config's name> by default.")
-_MODES = {"train": "train, then evaluate", "evaluate": "evaluate a checkpoint", "export": "a checkpoint as a folder for others"}
+_MODES = {
+    "train": "train, then evaluate",
+    "evaluate": "evaluate a checkpoint",
+    "score": "top-K lists or vectors from a checkpoint",
+    "export": "a checkpoint as a folder for others",
+}
 _MODE = flags.DEFINE_enum("mode", "train", list(_MODES), "; ".join(f"{mode}: {what}" for mode, what in _MODES.items()) + ".")
-_STEP = flags.DEFINE_string("step", "best", "Checkpoint that --mode=evaluate and --mode=export read: a step, best or last.")
+_STEP = flags.DEFINE_string("step", "best", "Checkpoint that the modes but train read: a step, best or last.")
 _FORMAT = flags.DEFINE_enum("format", "huggingface", ["huggingface", "stablehlo"], "What --mode=export writes.")
-_OUTPUT = flags.DEFINE_string("output", "", "Folder that --mode=export makes.")
+_OUTPUT = flags.DEFINE_string("output", "", "Folder that --mode=export or --mode=score makes.")
+_SCORE = {
+    "users": flags.DEFINE_string("users", "", "Score: interactions table of the users to score (user, item, timestamp)."),
+    "items": flags.DEFINE_string("items", "", "Score: table of items to add to the catalogue (item, then text columns)."),
+    "candidates": flags.DEFINE_string("candidates", "", "Score: table of the pairs to score (user, item) instead of the catalogue."),
+    "top_k": flags.DEFINE_integer("top_k", None, "Score: items of a list at most; 100 by default, with --candidates all of them."),
+    "vectors": flags.DEFINE_bool("vectors", False, "Score: writes vectors instead of lists: the items', or with --users the users'."),
+}
 
 
 def run(signals: Signals) -> None:
@@ -50,6 +64,15 @@ def run(signals: Signals) -> None:
     if exporting and not (_OUTPUT.value and (alone or config.model.pretrained)):
         what = "it needs a model that began as one (config.model.pretrained)" if _OUTPUT.value else "--output=DIR is missing"
         raise InputError(f"--mode=export makes a {'stand-alone' if alone else 'Hugging Face'} folder: {what}")
+    asked = {name: flag.value for name, flag in _SCORE.items()}
+    if _MODE.value == "score":
+        from iam_jax.score import Request, score
+
+        asked |= {"output": _OUTPUT.value, "step": _STEP.value}
+        return score(workdir, config, Request(**asked), saved=config_file == config_lib.__file__)
+    for name, value in asked.items():
+        if value not in ("", None, False):
+            raise InputError(f"--{name} is for --mode=score")
     vocabulary = fingerprint = None
     if exporting:
         from iam_jax.model.pretrained import check_output

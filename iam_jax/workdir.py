@@ -1,16 +1,16 @@
 """The working folder of a run: which config and which data made it."""
 
-import hashlib
 import json
 import os
 from pathlib import Path
 
 from iam_jax.config import CONFIG_FILE, Config, check_same_run, to_json
 from iam_jax.data.prepare import Prepared
+from iam_jax.data.stored import ITEMS_FILE, identity, items_frame
 from iam_jax.errors import InputError
 from iam_jax.files import write_atomically
 
-_FIRST_FILES = {"data.json", "tokenizer.json"}  # written before the config, which marks the folder as complete
+_FIRST_FILES = {"data.json", "tokenizer.json", ITEMS_FILE}  # written before the config, which marks the folder as complete
 
 
 def check_workdir(workdir: Path, config: Config) -> None:
@@ -30,19 +30,15 @@ def open_workdir(workdir: Path, config: Config, prepared: Prepared, pretrained_s
     """Checks that this config, this data and this pretrained model made the folder; with `create`, makes it or notes what of the config
     may change."""
     check_workdir(workdir, config)
-    identity = {
-        "split_sha256": prepared.split.sha256,
-        "catalogue_sha256": prepared.catalogue.sha256,
-        "items_sha256": hashlib.sha256("\n".join(prepared.events.item_ids.tolist()).encode()).hexdigest(),
-    }
+    made_from = {"split_sha256": prepared.split.sha256, **identity(prepared.events.item_ids.tolist(), prepared.catalogue)}
     if pretrained_sha256 is not None:
-        identity["pretrained_sha256"] = pretrained_sha256
+        made_from["pretrained_sha256"] = pretrained_sha256
     if (workdir / CONFIG_FILE).exists():
         try:
             saved = json.loads((workdir / "data.json").read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise InputError(f"{workdir / 'data.json'}: cannot be read ({error})") from error
-        for name, value in identity.items():
+        for name, value in made_from.items():
             if saved.get(name) != value:
                 what = "another pretrained model" if name == "pretrained_sha256" else "other data"
                 raise InputError(f"{workdir} was made from {what}: its {name} is {saved.get(name)}, not {value}")
@@ -54,15 +50,17 @@ def open_workdir(workdir: Path, config: Config, prepared: Prepared, pretrained_s
         checkpoints = Checkpoints(workdir, config.train.keep, config.selection, read_only=True)
         checkpoints.best()  # another eval.metric than was measured is refused before the config is written
         checkpoints.close()
-    files = {
-        "data.json": json.dumps(identity, indent=2) + "\n",
-        "tokenizer.json": prepared.catalogue.tokenizer_json,
-        CONFIG_FILE: to_json(config),
-    }
+    texts = {"data.json": json.dumps(made_from, indent=2) + "\n", "tokenizer.json": prepared.catalogue.tokenizer_json}
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        for name, text in files.items():
+        for name, text in texts.items():
             if text:
-                write_atomically(workdir / name, lambda path, text=text: path.write_text(text, encoding="utf-8"))
+                _write(workdir / name, text)
+        write_atomically(workdir / ITEMS_FILE, items_frame(prepared).write_parquet)
+        _write(workdir / CONFIG_FILE, to_json(config))
     except OSError as error:
         raise InputError(f"--workdir={workdir}: {error.strerror}") from error
+
+
+def _write(path: Path, text: str) -> None:
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))

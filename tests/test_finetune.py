@@ -3,17 +3,20 @@
 import dataclasses
 import json
 import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import polars as pl
 import pytest
 from pretrained_models import MODELS, flat, weights, write_model
+from safetensors.numpy import load_file, save_file
 from test_main import assert_same, config_text, run
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from iam_jax import train as train_lib
-from iam_jax.config import default_config, resolve
+from iam_jax.config import default_config, get_config, resolve
 from iam_jax.data.candidates import candidate_rows
 from iam_jax.data.prepare import prepare
 from iam_jax.data.splits import TEST, VALIDATION
@@ -24,6 +27,7 @@ from iam_jax.likelihood import log_likelihoods
 from iam_jax.model import pretrained
 from iam_jax.model.lora import merge
 from iam_jax.parameters import join, select
+from iam_jax.score import Request, score
 from iam_jax.train import init_state, make_run, train
 
 ITEMS, USERS = 12, 20
@@ -358,3 +362,32 @@ def test_a_working_folder_knows_its_model(folder, trained, tmp_path):
     shutil.copy(folder / "model" / "tokenizer.json", other)
     _, err = run(folder, "--workdir=lora", "--mode=evaluate", f"--config.model.pretrained={other}", code=2)
     assert "lora was made from another pretrained model: its pretrained_sha256 is " in err
+
+
+def test_scoring_reads_the_model_folder_for_frozen_parameters_only(folder, trained, tmp_path, monkeypatch):
+    """Lists of every item hold the test targets at their ranks; the prompt, the suffix and the frozen parameters are there."""
+    monkeypatch.chdir(folder)
+    run(folder, "--workdir=lora", "--mode=evaluate")
+    ranks = pl.read_parquet("lora/ranks.parquet").filter(pl.col("split") == "test")
+    events = pl.read_csv("tables/interactions.csv", schema_overrides={"user": pl.String, "item": pl.String})
+    events.join(ranks.select("user", "timestamp"), on=["user", "timestamp"], how="anti").write_parquet(tmp_path / "users.parquet")
+
+    def lists(workdir, output, **changes):
+        config = get_config(workdir)
+        config.update_from_flattened_dict(changes)
+        request = Request(output=str(tmp_path / output), users=str(tmp_path / "users.parquet"))
+        score(Path(workdir), resolve(config), request, saved=True)
+        return pl.read_parquet(tmp_path / output / "part-00000-of-00001.parquet")
+
+    found = ranks.join(lists("lora", "lists"), left_on=["user", "target"], right_on=["user", "item"], suffix="_found")
+    assert 5 < len(found) and (found["rank"] <= found["rank_found"]).all()
+    assert (found["rank_found"] <= found["rank"] + found["ties"]).all()
+    shutil.copytree("model", tmp_path / "other")
+    tensors = load_file(tmp_path / "other" / "model.safetensors")
+    save_file({name: x + 1 for name, x in tensors.items()}, tmp_path / "other" / "model.safetensors")
+    with pytest.raises(InputError, match="another pretrained model: its pretrained_sha256"):
+        lists("lora", "none", **{"model.pretrained": str(tmp_path / "other")})
+    with pytest.raises(InputError, match="absent"):
+        lists("lora", "none", **{"model.pretrained": "absent"})
+    run(folder, "--config=run.py", "--workdir=whole", "--config.model.lora.rank=0", "--config.train.steps=2")
+    assert len(lists("whole", "whole", **{"model.pretrained": "absent"})) > 20  # everything is in the checkpoint

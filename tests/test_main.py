@@ -99,7 +99,8 @@ def test_a_run_says_what_it_did_and_leaves_its_files(folder, whole):
     assert [line.split()[0] for line in table[3:7]] == ["model", "popularity", "last_item", "oracle"]
     names = {path.name for path in (folder / "whole").iterdir()}
     assert names == {
-        "config.json", "data.json", "tokenizer.json", "metrics.jsonl", "tensorboard", "checkpoints", "evaluation.json", "ranks.parquet",
+        "config.json", "data.json", "tokenizer.json", "items.parquet", "metrics.jsonl", "tensorboard", "checkpoints", "evaluation.json",
+        "ranks.parquet",
     }  # fmt: skip
     evaluation = json.loads((folder / "whole" / "evaluation.json").read_text())
     assert evaluation["split_sha256"] == out.split("split ")[1].split()[0]
@@ -110,7 +111,7 @@ def test_a_run_says_what_it_did_and_leaves_its_files(folder, whole):
 
 def test_the_same_command_twice_gives_the_same_bytes(folder, whole):
     run(folder, "--config=tiny.py", "--workdir", "twice", PYTHONHASHSEED="7", JAX_ENABLE_COMPILATION_CACHE="false")
-    for name in ("evaluation.json", "ranks.parquet", "config.json", "data.json", "tokenizer.json"):
+    for name in ("evaluation.json", "ranks.parquet", "config.json", "data.json", "tokenizer.json", "items.parquet"):
         assert (folder / "twice" / name).read_bytes() == (folder / "whole" / name).read_bytes(), name
     assert_same(checkpoint(folder / "twice", 400), checkpoint(folder / "whole", 400))
 

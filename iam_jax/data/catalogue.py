@@ -21,6 +21,7 @@ from iam_jax.data.cache import cached_folder
 from iam_jax.errors import InputError
 
 _VERSION = 2  # of the cached files
+_FRAME = ("prompt", "separator", "suffix")  # of DataConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,7 +140,7 @@ def make_catalogue(items: pl.DataFrame, config: DataConfig, cache: Path, given: 
     if config.shuffled_titles:
         texts = [texts[i] for i in np.random.default_rng(0).permutation(len(texts))]
     loaded = tokens_lib.load_given(config.tokenizer, given)
-    fixed = {field: getattr(config, field) for field in ("prompt", "separator", "suffix")}
+    fixed = {field: getattr(config, field) for field in _FRAME}
     size = given.size if config.tokenizer == "pretrained" else None
     identity = [_VERSION, config.vocabulary if loaded is None else loaded.to_str(), size, config.item_tokens, fixed]
     digest = hashlib.sha256(json.dumps([identity, texts]).encode()).hexdigest()
@@ -152,12 +153,8 @@ def make_catalogue(items: pl.DataFrame, config: DataConfig, cache: Path, given: 
             which = f"the text of {len(empty):,} items (item {empty[0]!r})"
             raise InputError(f"config.data.tokenizer = {config.tokenizer!r} makes no token of {which}")
         boundary = tokens_lib.highest_id(tokenizer) + 1 if size is None else size
-        around = {field: tokens_lib.encode(tokenizer, [text], special=True)[0] if text else [] for field, text in fixed.items()}
-        for field, text in fixed.items():
-            if text and not around[field]:
-                raise InputError(f"config.data.tokenizer = {config.tokenizer!r} makes no token of config.data.{field} = {text!r}")
-        entries = [[*around["separator"], *tokens[: config.item_tokens], boundary] for tokens in ids]
-        entries += [around["prompt"], around["suffix"]]
+        around = frame_entries(tokenizer, config)
+        entries = [*item_entries(ids, around["separator"], boundary, config.item_tokens), around["prompt"], around["suffix"]]
         truncated = sum(len(tokens) > config.item_tokens for tokens in ids)
 
         def write(folder: Path) -> None:
@@ -176,3 +173,19 @@ def make_catalogue(items: pl.DataFrame, config: DataConfig, cache: Path, given: 
         tokenizer_json=(folder / "tokenizer.json").read_text(encoding="utf-8"),
         **facts,
     )
+
+
+def item_entries(tokens: list[list[int]], separator: list[int], boundary: int, most: int) -> list[list[int]]:
+    """Each item's entry from the tokens of its text, of which the first `most` are kept."""
+    return [[*separator, *text[:most], boundary] for text in tokens]
+
+
+def frame_entries(tokenizer: tokens_lib.Tokenizer, config: DataConfig) -> dict[str, list[int]]:
+    """Tokens of config's prompt, separator and suffix. Raises InputError for one that has none."""
+    found = {}
+    for field in _FRAME:
+        text = getattr(config, field)
+        found[field] = tokens_lib.encode(tokenizer, [text], special=True)[0] if text else []
+        if text and not found[field]:
+            raise InputError(f"config.data.tokenizer = {config.tokenizer!r} makes no token of config.data.{field} = {text!r}")
+    return found

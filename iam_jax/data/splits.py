@@ -70,8 +70,8 @@ def make_split(tables: Tables, config: DataConfig, has_text: Callable[[pl.DataFr
     interactions, items = tables.interactions, tables.items.sort("item")
     notes = [f"read {interactions.height:,} interactions and {items.height:,} items"]
     user_ids = interactions["user"].unique().sort()
-    user = _codes(interactions["user"], user_ids)
-    item = _codes(interactions["item"], items["item"])  # -1: not in the items table (sources with `drop` only)
+    user = codes(interactions["user"], user_ids)
+    item = codes(interactions["item"], items["item"])  # -1: not in the items table (sources with `drop` only)
     keep = item >= 0
     if not keep.all():
         notes.append(f"removed {np.count_nonzero(~keep):,} interactions with items that are not in the items table")
@@ -108,7 +108,7 @@ def make_split(tables: Tables, config: DataConfig, has_text: Callable[[pl.DataFr
     if not len(user):
         raise InputError("no interaction is left after the filters")
 
-    order = _order(user, item, timestamp, user_ids, items["item"])
+    order = order_events(user, item, timestamp, user_ids, items["item"])
     user, item, timestamp = user[order], item[order], timestamp[order]
     del order
     if config.last_n:
@@ -147,7 +147,7 @@ def as_strings(series: pl.Series) -> np.ndarray:
     return series.to_numpy().astype(np.dtypes.StringDType())
 
 
-def _codes(values: pl.Series, ids: pl.Series) -> np.ndarray:
+def codes(values: pl.Series, ids: pl.Series) -> np.ndarray:
     """[n] int32: where each value stands in `ids`, -1 for nowhere."""
     lookup = pl.DataFrame({"id": ids, "code": np.arange(len(ids), dtype=np.int32)})
     joined = values.to_frame("id").join(lookup, on="id", how="left", maintain_order="left")
@@ -166,7 +166,8 @@ def _k_core(user: np.ndarray, item: np.ndarray, k: int, users: int, items: int) 
         alive = still
 
 
-def _order(user: np.ndarray, item: np.ndarray, timestamp: np.ndarray, user_ids: pl.Series, item_ids: pl.Series) -> np.ndarray:
+def order_events(user: np.ndarray, item: np.ndarray, timestamp: np.ndarray, user_ids: pl.Series, item_ids: pl.Series) -> np.ndarray:
+    """[n] int64: the events by user, time and tie hash; user [n] and item [n] are places in user_ids and item_ids."""
     events = pl.DataFrame({"user": user, "time": timestamp})
     order = events.select(pl.arg_sort_by("user", "time", maintain_order=True)).to_series().to_numpy()
     sorted_user, sorted_time = user[order], timestamp[order]

@@ -70,9 +70,11 @@ class Recommender(nnx.Module):
         return x_XD if self.config.model.tie_items else x_XD @ self.state_DE[...]
 
     def table(self, trained_I: jax.Array) -> jax.Array:
-        """v_IE; the rows of items without a training event are zero."""
-        table_IE = self.decoder.embedding_VD if self.config.model.tie_items else self.table_IE
-        return jnp.where(trained_I[:, None], table_IE[...], 0)
+        """v_IE; the rows of items without a training event are zero, also those of items that came after training."""
+        table_IE = (self.decoder.embedding_VD if self.config.model.tie_items else self.table_IE)[...]
+        if more := len(trained_I) - len(table_IE):
+            table_IE = jnp.pad(table_IE, ((0, more), (0, 0)))
+        return jnp.where(trained_I[:, None], table_IE, 0)
 
     def text_vectors(self, token_CT: jax.Array, length_C: jax.Array, key: jax.Array | None = None) -> jax.Array:
         """v_CE from the items' text: the boundary state of each item alone, without a prompt, after the leading intra layers or

@@ -1,0 +1,124 @@
+"""The users that are to be scored: their events in order, and, where they are given, their candidates. Ids become integers; what is kept
+takes eight bytes an event."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+
+from iam_jax.data.batches import count_up
+from iam_jax.data.splits import Events, codes, order_events
+from iam_jax.data.table import INTERACTIONS, read_table, refuse
+from iam_jax.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class Lists:
+    """Items of users: user u's are item[offsets[u]:offsets[u + 1]]."""
+
+    item: np.ndarray  # int32, rows of the catalogue
+    offsets: np.ndarray  # [U + 1] int64
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.diff(self.offsets)
+
+    def __getitem__(self, users: slice) -> "Lists":
+        begin, end, _ = users.indices(len(self.offsets) - 1)
+        end = max(begin, end)
+        offsets = self.offsets[begin : end + 1]
+        return Lists(self.item[offsets[0] : offsets[-1]], offsets - offsets[0])
+
+    def of(self, users: np.ndarray) -> "Lists":
+        """Of those users only."""
+        lengths = self.lengths[users]
+        item = self.item[np.repeat(self.offsets[:-1][users], lengths) + count_up(lengths)]
+        return Lists(item, np.concatenate([[0], np.cumsum(lengths)]))
+
+    def last(self, most: int) -> "Lists":
+        """Each user's last `most` items; 0: all."""
+        if not most:
+            return self
+        lengths = np.minimum(self.lengths, most)
+        item = self.item[np.repeat(self.offsets[1:] - lengths, lengths) + count_up(lengths)]
+        return Lists(item, np.concatenate([[0], np.cumsum(lengths)]))
+
+    def split(self) -> list[np.ndarray]:
+        return np.split(self.item, self.offsets[1:-1])
+
+    def padded(self, width: int) -> np.ndarray:
+        """[U, width] int32, -1 behind a user's items."""
+        out = np.full((len(self.offsets) - 1, width), -1, np.int32)
+        out[np.arange(width) < self.lengths[:, None]] = self.item
+        return out
+
+
+@dataclasses.dataclass(frozen=True)
+class Users:
+    """The users of a request, sorted by id."""
+
+    ids: pl.Series
+    events: Lists  # in the order of time, ties by hash (splits.py)
+    candidates: Lists | None  # sorted by catalogue row
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def part(self, begin: int, end: int) -> "Users":
+        some = slice(begin, end)
+        return Users(self.ids[some], self.events[some], None if self.candidates is None else self.candidates[some])
+
+
+def read_users(path: str | Path, item_ids: pl.Series, drop: bool) -> tuple[Users, list[str]]:
+    """The users of an interactions table, and notes to print. drop: events with items that the catalogue does not have are removed and
+    counted, as in the preparation of the training data. Raises InputError for what `read_table` refuses and for unknown items."""
+    table = read_table(path, INTERACTIONS)
+    item, notes = codes(table["item"], item_ids), []
+    unknown = item < 0
+    if unknown.all() or (unknown.any() and not drop):
+        count = table["item"].filter(pl.Series(unknown)).n_unique()
+        what = f"{count:,} item{'s' * (count > 1)} that the working folder's catalogue does not have (--items=TABLE adds items)"
+        refuse(str(path), table["item"], pl.Series(unknown), what)
+    if unknown.any():
+        before = table["user"].n_unique()
+        table, item = table.filter(pl.Series(~unknown)), item[~unknown]
+        lost = before - table["user"].n_unique()
+        notes.append(f"left out {unknown.sum():,} events with items that are not in the catalogue, and {lost:,} users without other events")
+    ids = table["user"].unique().sort()
+    user, timestamp = codes(table["user"], ids), table["timestamp"]
+    timestamp = (timestamp.dt.epoch("us") if timestamp.dtype == pl.Datetime else timestamp).to_numpy()
+    order = order_events(user, item, timestamp, ids, item_ids)
+    notes.append(f"{len(ids):,} users, {len(item):,} events, {len(item_ids):,} items")
+    return Users(ids, Lists(item[order], _offsets(user, len(ids))), None), notes
+
+
+def read_candidates(path: str | Path, users: Users, item_ids: pl.Series) -> Users:
+    """Those of the users that a table (user, item) names, with their candidates. Raises InputError for unknown users and items, and for
+    pairs that come twice."""
+    table = read_table(path, ("user", "item"))
+    user, item = codes(table["user"], users.ids), codes(table["item"], item_ids)
+    for name, place, where in (("user", user, "--users"), ("item", item, "the catalogue (--items=TABLE adds items)")):
+        if (place < 0).any():
+            refuse(str(path), table[name], pl.Series(place < 0), f"{name}s that are not in {where}")
+    twice = table.is_duplicated()
+    if twice.any():
+        raise InputError(f"{path}: {int(twice.sum()):,} rows repeat a pair of user and item, such as {table.row(twice.arg_true()[0])}")
+    order = np.lexsort((item, user))
+    chosen, lists = np.unique(user), Lists(item[order], _offsets(user, len(users)))
+    return Users(users.ids.gather(chosen), users.events.of(chosen), lists.of(chosen))
+
+
+def with_targets(histories: Lists) -> tuple[Events, np.ndarray]:
+    """The histories as events, each followed by one that stands for what comes next (item 0, which nobody reads), and the indices of
+    these: what `evaluation_segments` takes for targets."""
+    lengths = histories.lengths
+    offsets = np.concatenate([[0], np.cumsum(lengths + 1)])
+    item = np.zeros(offsets[-1], np.int32)
+    item[np.repeat(offsets[:-1], lengths) + count_up(lengths)] = histories.item
+    none = np.zeros(0)
+    return Events(none, none, item, offsets, none, none), offsets[1:] - 1
+
+
+def _offsets(user: np.ndarray, users: int) -> np.ndarray:
+    return np.concatenate([[0], np.cumsum(np.bincount(user, minlength=users))])

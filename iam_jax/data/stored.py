@@ -1,0 +1,117 @@
+"""What a working folder keeps of its catalogue, so that scoring needs no other file: every item's id and tokens, and whether it has a
+training event. Items that came later are added from their text."""
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+
+from iam_jax.config import DataConfig
+from iam_jax.data import tokenizer as tokens_lib
+from iam_jax.data.catalogue import Catalogue, frame_entries, item_entries, item_texts
+from iam_jax.data.prepare import Prepared
+from iam_jax.data.table import read_table, refuse
+from iam_jax.errors import InputError
+
+ITEMS_FILE = "items.parquet"
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """The catalogue of a working folder, and what was added to it."""
+
+    item_ids: pl.Series  # [I] String: the training catalogue's in its order, then the added ones, sorted
+    catalogue: Catalogue
+    trained: np.ndarray  # [I] bool: has a training event
+    known: int  # items of the training catalogue
+
+
+def identity(item_ids: list[str], catalogue: Catalogue) -> dict[str, str]:
+    """What data.json says of a catalogue."""
+    return {"catalogue_sha256": catalogue.sha256, "items_sha256": hashlib.sha256("\n".join(item_ids).encode()).hexdigest()}
+
+
+def items_frame(prepared: Prepared) -> pl.DataFrame:
+    """The table ITEMS_FILE: `item`, `tokens` (its boundary token included) and `trained`, in the catalogue's order."""
+    catalogue, events = prepared.catalogue, prepared.events
+    tokens = pl.Series("tokens", catalogue.tokens[: catalogue.offsets[catalogue.items]], dtype=pl.Int32)
+    of_item = pl.Series("of", np.repeat(np.arange(catalogue.items), catalogue.item_lengths))
+    lists = pl.DataFrame([of_item, tokens]).group_by("of", maintain_order=True).agg("tokens")
+    ids = pl.Series("item", events.item_ids.tolist(), dtype=pl.String)
+    return pl.DataFrame([ids, lists["tokens"], pl.Series("trained", events.train_counts > 0)])
+
+
+def read_stored(workdir: Path, config: DataConfig) -> Stored:
+    """Raises InputError where the files of the working folder are missing, unreadable, or do not belong together."""
+    path = workdir / ITEMS_FILE
+    try:
+        saved = json.loads((workdir / "data.json").read_text(encoding="utf-8"))
+        if not path.exists():
+            raise InputError(f"{path} is missing: an older version trained there; the same training command again adds it")
+        frame = pl.read_parquet(path, glob=False, hive_partitioning=False)
+        ids, trained, lengths = frame["item"], frame["trained"].to_numpy(), frame["tokens"].list.len().to_numpy()
+        tokens = frame["tokens"].explode().to_numpy().astype(np.int32)
+    except InputError:
+        raise
+    except (OSError, ValueError, pl.exceptions.PolarsError) as error:
+        raise InputError(f"{workdir}: data.json or {ITEMS_FILE} cannot be read: {str(error).splitlines()[0]}") from error
+    around, tokenizer_json, vocabulary = [[], []], "", len(ids)
+    if config.tokenizer != "id":
+        tokenizer = tokens_lib.load_tokenizer(workdir / "tokenizer.json")
+        entries = frame_entries(tokenizer, config)
+        around = [entries["prompt"], entries["suffix"]]
+        tokenizer_json, vocabulary = tokenizer.to_str(), int(tokens.max(initial=0)) + 1  # every item ends with the highest id
+    every = np.concatenate([tokens, *(np.array(entry, np.int32) for entry in around)])
+    offsets = np.cumsum([0, *lengths, *map(len, around)], dtype=np.int64)
+    catalogue = Catalogue(every, offsets, vocabulary, 0, tokenizer_json)
+    for name, value in identity(ids.to_list(), catalogue).items():
+        if not isinstance(saved, dict) or saved.get(name) != value:
+            raise InputError(f"{workdir}: {ITEMS_FILE} and tokenizer.json are not those of data.json: their {name} is {value}")
+    return Stored(ids, catalogue, trained, len(ids))
+
+
+def add_items(stored: Stored, config: DataConfig, path: str | Path) -> tuple[Stored, list[str]]:
+    """The catalogue with the items of a table (`item`, then text columns) behind its own, and notes to print. Raises InputError for items
+    that are there already, that come twice, or that have no text (data.untitled)."""
+    table, notes = read_table(path, ("item",), others=True), []
+    ids = table["item"]
+    if ids.n_unique() < len(ids):
+        refuse(str(path), ids, ids.is_duplicated(), "item ids that occur more than once", together=True)
+    there = ids.is_in(stored.item_ids.to_list())
+    if there.any():
+        refuse(str(path), ids, there, "items that the working folder's catalogue has already (--items adds to it)")
+    try:
+        texts = item_texts(table, config)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+    if config.untitled == "id":
+        texts = [text or item for text, item in zip(texts, ids.to_list(), strict=True)]
+    empty = np.array([not text for text in texts])
+    if empty.any() and config.untitled == "error":
+        refuse(str(path), ids, pl.Series(empty), f"items without text by the template {config.text!r}")
+    if empty.any():
+        notes.append(f"left out {empty.sum():,} added items without text")
+    chosen = np.flatnonzero(~empty)
+    chosen = chosen[ids.gather(chosen).arg_sort().to_numpy()]
+    tokenizer, catalogue = tokens_lib.Tokenizer.from_str(stored.catalogue.tokenizer_json), stored.catalogue
+    tokens = tokens_lib.encode(tokenizer, [texts[row] for row in chosen])
+    nothing = np.isin(np.arange(len(ids)), [row for row, some in zip(chosen, tokens, strict=True) if not some])
+    if nothing.any():
+        refuse(str(path), ids, pl.Series(nothing), "items of whose text the tokenizer makes no token")
+    truncated = sum(len(some) > config.item_tokens for some in tokens)
+    if truncated:
+        notes.append(f"{truncated:,} added items have more than {config.item_tokens} text tokens and are truncated")
+    entries = item_entries(tokens, frame_entries(tokenizer, config)["separator"], catalogue.vocabulary - 1, config.item_tokens)
+    new = np.fromiter((token for entry in entries for token in entry), np.int32)
+    end = catalogue.offsets[catalogue.items]
+    lengths = np.concatenate([catalogue.item_lengths, np.array([len(entry) for entry in entries], np.int64), catalogue.lengths[-2:]])
+    added = dataclasses.replace(
+        catalogue,
+        tokens=np.concatenate([catalogue.tokens[:end], new, catalogue.tokens[end:]]),
+        offsets=np.concatenate([[0], np.cumsum(lengths)]),
+    )
+    item_ids = pl.concat([stored.item_ids, ids.gather(chosen)])
+    return Stored(item_ids, added, np.append(stored.trained, np.zeros(len(entries), bool)), stored.known), notes

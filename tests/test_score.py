@@ -1,0 +1,423 @@
+"""Offline scoring, from a working folder alone: what comes out, in which order, and that no interruption shows."""
+
+import json
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import polars as pl
+import pytest
+from test_main import config_text, contents, run, start, wait_for
+
+from iam_jax import score as score_lib
+from iam_jax.config import SyntheticConfig, get_config, resolve
+from iam_jax.data import stored as stored_lib
+from iam_jax.data import synthetic
+from iam_jax.data.histories import Lists
+from iam_jax.data.tokenizer import train_bpe
+from iam_jax.errors import InputError
+from iam_jax.interrupt import Stop
+from iam_jax.score import Request, score
+from iam_jax.scorer import top_items
+
+FIELDS = {"data.source": "table", "data.path": "tables", "objective.vectors": "both", "score.part_users": 16, "train.steps": 30}
+
+
+@pytest.fixture(scope="session")
+def shop():
+    return synthetic.from_config(SyntheticConfig(users=60, products=50, events_per_user=6.0)).tables()
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory, tiny, shop):
+    """A trained run whose data are gone: scoring has the working folder and its own tables."""
+    folder = tmp_path_factory.mktemp("score")
+    fields = {name: value for name, value in tiny.items() if "synthetic" not in name} | FIELDS
+    (folder / "run.py").write_text(config_text(fields))
+    (folder / "tables").mkdir()
+    shop.interactions.write_parquet(folder / "tables" / "interactions.parquet")
+    shop.items.write_csv(folder / "tables" / "items.csv")
+    run(folder, "--config=run.py", "--workdir=run")
+    (folder / "tables").rename(folder / "moved")
+    return folder
+
+
+@pytest.fixture
+def users(folder):
+    """The test protocol's histories: every event but each user's last."""
+    events = pl.read_parquet(folder / "moved" / "interactions.parquet")
+    ranks = pl.read_parquet(folder / "run" / "ranks.parquet").filter(pl.col("split") == "test")
+    table = events.join(ranks.select("user", "timestamp", last="target"), on=["user", "timestamp"], how="left")
+    path = folder / "users.csv"
+    table.filter(pl.col("last").is_null() | (pl.col("last") != pl.col("item"))).select("user", "item", "timestamp").write_csv(path)
+    return path
+
+
+def config_of(folder, **changes):
+    config = get_config(str(folder / "run"))
+    config.update_from_flattened_dict({name.replace("__", "."): value for name, value in changes.items()})
+    return resolve(config)
+
+
+def scored(folder, output, **request):
+    """The request's rows, in this process."""
+    changes = {name: request.pop(name) for name in list(request) if "__" in name}
+    request = {name: value if name in ("top_k", "vectors", "step") else str(value) for name, value in request.items()}
+    score(folder / "run", config_of(folder, **changes), Request(output=str(output), **request), saved=True)
+    return read(output)
+
+
+def read(output):
+    return pl.concat([pl.read_parquet(path) for path in sorted(output.glob("part-*.parquet"))])
+
+
+def lists(frame):
+    return {user: (items, scores) for user, items, scores in frame.group_by("user").agg("item", "score").iter_rows()}
+
+
+@pytest.fixture
+def vectors(folder, users, tmp_path):
+    """Item and user vectors by id, from --vectors."""
+    found = []
+    for name, more in (("item", {}), ("user", {"users": users})):
+        frame = scored(folder, tmp_path / f"{name}-vectors", vectors=True, **more)
+        assert frame.columns == [name, "vector"]
+        found.append(dict(zip(frame[name], frame["vector"].to_numpy(), strict=True)))
+    return found
+
+
+def test_lists_equal_a_slow_twin(folder, users, vectors, tmp_path):
+    items, states = vectors
+    frame = scored(folder, tmp_path / "lists", users=users, top_k=7)
+    assert frame.schema == {"user": pl.String, "item": pl.String, "rank": pl.Int32, "score": pl.Float32}
+    assert sorted(path.name for path in (tmp_path / "lists").iterdir()) == [
+        *(f"part-{n:05}-of-00004.parquet" for n in range(4)),
+        "request.json",
+    ]
+    assert frame["user"].to_list() == [user for user in sorted(states) for _ in range(7)] and len(states) == 60
+    assert frame["rank"].to_list() == [*range(1, 8)] * 60
+    seen = {user: set(there) for user, there in pl.read_csv(users, infer_schema=False).group_by("user").agg("item").iter_rows()}
+    for user, (got, scores) in lists(frame).items():
+        expected = {item: float(states[user].astype(np.float64) @ vector) for item, vector in items.items() if item not in seen[user]}
+        best = sorted(expected, key=expected.get, reverse=True)[:7]
+        assert got == best
+        np.testing.assert_allclose(scores, [expected[item] for item in best], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("filter_seen", [True, False])
+def test_positions_are_the_evaluators_ranks(folder, users, tmp_path, filter_seen):
+    run(folder, "--workdir=run", "--mode=evaluate", "--config.data.path=moved", f"--config.eval.filter_seen={str(filter_seen).lower()}")
+    ranks = pl.read_parquet(folder / "run" / "ranks.parquet").filter(pl.col("split") == "test")
+    every = lists(scored(folder, tmp_path / "every", users=users, top_k=1000, eval__filter_seen=filter_seen))
+    compared = 0
+    for user, target, rank, ties in ranks.select("user", "target", "rank", "ties").iter_rows():
+        items, _ = every[user]
+        if target in items:  # with filter_seen, targets that the user had before are left out
+            assert rank <= items.index(target) + 1 <= rank + ties
+            compared += 1
+    assert compared > 20
+
+
+def test_chunks_ties_and_seen_items():
+    """Integers are exact: equal for every chunk size, and to NumPy's stable sort."""
+    rng = np.random.default_rng(0)
+    h_XE, v_IE = rng.integers(-2, 3, (5, 4)).astype(np.float32), rng.integers(-2, 3, (23, 4)).astype(np.float32)
+    seen = [rng.choice(23, n, replace=False) for n in (0, 1, 5, 20, 23)]
+    padded = Lists(np.concatenate(seen).astype(np.int32), np.cumsum([0, *map(len, seen)])).padded(32)
+    for chunk in (1, 4, 7, 23):
+        chunks = -(-23 // chunk)
+        v_JCE = np.pad(v_IE, ((0, chunks * chunk - 23), (0, 0))).reshape(chunks, chunk, 4)
+        item, score, finite = map(np.asarray, top_items(h_XE, v_JCE, padded, 23, 9))
+        assert finite.all()
+        for x in range(5):
+            scores = v_IE @ h_XE[x]
+            best = [i for i in np.argsort(-scores, kind="stable") if i not in seen[x]][:9]
+            assert item[x, : len(best)].tolist() == best and (score[x, : len(best)] == scores[best]).all()
+            assert (score[x, len(best) :] == -np.inf).all()
+    v_JCE[0, 3] = np.nan
+    assert not np.asarray(top_items(h_XE, v_JCE, padded, 23, 9)[2]).any()
+
+
+def test_users_unseen_in_training_and_order_in_time(folder, shop, tmp_path):
+    """A stranger with the same events has the same list, whatever the order of the rows; another order of time gives another one."""
+    history = shop.items["item"].to_list()[:6]
+    rows = [("stranger", item, t) for t, item in enumerate(history)] + [("twin", item, 10 * t) for t, item in enumerate(history)]
+    rows += [("backwards", item, -t) for t, item in enumerate(history)]
+    frame = pl.DataFrame(rows, schema=["user", "item", "timestamp"], orient="row")
+    frame.sample(fraction=1.0, shuffle=True, seed=1).write_csv(tmp_path / "new.tsv", separator="\t")
+    found = lists(scored(folder, tmp_path / "out", users=tmp_path / "new.tsv", top_k=10))
+    assert found["stranger"] == found["twin"] and found["stranger"][1] != found["backwards"][1]
+    assert not set(history) & set(found["stranger"][0])
+
+
+def test_candidates(folder, users, shop, tmp_path):
+    every = lists(scored(folder, tmp_path / "every", users=users, top_k=1000, eval__filter_seen=False))
+    rng, asked = np.random.default_rng(0), {}
+    for user in list(every)[::3]:
+        asked[user] = rng.choice(shop.items["item"].to_list(), rng.integers(1, 12), replace=False).tolist()
+    pairs = [(user, item) for user, items in asked.items() for item in items]
+    pl.DataFrame(pairs, schema=["user", "item"], orient="row").write_parquet(tmp_path / "pairs.parquet")
+    frame = scored(folder, tmp_path / "out", users=users, candidates=tmp_path / "pairs.parquet")
+    assert len(frame) == len(pairs)
+    assert sorted(asked) == frame["user"].unique(maintain_order=True).to_list()
+    for user, (items, scores) in lists(frame).items():
+        whole = dict(zip(*every[user], strict=True))
+        assert items == sorted(asked[user], key=lambda item: (-whole[item], item))
+        np.testing.assert_allclose(scores, [whole[item] for item in items], rtol=1e-5, atol=1e-6)
+    top = scored(folder, tmp_path / "two", users=users, candidates=tmp_path / "pairs.parquet", top_k=2)
+    assert top.equals(frame.filter(pl.col("rank") <= 2))
+
+
+def test_new_items_are_scored_from_their_text(folder, tiny, shop, users, tmp_path):
+    """As if they had been in the catalogue of the training, which has no event of them."""
+    tables = tmp_path / "tables"
+    tables.mkdir()
+    shop.interactions.write_parquet(tables / "interactions.parquet")
+    new = pl.DataFrame({"item": ["zz1", "zz0"], "title": ["the zebra " * 30, shop.items["title"][3]]})
+    pl.concat([shop.items.select("item", "title"), new]).write_csv(tables / "items.csv")
+    train_bpe(shop.items["title"].to_list(), 300).save(str(tmp_path / "tokenizer.json"))
+    fields = {name: value for name, value in tiny.items() if "synthetic" not in name} | FIELDS
+    fields |= {"objective.vectors": "text", "data.tokenizer": str(tmp_path / "tokenizer.json"), "train.steps": 4}
+    (tmp_path / "run.py").write_text(config_text(fields))
+    run(tmp_path, "--config=run.py", "--workdir=with/run")
+    shop.items.write_csv(tables / "items.csv")
+    run(tmp_path, "--config=run.py", "--workdir=without/run")
+    new.write_csv(tmp_path / "new.csv")
+    shutil.rmtree(tables)
+    (tmp_path / "tokenizer.json").unlink()
+    known = scored(tmp_path / "with", tmp_path / "known", vectors=True)
+    added = scored(tmp_path / "without", tmp_path / "added", vectors=True, items=tmp_path / "new.csv")
+    assert added["item"].to_list() == known["item"].to_list() == [*shop.items["item"].sort(), "zz0", "zz1"]
+    np.testing.assert_allclose(added["vector"].to_numpy(), known["vector"].to_numpy(), rtol=1e-5, atol=1e-6)
+    # They are in lists, and in histories.
+    more = pl.read_csv(users, infer_schema=False)
+    last = pl.DataFrame({"user": ["late"] * 2, "item": ["zz0", "zz1"], "timestamp": ["1", "2"]}, schema=more.schema)
+    pl.concat([more, last]).write_csv(tmp_path / "users.csv")
+    both = {name: {"users": tmp_path / "users.csv", "top_k": 60} for name in ("with", "without")}
+    both["without"]["items"] = tmp_path / "new.csv"
+    a, b = (lists(scored(tmp_path / name, tmp_path / f"{name}-lists", **request)) for name, request in both.items())
+    assert a.keys() == b.keys() and len(a) == 61 and any("zz1" in items for items, _ in a.values())
+    for user, (_, scores) in a.items():
+        np.testing.assert_allclose(scores, b[user][1], rtol=1e-4, atol=1e-5)
+
+
+def test_an_added_items_table_row_counts_as_zero(folder, users, tmp_path):
+    """With vectors = both, an added item with the text of a known one has its vector less the table's row."""
+    (tmp_path / "new.csv").write_text("item,title\nzz,brand new thing\n")
+    known, added = (
+        scored(folder, tmp_path / name, vectors=True, **more) for name, more in (("a", {}), ("b", {"items": tmp_path / "new.csv"}))
+    )
+    assert added["item"].to_list() == [*known["item"], "zz"]
+    np.testing.assert_allclose(added["vector"].to_numpy()[:-1], known["vector"].to_numpy(), rtol=1e-5, atol=1e-6)
+    assert np.abs(added["vector"].to_numpy()[-1]).max() > 1e-3
+
+
+# ---- interruptions
+
+
+def test_an_interrupted_request_goes_on(folder, users, tmp_path, monkeypatch):
+    whole = scored(folder, tmp_path / "whole", users=users)
+    write, calls = score_lib.write_atomically, []
+
+    def interrupted(path, writer):
+        calls.append(path.name)
+        if len(calls) == 4:  # the request, two parts, and in the middle of the third
+            (path.parent / f".{path.name}-left").write_text("half")
+            raise Stop
+        write(path, writer)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(score_lib, "write_atomically", interrupted)
+        with pytest.raises(Stop):
+            scored(folder, tmp_path / "parts", users=users)
+    there = contents(tmp_path / "parts")
+    assert len(there) == 4  # with what the kill left
+    wrote = []
+    with monkeypatch.context() as patch:
+        patch.setattr(score_lib, "write_atomically", lambda path, writer: (wrote.append(path.name), write(path, writer)))
+        assert scored(folder, tmp_path / "parts", users=users).equals(whole)
+    assert wrote == [f"part-{n:05}-of-00004.parquet" for n in (2, 3)]
+    assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
+
+
+TWO = """
+import sys
+from pathlib import Path
+
+import jax
+from absl import flags
+
+from iam_jax.config import get_config, resolve
+from iam_jax.score import Request, score
+
+address, process, output = sys.argv[1:]
+flags.FLAGS.mark_as_parsed()
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize(address, 2, int(process))
+score(Path("run"), resolve(get_config("run")), Request(output=output, users="users.csv"), saved=True)
+"""
+
+
+def test_two_processes_share_the_parts(folder, users, tmp_path):
+    whole = scored(folder, tmp_path / "whole", users=users)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    command = [sys.executable, "-c", TWO, address]
+    pipes = {"cwd": folder, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    both = [subprocess.Popen([*command, str(process), str(tmp_path / "shared")], **pipes) for process in (0, 1)]
+    told = [process.communicate(timeout=100)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], told
+    assert [int(out.split("shared: ")[1].split()[0]) for out in told] == [32, 28]  # users of parts 0 and 2, and of 1 and 3
+    assert read(tmp_path / "shared").equals(whole)
+
+
+def test_sigterm_and_on_with_the_same_command(folder, users):
+    command = ("--workdir=run", "--mode=score", f"--users={users}", "--top_k=5", "--config.score.part_users=1")
+    out, err = run(folder, *command, "--output=one")
+    assert err == "" and "60 users" in out and "users/s" in out and "60 parts" in out
+    process = start(folder, *command, "--output=two")
+    wait_for(process, lambda: len(list((folder / "two").glob("part-*"))) >= 2)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    kept = contents(folder / "two")
+    assert process.returncode == 75 and err == "stopped; the same command goes on from here\n" and 3 <= len(kept) < 61
+    out, _ = run(folder, *command, "--output=two")
+    assert f"60 parts, {len(kept) - 1} are there" in out
+    assert contents(folder / "two") == contents(folder / "one")
+
+
+# ---- text generators
+
+
+def test_text_generators(tmp_path, tiny, shop):
+    """Beams as wide as the catalogue: the lists are the order of the likelihoods of all items as candidates."""
+    fields = {name: value for name, value in tiny.items() if "synthetic" not in name} | FIELDS
+    fields |= {"objective.item": 0.0, "objective.token": 1.0, "eval.ranking": "likelihood", "data.path": "tables", "data.prompt": "so: "}
+    fields |= {"train.steps": 4, "score.batch_rows": 20}
+    (tmp_path / "tables").mkdir()
+    events, items = shop.interactions, shop.items.head(12).select("item", "title")
+    events = events.filter(pl.col("item").is_in(items["item"].to_list()))
+    events.write_parquet(tmp_path / "tables" / "interactions.parquet")
+    items.write_csv(tmp_path / "tables" / "items.csv")
+    (tmp_path / "run.py").write_text(config_text(fields))
+    run(tmp_path, "--config=run.py", "--workdir=run")
+    some = events["user"].unique().sort().to_list()[:5]
+    few = events.filter(pl.col("user").is_in(some))
+    few.write_parquet(tmp_path / "users.parquet")
+    pl.DataFrame([(u, i) for u in some for i in items["item"]], schema=["user", "item"], orient="row").write_csv(tmp_path / "pairs.csv")
+    request = {"users": tmp_path / "users.parquet"}
+    given = lists(scored(tmp_path, tmp_path / "given", candidates=tmp_path / "pairs.csv", **request))
+    found = lists(scored(tmp_path, tmp_path / "found", top_k=12, **request))
+    for user in some:
+        seen = set(few.filter(pl.col("user") == user)["item"])
+        expected = [(item, value) for item, value in zip(*given[user], strict=True) if item not in seen]
+        assert found[user][0] == [item for item, _ in expected] and len(expected) == 12 - len(seen)
+        np.testing.assert_allclose(found[user][1], [value for _, value in expected], rtol=1e-4)
+    with pytest.raises(InputError, match="--vectors: there are none with"):
+        scored(tmp_path, tmp_path / "vectors", vectors=True)
+
+
+# ---- refused, each in one line
+
+
+@pytest.mark.parametrize(
+    ("request_", "named"),
+    [
+        ({}, ("--output=DIR is missing",)),
+        ({"output": "out"}, ("--users=TABLE is missing",)),
+        ({"output": "out", "candidates": "pairs.csv", "vectors": True}, ("--candidates=TABLE needs --users",)),
+        ({"output": "out", "users": "good.csv", "top_k": 0}, ("--top_k=0",)),
+        ({"output": "out", "users": "good.csv", "vectors": True, "top_k": 3}, ("--vectors goes with neither",)),
+        ({"output": "run", "users": "good.csv"}, ("--output=run is not empty and holds no request.json",)),
+        ({"output": "good.csv/out", "users": "good.csv"}, ("good.csv cannot be written to",)),
+        ({"output": "out", "users": "good.csv", "step": "77"}, ("--step=77", "30")),
+        ({"output": "out", "users": "absent.csv"}, ("absent.csv", "No such file")),
+        ({"output": "out", "users": "pairs.csv"}, ("pairs.csv: no column 'timestamp'",)),
+        ({"output": "out", "users": "unknown.csv"}, ("unknown.csv: column 'item': 1 item that", "--items=TABLE", "'nowhere' (line 3)")),
+        ({"output": "out", "users": "good.csv", "candidates": "unknown.csv"}, ("unknown.csv: column 'item'", "'nowhere' (line 3)")),
+        ({"output": "out", "users": "good.csv", "candidates": "twice.csv"}, ("twice.csv: 2 rows repeat a pair", "u")),
+        ({"output": "out", "users": "good.csv", "candidates": "stranger.csv"}, ("stranger.csv: column 'user'", "'nobody' (line 2)")),
+        ({"output": "out", "users": "good.csv", "items": "known.csv"}, ("known.csv: column 'item'", "has already", "(line 2)")),
+        (
+            {"output": "out", "users": "good.csv", "items": "double.csv"},
+            ("double.csv: column", "more than once", "line 2", "line 4"),
+        ),
+        ({"output": "out", "users": "good.csv", "items": "empty.csv"}, ("empty.csv: column 'item'", "without text", "'zy' (line 3)")),
+        ({"output": "out", "users": "good.csv", "items": "untitled.csv"}, ("untitled.csv: config.data.text = '{title}' uses {title}",)),
+        ({"output": "out", "users": "good.csv", "model__width": 8}, ("model.width (16 there, 8 here)",)),
+    ],
+)
+def test_what_does_not_fit_is_told(folder, shop, monkeypatch, request_, named):
+    monkeypatch.chdir(folder)
+    item = shop.items["item"][0]
+    tables = {
+        "good.csv": f"user,item,timestamp\nu,{item},1\n",
+        "pairs.csv": f"user,item\nu,{item}\n",
+        "unknown.csv": f"user,item,timestamp\nu,{item},1\nu,nowhere,2\n",
+        "twice.csv": f"user,item\nu,{item}\nu,{item}\n",
+        "stranger.csv": f"user,item\nnobody,{item}\n",
+        "known.csv": f"item,title\n{item},x\n",
+        "double.csv": "item,title\nzz,x\nzy,y\nzz,z\n",
+        "untitled.csv": "item,name\nzz,x\n",
+        "empty.csv": "item,title\nzz,x\nzy,\n",
+    }
+    for name, text in tables.items():
+        (folder / name).write_text(text)
+    before = contents(folder)
+    with pytest.raises(InputError) as refused:
+        scored(folder, request_.pop("output", ""), **request_)
+    told = str(refused.value)
+    assert "\n" not in told and all(name in told for name in named), told
+    assert contents(folder) == before
+
+
+def test_refused_commands_end_with_2(folder):
+    for flags, named in (
+        (("--mode=score", "--workdir=run", "--users=run.py", "--output=out"), "run.py: a table ends in .csv"),
+        (("--mode=score", "--workdir=absent", "--users=run.py", "--output=out"), "absent/config.json"),
+        (("--workdir=run", "--users=run.py"), "--users is for --mode=score"),
+    ):
+        _, err = run(folder, *flags, code=2)
+        assert err.startswith("error: ") and err.count("\n") == 1 and named in err
+    assert not (folder / "out").exists()
+
+
+def test_other_requests_and_other_folders_are_refused(folder, users, tmp_path):
+    scored(folder, tmp_path / "out", users=users, top_k=3)
+    before = contents(tmp_path / "out")
+    for change, named in (
+        ({"top_k": 4}, "top_k"),
+        ({"eval__filter_seen": False}, "eval.filter_seen"),
+        ({"score__part_users": 8}, "score.part_users"),
+    ):
+        with pytest.raises(InputError, match=rf"another request \(.*{named}.* differ\)"):
+            scored(folder, tmp_path / "out", **({"users": users, "top_k": 3} | change))
+    assert contents(tmp_path / "out") == before
+
+    copy = tmp_path / "copy"
+    shutil.copytree(folder / "run", copy / "run")
+    scored(copy, tmp_path / "out", users=users, top_k=3)  # moved: the same run
+    items = pl.read_parquet(copy / "run" / stored_lib.ITEMS_FILE)
+    items.with_columns(pl.when(pl.col("item") == items["item"][0]).then(pl.lit("other")).otherwise("item").alias("item")).write_parquet(
+        copy / "run" / stored_lib.ITEMS_FILE
+    )
+    with pytest.raises(InputError, match=r"not those of data\.json: their items_sha256"):
+        scored(copy, tmp_path / "new", users=users)
+    (copy / "run" / stored_lib.ITEMS_FILE).unlink()
+    with pytest.raises(InputError, match=r"items\.parquet is missing"):
+        scored(copy, tmp_path / "new", users=users)
+    shutil.copy(folder / "run" / stored_lib.ITEMS_FILE, copy / "run")
+    for saved in (copy / "run" / "checkpoints").glob("*/progress/metadata"):
+        saved.write_text(json.dumps(json.loads(saved.read_text()) | {"minutes": 77.0}))
+    with pytest.raises(InputError, match=r"another request \(run differ\)"):
+        scored(copy, tmp_path / "out", users=users, top_k=3)  # trained anew: the same step, another model
+
+
+def test_added_items_need_a_model_that_reads_text(folder, tmp_path):
+    config = config_of(folder, objective__vectors="table")
+    with pytest.raises(InputError, match=r"--items: the model does not read the items' text"):
+        Request(output=str(tmp_path / "out"), vectors=True, items="new.csv").check(config)

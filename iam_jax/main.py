@@ -2,6 +2,7 @@
 
     python -m iam_jax.main --config=FILE [--workdir=DIR] [--mode=train|evaluate|export]
         [--step=N|best|last] [--config.section.key=value ...]
+    python -m iam_jax.main --mode=compare --runs=DIR,DIR[,DIR...] [--output=DIR]
 
 Exit codes: 0 done; 2 bad input, flag or config; 4 stopped on non-finite training; 75 stopped by Ctrl-C or SIGTERM with everything saved.
 """
@@ -11,6 +12,7 @@ import time
 _START = time.time()
 
 import difflib  # noqa: E402
+import json  # noqa: E402
 import os  # noqa: E402
 import re  # noqa: E402
 import signal  # noqa: E402
@@ -27,19 +29,28 @@ from ml_collections import config_flags  # noqa: E402
 
 from iam_jax import config as config_lib  # noqa: E402
 from iam_jax.errors import InputError, NonFiniteError  # noqa: E402
+from iam_jax.files import write_atomically  # noqa: E402
 from iam_jax.interrupt import Signals  # noqa: E402
 from iam_jax.workdir import check_workdir, open_workdir  # noqa: E402
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file; may be left out where --workdir holds a run's config.")
 _WORKDIR = flags.DEFINE_string("workdir", "", "Working folder of the run; runs/<the config's name> by default.")
-_MODES = {"train": "train, then evaluate", "evaluate": "evaluate a checkpoint", "export": "a checkpoint as a Hugging Face folder"}
+_MODES = {
+    "train": "train, then evaluate",
+    "evaluate": "evaluate a checkpoint",
+    "export": "a checkpoint as a Hugging Face folder",
+    "compare": "one table of finished runs",
+}
 _MODE = flags.DEFINE_enum("mode", "train", list(_MODES), "; ".join(f"{mode}: {what}" for mode, what in _MODES.items()) + ".")
 _STEP = flags.DEFINE_string("step", "best", "Checkpoint that --mode=evaluate and --mode=export read: a step, best or last.")
 _FORMAT = flags.DEFINE_enum("format", "huggingface", ["huggingface"], "What --mode=export writes.")
-_OUTPUT = flags.DEFINE_string("output", "", "Folder that --mode=export makes.")
+_OUTPUT = flags.DEFINE_string("output", "", "Folder that --mode=export makes, or into which --mode=compare writes its table.")
+_RUNS = flags.DEFINE_list("runs", [], "Working folders that --mode=compare compares, the first with every other.")
 
 
 def run(signals: Signals) -> None:
+    if _MODE.value == "compare":
+        return _compare()
     config_file, _, variant = _config_file().partition(":")
     config = config_lib.resolve(_CONFIG.value)
     workdir = Path(_WORKDIR.value or Path("runs") / "-".join(filter(None, (Path(config_file).stem, variant))))
@@ -90,6 +101,7 @@ def run(signals: Signals) -> None:
         else:
             checkpoints = Checkpoints(workdir, config.train.keep, config.selection, read_only=True)
         step = checkpoints.resolve("best" if training else _STEP.value)
+        cost = this.cost(checkpoints.progress(checkpoints.steps()[-1]))
         params = join(checkpoints.restore_params(step, this.abstract_trained), this.frozen)
         checkpoints.close()
         if exporting:
@@ -103,7 +115,18 @@ def run(signals: Signals) -> None:
 
             oracle = synthetic.from_config(config.data.synthetic).oracle().scores
         evaluate_all(evaluator, params, step, workdir, oracle, signals.poll)
+        write_atomically(workdir / "run.json", lambda path: path.write_text(json.dumps(cost, indent=2) + "\n"))
     print(f"wrote {workdir / 'evaluation.json'}")
+
+
+def _compare() -> None:
+    from iam_jax import compare
+
+    comparison = compare.collect(compare.named([Path(folder) for folder in _RUNS.value]))
+    print(compare.format_text(comparison), end="")
+    if _OUTPUT.value:
+        compare.write(comparison, Path(_OUTPUT.value))
+        print(f"wrote {Path(_OUTPUT.value) / 'comparison.md'}, .txt and .json")
 
 
 def _config_file() -> str:
@@ -112,8 +135,8 @@ def _config_file() -> str:
 
 def _parse(argv: list[str]) -> list[str]:
     """absl's own parser, its errors told in one line and with exit code 2."""
-    file, workdir = _given(argv, "config"), _given(argv, "workdir")
-    if file is None and workdir:
+    file, workdir, comparing = _given(argv, "config"), _given(argv, "workdir"), _given(argv, "mode") == "compare"
+    if file is None and workdir and not comparing:
         argv = [argv[0], f"--config={config_lib.__file__}:{workdir}", *argv[1:]]
     try:
         if file and not Path(file.partition(":")[0]).is_file():
@@ -122,9 +145,9 @@ def _parse(argv: list[str]) -> list[str]:
         rest = flags.FLAGS(argv)
         if len(rest) > 1:
             raise InputError(f"{rest[1]!r} is no flag")
-        if not file and not workdir:
+        if not comparing and not file and not workdir:
             raise InputError("--config=FILE is missing (or --workdir of a run)")
-        if not isinstance(getattr(_CONFIG.value, "data", None), config_lib.ml_collections.ConfigDict):
+        if not comparing and not isinstance(getattr(_CONFIG.value, "data", None), config_lib.ml_collections.ConfigDict):
             raise InputError(f"--config={_config_file()}: no config file with a get_config() that starts from default_config()")
         if flags.FLAGS["verbosity"].using_default_value:
             flags.FLAGS.verbosity = logging.WARNING  # absl would raise it to INFO

@@ -100,6 +100,7 @@ def test_a_run_says_what_it_did_and_leaves_its_files(folder, whole):
     names = {path.name for path in (folder / "whole").iterdir()}
     assert names == {
         "config.json", "data.json", "tokenizer.json", "metrics.jsonl", "tensorboard", "checkpoints", "evaluation.json", "ranks.parquet",
+        "run.json",
     }  # fmt: skip
     evaluation = json.loads((folder / "whole" / "evaluation.json").read_text())
     assert evaluation["split_sha256"] == out.split("split ")[1].split()[0]

@@ -17,7 +17,9 @@ ROOT = Path(__file__).parents[1]
 PROTOCOL = {"split": "leave_one_out", "filter_seen": True, "candidates": 1234, "ks": [1, 3]}
 
 
-def write_run(folder: Path, ranks, ties=None, split="abc", users=None, cost=None, protocol=(), bootstrap=(200, 7), losses=()) -> Path:
+def write_run(
+    folder: Path, ranks, ties=None, split="abc", users=None, cost=None, protocol=(), bootstrap=(200, 7), losses=(), ks=(1, 3)
+) -> Path:
     """A working folder with test ranks, and one validation event of rank 1."""
     folder.mkdir(parents=True)
     n = len(ranks)
@@ -27,7 +29,7 @@ def write_run(folder: Path, ranks, ties=None, split="abc", users=None, cost=None
         "timestamp": range(n + 1),
         "target": ["a"] * (n + 1),
         "rank": [1, *ranks],
-        "ties": [0, *(ties or [0] * n)],
+        "ties": [0] * (n + 1),
     }
     frame = pl.DataFrame(frame)
     frame.write_parquet(folder / "ranks.parquet")
@@ -35,7 +37,7 @@ def write_run(folder: Path, ranks, ties=None, split="abc", users=None, cost=None
     for part in ("validation", "test"):
         rows = frame.filter(pl.col("split") == part)
         cold = np.zeros(len(rows), bool)
-        summary = metrics.summarize(rows["user"].to_numpy(), rows["rank"].to_numpy(), rows["ties"].to_numpy(), cold, (1, 3), *bootstrap)
+        summary = metrics.summarize(rows["user"].to_numpy(), rows["rank"].to_numpy(), rows["ties"].to_numpy(), cold, ks, *bootstrap)
         results["model"][part] = summary | (dict(losses) if part == "validation" else {})
         results["popularity"][part] = summary | {"ndcg@3": 0.125}
     evaluation = {"split_sha256": split, "protocol": PROTOCOL | dict(protocol), "step": 3, "results": results}

@@ -96,7 +96,7 @@ def test_a_run_says_what_it_did_and_leaves_its_files(folder, whole):
     for said in ("split ", "data ready in ", "validation ndcg@10", "test: 60 users", "wrote whole/evaluation.json"):
         assert said in out
     table = out[out.index("test: 60 users") :].splitlines()
-    assert [line.split()[0] for line in table[3:7]] == ["model", "popularity", "last_item", "oracle"]
+    assert [line.split()[0] for line in table[3:8]] == ["model", "popularity", "last_item", "item_knn", "oracle"]
     names = {path.name for path in (folder / "whole").iterdir()}
     assert names == {
         "config.json", "data.json", "tokenizer.json", "metrics.jsonl", "tensorboard", "checkpoints", "evaluation.json", "ranks.parquet",

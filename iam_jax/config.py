@@ -50,6 +50,8 @@ class DataConfig:
     row_tokens: int = 512  # token slots in a row; several users share one
     context_items: int = 4  # untargeted items to the left, at least, where a long history is cut into windows
     shuffled_titles: bool = False  # control: texts permuted among the items
+    shuffled_order: bool = False  # control: each user's training items in a random order, in training and in histories; same split hash
+    unseen_items: float = 0.0  # control: share of items, drawn by id, that lose their training events and stay targets; other split hash
     synthetic: SyntheticConfig = SyntheticConfig()
 
 
@@ -347,6 +349,7 @@ def check(config: Config) -> None:
     require(chosen, "data.category", "which one? For example 2014/Toys_and_Games")
     for field, value in (("k_core", data.k_core), ("last_n", data.last_n)):
         require(value >= 0, f"data.{field}", "must be 0 or more")
+    require(0 <= data.unseen_items < 1, "data.unseen_items", "must be in [0, 1)")
     if data.split == "temporal":
         require(bool(data.t1), "data.t1", "a temporal split needs both times")
         require(bool(data.t2), "data.t2", "a temporal split needs both times")

@@ -8,9 +8,9 @@ Every model gets the same: --trials learning rates (its config's, and that times
 end earlier by its config's train.steps or train.patience. Every trial is recorded in the table's JSON. Baselines need no training and
 come with the first finished run.
 
-Run again after an interruption, or with more models or seeds: what is finished is kept, the rest goes on. The table is written after every
-run and by --table alone; what has not been run is empty there. What stands behind `--` goes to every training command. Writes
-FOLDER/<data>/<model>/ (working folders) and FOLDER/reproduction.json and .md.
+Run again after an interruption, or with other models or more seeds: what is finished is kept, the rest goes on. The table is written after
+every run and by --table alone, of all models that were run on the same budget; what has not been run is empty there. What stands behind `--` goes to every
+training command. Writes FOLDER/<data>/<model>/ (working folders) and FOLDER/reproduction.json and .md.
 """
 
 import argparse
@@ -208,7 +208,7 @@ def collect(args: argparse.Namespace) -> dict:
     for data in args.data:
         runs = {}
         for model in MODELS:
-            rate = chosen(args, data, model) if model in args.models else None
+            rate = chosen(args, data, model)
             of = seed_runs(args, data, model, rate) if rate is not None else {}
             runs[model] = {seed: compare.read(workdir) for seed, (workdir, flags) in of.items() if commands.finished(workdir, flags)}
         first = next((run for of in runs.values() for run in of.values()), None)
@@ -227,7 +227,7 @@ def collect(args: argparse.Namespace) -> dict:
 
 
 def _row(args: argparse.Namespace, data: str, model: str, runs: dict) -> dict | None:
-    tried = trials(args, data, model) if model in args.models else []
+    tried = trials(args, data, model)
     if not runs[model]:
         return {"trials": tried} if tried else None
     by_seed = {seed: run.evaluation["results"]["model"]["test"] for seed, run in runs[model].items()}

@@ -297,7 +297,7 @@ def item_knn(events: Events, k: int = 100, decay: float = 0.8, last: int = 50) -
 
 def _tally(key: np.ndarray, size: int, weight: np.ndarray | None = None) -> Pairs:
     """The distinct keys, all below `size`, ascending, and how often each is there (or the sum of its weights)."""
-    if size <= 8 * len(key):
+    if size <= 2 * len(key):
         total = np.bincount(key, weight, size)
         there = np.flatnonzero(np.bincount(key, minlength=size) if weight is not None else total)
         return there, total[there]

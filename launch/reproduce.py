@@ -8,9 +8,9 @@ Every model gets the same: --trials learning rates (its config's, and that times
 end earlier by its config's train.steps or train.patience. Every trial is recorded in the table's JSON. Baselines need no training and
 come with the first finished run.
 
-Run again after an interruption, or with other models or more seeds: what is finished is kept, the rest goes on. The table is written after
-every run and by --table alone, of all models that were run on the same budget; what has not been run is empty there. What stands behind `--` goes to every
-training command. Writes FOLDER/<data>/<model>/ (working folders) and FOLDER/reproduction.json and .md.
+Run again after an interruption, or with other models or more seeds: what is finished is kept, the rest goes on. The table is written
+after every run and by --table alone, of all models that were run on the same budget; what has not been run is empty there. What stands
+behind `--` goes to every training command. Writes FOLDER/<data>/<model>/ (working folders) and FOLDER/reproduction.json and .md.
 """
 
 import argparse

@@ -106,6 +106,10 @@ def test_a_run_says_what_it_did_and_leaves_its_files(folder, whole):
     assert evaluation["split_sha256"] == out.split("split ")[1].split()[0]
     hr = {name: result["test"]["hr@10"] for name, result in evaluation["results"].items()}
     assert hr["oracle"] == max(hr.values()) and all(f"{value:.4f}" in out for value in hr.values())
+    cost = json.loads((folder / "whole" / "run.json").read_text())
+    told = json.loads((folder / "whole" / "metrics.jsonl").read_text().splitlines()[-2])  # the last line is the validation's
+    assert (cost["steps"], cost["tokens_seen"]) == (told["step"], told["tokens_seen"]) and told["step"] == 400
+    assert f"{cost['parameters']:,} parameters; " in out and cost["trained"] == cost["parameters"] and 0 < cost["minutes"] < 5
     assert pl.read_parquet(folder / "whole" / "ranks.parquet")["split"].value_counts().sort("split")["count"].to_list() == [60, 60]
 
 

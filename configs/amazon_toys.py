@@ -1,7 +1,11 @@
 """Amazon 2014 Toys and Games, five-core, at a laptop's size: item-aware attention over titles.
 
     python -m iam_jax.main --config=configs/amazon_toys.py
+    python -m iam_jax.main --config=configs/amazon_toys.py:full        # a variant: iam (the default), full, no_intra, no_inter, hatllm
     python launch/compare.py toys        # beside it, on the same budget: ordinary attention and SASRec
+
+The variants: iam; full, ordinary attention; no_intra and no_inter, the ablations, with ordinary layers in place of those of one kind;
+hatllm, HatLLM's order (arXiv 2510.10955), which has one layer more: two layers do not hold its three kinds.
 
 downloads the two original files, or reads them, or tables, from --config.data.path=DIR.
 
@@ -13,9 +17,14 @@ which the same minutes see more epochs.
 """
 
 from iam_jax.config import default_config
+from iam_jax.errors import InputError
+
+SCHEDULES = {"iam": "intra inter", "full": "full*2", "no_intra": "full inter", "no_inter": "intra full", "hatllm": "intra full inter"}
 
 
-def get_config():
+def get_config(variant: str = "iam"):
+    if variant not in SCHEDULES:
+        raise InputError(f"amazon_toys.py:{variant}: the variants are {', '.join(SCHEDULES)}")
     config = default_config()
     config.data.source = "amazon"
     config.data.category = "2014/Toys_and_Games"
@@ -25,11 +34,12 @@ def get_config():
     config.data.item_tokens = 12
     config.data.row_tokens = 256
     config.data.context_items = 5
-    config.model.schedule = "intra inter"
+    config.model.schedule = SCHEDULES[variant]
     config.model.width = 64
     config.model.heads = 4
     config.model.dropout = 0.1
     config.objective.vectors = "both"
+    config.objective.text_layers = "leading" if SCHEDULES[variant].startswith("intra") else "all"
     config.objective.negatives = 512
     config.optimizer.learning_rate = 2e-3
     config.optimizer.warmup_steps = 100

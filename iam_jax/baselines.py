@@ -18,6 +18,7 @@ from iam_jax.data.splits import TRAIN, Events
 
 _BLOCK = 1 << 23  # dense scores that exist at a time: 64 MiB of float64
 _CHUNK = 1 << 12  # targets at a time where no dense scores exist
+_ENTRIES = 1 << 22  # pairs of items that item-kNN counts or scores at a time
 
 Scorer = Callable[[Events, np.ndarray], np.ndarray]
 Pairs = tuple[np.ndarray, np.ndarray]  # (row [m], item [m])
@@ -158,6 +159,72 @@ class Counts:
         return np.where(self._keys[place] == wanted, self.score[place], self.base[item])
 
 
+@dataclasses.dataclass(frozen=True)
+class Neighbours:
+    """Item-kNN: a candidate's score is the sum over the last items of the history of decay^age times its similarity to the item, where it
+    is one of the item's nearest neighbours. Candidates that are no neighbour of any stand below all others, by popularity.
+
+    Contributions are rounded to multiples of 2^-40, so that sums, and with them ties, are exact and do not depend on an order. A rank is a
+    lookup among the sorted `base` scores, corrected for the few neighbours and the seen items. The dense twin is `__call__`.
+    """
+
+    base: np.ndarray  # [items] int64, negative: popularity less one more than the largest
+    offsets: np.ndarray  # [items + 1]: the neighbours of item a are offsets[a]:offsets[a + 1]
+    item: np.ndarray  # [m] int64
+    similarity: np.ndarray  # [m] float64, in (0, 1]
+    decay: float  # the weight of an item relative to that of the one after it
+    last: int  # so many items of a history count
+
+    def __call__(self, events: Events, targets: np.ndarray) -> np.ndarray:
+        """Scores [n, items] int64."""
+        scores = np.tile(self.base, (len(targets), 1))
+        key, score = self._scores(events, np.asarray(targets))
+        scores.reshape(-1)[key] = score
+        return scores
+
+    def ranks(self, events: Events, targets: np.ndarray, filter_seen: bool) -> Pairs:
+        step = max(1, _ENTRIES // max(1, self.last * int(np.diff(self.offsets).max(initial=0))))
+        parts = [self._ranks(events, targets[at : at + step], filter_seen) for at in range(0, len(targets), step)]
+        rank, ties = zip(*parts, strict=True)
+        return np.concatenate(rank), np.concatenate(ties)
+
+    def _ranks(self, events: Events, targets: np.ndarray, filter_seen: bool) -> Pairs:
+        target, items = events.item[targets].astype(np.int64), len(self.base)
+        key, score = self._scores(events, targets)
+        row, item = np.divmod(key, items)
+
+        def lookup(row: np.ndarray, item: np.ndarray) -> np.ndarray:
+            if not len(key):
+                return self.base[item]
+            wanted = row * items + item
+            place = np.minimum(np.searchsorted(key, wanted), len(key) - 1)
+            return np.where(key[place] == wanted, score[place], self.base[item])
+
+        own = lookup(np.arange(len(target)), target)
+        left, right = np.searchsorted(self._ordered, own, "left"), np.searchsorted(self._ordered, own, "right")
+        above, equal = _count(items - right, right - left, -1, row, self.base[item], own)
+        above, equal = _count(above, equal, +1, row, score, own)
+        if filter_seen:
+            row, item = others(*histories(events, targets), target, items)
+            above, equal = _count(above, equal, -1, row, lookup(row, item), own)
+        return above + 1, equal - 1  # the target itself is one of the equals
+
+    @functools.cached_property
+    def _ordered(self) -> np.ndarray:
+        return np.sort(self.base)
+
+    def _scores(self, events: Events, targets: np.ndarray) -> Pairs:
+        """(row * items + item, score) of every candidate with a positive score, ascending."""
+        begin = np.maximum(events.offsets[users_of(events, targets)], targets - self.last)
+        row, position = _expand(begin, targets - begin)
+        weight, item = self.decay ** (targets[row] - 1.0 - position), events.item[position]
+        of, entry = _expand(self.offsets[item], self.offsets[item + 1] - self.offsets[item])
+        score = np.rint(weight[of] * self.similarity[entry] * 2.0**40)  # whole numbers below 2^53 have exact sums in float64
+        key, total = _tally(row[of] * len(self.base) + self.item[entry], len(targets) * len(self.base), score)
+        total = total.astype(np.int64)
+        return key[total > 0], total[total > 0]
+
+
 def popularity(events: Events) -> Counts:
     """The number of training events of each item."""
     count = np.bincount(events.item[events.label == TRAIN], minlength=len(events.item_ids))
@@ -181,6 +248,61 @@ def last_item_transitions(events: Events) -> Counts:
     keys, count = np.unique(item[:-1][follows] * items + item[1:][follows], return_counts=True)
     last, item = np.divmod(keys, items)
     return Counts(base, np.searchsorted(last, np.arange(items + 1)), item, count * (base.max(initial=0) + 1) + base[item])
+
+
+def item_knn(events: Events, k: int = 100, decay: float = 0.8, last: int = 50) -> Neighbours:
+    """Item-based nearest neighbours over the users' training histories.
+
+    Args:
+      events: all events; those of training count.
+      k: neighbours kept of an item, of equal ones those that stand first in the catalogue.
+      decay: in (0, 1], the weight of an item of the history relative to that of the one after it; 1: all weigh the same.
+      last: so many of a user's last training events count as occurring together, and so many of a history when scoring; at most 8192.
+
+    Two items' similarity is the cosine of their columns in the users x items matrix: users who have both / sqrt(users who have the one x
+    users who have the other). Memory is bounded by blocks of items; time grows with users x last².
+    """
+    if k < 1 or not 0 < decay <= 1 or not 1 <= last <= 1 << 13:
+        raise ValueError(f"k = {k} must be 1 or more, decay = {decay} in (0, 1], last = {last} in [1, 8192]")
+    count, items = popularity(events).base, len(events.item_ids)
+    ends = events.train_ends
+    begin = np.maximum(events.offsets[:-1], ends - last)
+    user, position = _expand(begin, ends - begin)
+    user, item = np.divmod(np.unique(user * items + events.item[position]), items)  # a repeated item is one
+    having = np.bincount(item, minlength=items)
+    start = np.searchsorted(user, np.arange(len(ends) + 1))  # user u's items are item[start[u] : start[u + 1]]
+    by_item = np.argsort(item, kind="stable")
+    owner, first = user[by_item], np.cumsum(having) - having  # item a's users are owner[first[a] : first[a] + having[a]]
+    pairs = np.cumsum(np.bincount(item, np.diff(start)[user], items))  # of an item with those of its users, summed up
+    offsets, found = [np.zeros(1, np.int64)], []
+    at = 0
+    while at < items:
+        stop = max(at + 1, int(np.searchsorted(pairs, (pairs[at - 1] if at else 0) + _ENTRIES, "right")))
+        one, place = _expand(first[at:stop], having[at:stop])
+        pair, other = _expand(start[owner[place]], np.diff(start)[owner[place]])
+        key, both = _tally(one[pair] * items + item[other], (stop - at) * items)
+        one, other = np.divmod(key, items)
+        similarity = both / np.sqrt(having[one + at] * having[other].astype(float))
+        kept = one + at != other
+        one, other, similarity = one[kept], other[kept], similarity[kept]
+        order = np.lexsort((other, -similarity, one))
+        one, other, similarity = one[order], other[order], similarity[order]
+        near = np.arange(len(one)) - np.searchsorted(one, one) < k
+        found.append((other[near], similarity[near]))
+        offsets.append(offsets[-1][-1] + np.cumsum(np.bincount(one[near], minlength=stop - at)))
+        at = stop
+    neighbour, similarity = (np.concatenate(column) for column in zip(*found, strict=True))
+    return Neighbours(count - 1 - count.max(initial=0), np.concatenate(offsets), neighbour, similarity, decay, last)
+
+
+def _tally(key: np.ndarray, size: int, weight: np.ndarray | None = None) -> Pairs:
+    """The distinct keys, all below `size`, ascending, and how often each is there (or the sum of its weights)."""
+    if size <= 2 * len(key):
+        total = np.bincount(key, weight, size)
+        there = np.flatnonzero(np.bincount(key, minlength=size) if weight is not None else total)
+        return there, total[there]
+    distinct, index = np.unique(key, return_inverse=True)
+    return distinct, np.bincount(index, weight, len(distinct))
 
 
 def _last(events: Events, targets: np.ndarray) -> np.ndarray:

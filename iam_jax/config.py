@@ -50,6 +50,8 @@ class DataConfig:
     row_tokens: int = 512  # token slots in a row; several users share one
     context_items: int = 4  # untargeted items to the left, at least, where a long history is cut into windows
     shuffled_titles: bool = False  # control: texts permuted among the items
+    shuffled_order: bool = False  # control: each user's training items in a random order, in training and in histories; same split hash
+    unseen_items: float = 0.0  # control: share of items, drawn by id, that lose their training events and stay targets; other split hash
     synthetic: SyntheticConfig = SyntheticConfig()
 
 
@@ -160,7 +162,7 @@ class EvalConfig:
     chunk_items: int = 8192  # catalogue items of one matrix product
     item_states_gib: float = 2.0  # the catalogue's states after the leading intra layers are kept if they fit; 0: never
     validation_users: int = 0  # users of the validations during training (a fixed random subset); 0: all
-    baselines: bool = True  # popularity and last-item transitions beside the model
+    baselines: bool = True  # popularity, last-item transitions and item-kNN beside the model
     resamples: int = 1000  # of the bootstrap over users
     seed: int = 0  # of the bootstrap and of the subset above
 
@@ -354,6 +356,7 @@ def check(config: Config) -> None:
     require(chosen, "data.category", "which one? For example 2014/Toys_and_Games")
     for field, value in (("k_core", data.k_core), ("last_n", data.last_n)):
         require(value >= 0, f"data.{field}", "must be 0 or more")
+    require(0 <= data.unseen_items < 1, "data.unseen_items", "must be in [0, 1)")
     if data.split == "temporal":
         require(bool(data.t1), "data.t1", "a temporal split needs both times")
         require(bool(data.t2), "data.t2", "a temporal split needs both times")

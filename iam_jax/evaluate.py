@@ -314,6 +314,7 @@ def evaluate_all(
     scorers: dict[str, baselines.Scorer] = {}
     if config.eval.baselines:
         scorers = {"popularity": baselines.popularity(events), "last_item": baselines.last_item_transitions(events)}
+        scorers["item_knn"] = baselines.item_knn(events)
     if oracle is not None:
         scorers["oracle"] = oracle
     results: dict[str, dict] = {"model": {}} | {name: {} for name in scorers}

@@ -1,9 +1,10 @@
 """The command line: flags to one mode.
 
-    python -m iam_jax.main --config=FILE [--workdir=DIR] [--mode=train|evaluate|score|export]
+    python -m iam_jax.main --config=FILE [--workdir=DIR] [--mode=train|evaluate|export]
         [--step=N|best|last] [--config.section.key=value ...]
     python -m iam_jax.main --mode=score --workdir=DIR --users=TABLE [--items=TABLE] [--candidates=TABLE] --output=DIR [--top_k=100]
     python -m iam_jax.main --mode=score --workdir=DIR --vectors [--users=TABLE] [--items=TABLE] --output=DIR
+    python -m iam_jax.main --mode=compare --runs=DIR,DIR[,DIR...] [--output=DIR]
 
 Exit codes: 0 done; 2 bad input, flag or config; 4 stopped on non-finite training; 75 stopped by Ctrl-C or SIGTERM with everything saved.
 """
@@ -13,6 +14,7 @@ import time
 _START = time.time()
 
 import difflib  # noqa: E402
+import json  # noqa: E402
 import os  # noqa: E402
 import re  # noqa: E402
 import signal  # noqa: E402
@@ -29,6 +31,7 @@ from ml_collections import config_flags  # noqa: E402
 
 from iam_jax import config as config_lib  # noqa: E402
 from iam_jax.errors import InputError, NonFiniteError  # noqa: E402
+from iam_jax.files import write_atomically  # noqa: E402
 from iam_jax.interrupt import Signals  # noqa: E402
 from iam_jax.workdir import check_workdir, open_workdir  # noqa: E402
 
@@ -39,11 +42,13 @@ _MODES = {
     "evaluate": "evaluate a checkpoint",
     "score": "top-K lists or vectors from a checkpoint",
     "export": "a checkpoint as a folder for others",
+    "compare": "one table of finished runs",
 }
 _MODE = flags.DEFINE_enum("mode", "train", list(_MODES), "; ".join(f"{mode}: {what}" for mode, what in _MODES.items()) + ".")
-_STEP = flags.DEFINE_string("step", "best", "Checkpoint that the modes but train read: a step, best or last.")
+_STEP = flags.DEFINE_string("step", "best", "Checkpoint that --mode=evaluate, score and export read: a step, best or last.")
 _FORMAT = flags.DEFINE_enum("format", "huggingface", ["huggingface", "stablehlo"], "What --mode=export writes.")
-_OUTPUT = flags.DEFINE_string("output", "", "Folder that --mode=export or --mode=score makes.")
+_OUTPUT = flags.DEFINE_string("output", "", "Folder that --mode=export or score makes, or into which --mode=compare writes its table.")
+_RUNS = flags.DEFINE_list("runs", [], "Working folders that --mode=compare compares, the first with every other.")
 _SCORE = {
     "users": flags.DEFINE_string("users", "", "Score: interactions table of the users to score (user, item, timestamp)."),
     "items": flags.DEFINE_string("items", "", "Score: table of items to add to the catalogue (item, then text columns)."),
@@ -54,6 +59,8 @@ _SCORE = {
 
 
 def run(signals: Signals) -> None:
+    if _MODE.value == "compare":
+        return _compare()
     config_file, _, variant = _config_file().partition(":")
     config = config_lib.resolve(_CONFIG.value)
     workdir = Path(_WORKDIR.value or Path("runs") / "-".join(filter(None, (Path(config_file).stem, variant))))
@@ -118,6 +125,7 @@ def run(signals: Signals) -> None:
         else:
             checkpoints = Checkpoints(workdir, config.train.keep, config.selection, read_only=True)
         step = checkpoints.resolve("best" if training else _STEP.value)
+        cost = this.cost(checkpoints.progress(checkpoints.steps()[-1]))
         params = join(checkpoints.restore_params(step, this.abstract_trained), this.frozen)
         checkpoints.close()
         if exporting:
@@ -135,7 +143,18 @@ def run(signals: Signals) -> None:
 
             oracle = synthetic.from_config(config.data.synthetic).oracle().scores
         evaluate_all(evaluator, params, step, workdir, oracle, signals.poll)
+        write_atomically(workdir / "run.json", lambda path: path.write_text(json.dumps(cost, indent=2) + "\n"))
     print(f"wrote {workdir / 'evaluation.json'}")
+
+
+def _compare() -> None:
+    from iam_jax import compare
+
+    comparison = compare.collect(compare.named([Path(folder) for folder in _RUNS.value]))
+    print(compare.format_text(comparison), end="")
+    if _OUTPUT.value:
+        compare.write(comparison, Path(_OUTPUT.value))
+        print(f"wrote {Path(_OUTPUT.value) / 'comparison.md'}, .txt and .json")
 
 
 def _config_file() -> str:
@@ -144,8 +163,8 @@ def _config_file() -> str:
 
 def _parse(argv: list[str]) -> list[str]:
     """absl's own parser, its errors told in one line and with exit code 2."""
-    file, workdir = _given(argv, "config"), _given(argv, "workdir")
-    if file is None and workdir:
+    file, workdir, comparing = _given(argv, "config"), _given(argv, "workdir"), _given(argv, "mode") == "compare"
+    if file is None and workdir and not comparing:
         argv = [argv[0], f"--config={config_lib.__file__}:{workdir}", *argv[1:]]
     try:
         if file and not Path(file.partition(":")[0]).is_file():
@@ -154,9 +173,9 @@ def _parse(argv: list[str]) -> list[str]:
         rest = flags.FLAGS(argv)
         if len(rest) > 1:
             raise InputError(f"{rest[1]!r} is no flag")
-        if not file and not workdir:
+        if not comparing and not file and not workdir:
             raise InputError("--config=FILE is missing (or --workdir of a run)")
-        if not isinstance(getattr(_CONFIG.value, "data", None), config_lib.ml_collections.ConfigDict):
+        if not comparing and not isinstance(getattr(_CONFIG.value, "data", None), config_lib.ml_collections.ConfigDict):
             raise InputError(f"--config={_config_file()}: no config file with a get_config() that starts from default_config()")
         if flags.FLAGS["verbosity"].using_default_value:
             flags.FLAGS.verbosity = logging.WARNING  # absl would raise it to INFO

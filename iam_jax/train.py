@@ -25,7 +25,7 @@ from iam_jax.kernels.range_attention import choose
 from iam_jax.logs import MetricsLog, progress_bar
 from iam_jax.model import Model, Params, make_model, pretrained
 from iam_jax.optimizer import learning_rate, make_optimizer
-from iam_jax.parameters import EMBEDDINGS, abstract, frozen_names, join, mean_rows, select
+from iam_jax.parameters import EMBEDDINGS, abstract, frozen_names, join, mean_rows, name_of, select
 from iam_jax.sharding import batch_shards, make_mesh, param_sharding, shard_batch, split_rows
 
 
@@ -62,6 +62,13 @@ class Run:
     def abstract_trained(self) -> Params:
         """Shapes, types and shardings of the parameters that are trained, and that checkpoints hold."""
         return abstract(self.mesh, select(self.model.shapes(), lambda name: name not in self.frozen_names))
+
+    def cost(self, progress: dict) -> dict:
+        """What the run took so far: parameters, steps, real tokens seen, minutes of training with its validations."""
+        sizes = {name_of(path): math.prod(x.shape) for path, x in jax.tree_util.tree_leaves_with_path(self.model.shapes())}
+        trained = sum(size for name, size in sizes.items() if name not in self.frozen_names)
+        done = {"steps": progress["step"], "tokens_seen": progress["tokens"], "minutes": progress["minutes"]}
+        return {"parameters": sum(sizes.values()), "trained": trained, **done}
 
     @functools.cached_property
     def frozen(self) -> Params:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from iam_jax import baselines
-from iam_jax.baselines import evaluate, last_item_transitions, popularity, rank_scores
+from iam_jax.baselines import evaluate, item_knn, last_item_transitions, popularity, rank_scores
 from iam_jax.data.splits import TEST, TRAIN, VALIDATION, Events
 from iam_jax.metrics import ranking_metrics
 
@@ -127,6 +127,81 @@ def test_the_last_item_may_be_a_validation_event():
     assert rank.tolist() == [1]
 
 
+def slow_knn(events, k, decay, last):
+    """[targets, items] by dense matrices: cosine of the columns of users x items, its k largest in a row, a walk along each history."""
+    users, items = len(events.user_ids), len(events.item_ids)
+    X = np.zeros((users, items))
+    popular = np.zeros(items)
+    for user in range(users):
+        train = [e for e in range(events.offsets[user], events.offsets[user + 1]) if events.label[e] == TRAIN]
+        for e in train:
+            popular[events.item[e]] += 1
+        for e in train[-last:]:
+            X[user, events.item[e]] = 1
+    norm = np.maximum(np.sqrt(np.outer(X.sum(0), X.sum(0))), 1e-9)
+    cosine = X.T @ X / norm
+    np.fill_diagonal(cosine, 0)
+    for a in range(items):
+        nearest = sorted(range(items), key=lambda i: (-cosine[a, i], i))[:k]
+        cosine[a, [i for i in range(items) if i not in nearest]] = 0
+    scores = np.zeros((len(events.item), items))
+    for target in range(len(events.item)):
+        weight = 1.0
+        for item in history_of(events, target)[::-1][:last]:
+            scores[target] += weight * cosine[item]
+            weight *= decay
+    return scores, popular
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    catalogues(), st.booleans(), st.integers(1, 4), st.sampled_from([0.25, 0.8, 1.0]), st.integers(1, 5), st.sampled_from([1, 5, 1 << 22])
+)
+def test_item_knn_against_dense_matrices(catalogue, filter_seen, k, decay, last, entries):
+    """In blocks of any size; what no item of the history is a neighbour of follows by popularity."""
+    items, histories = catalogue
+    events = events_of(histories, items)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(baselines, "_ENTRIES", entries)
+        scorer = item_knn(events, k, decay, last)
+        targets = np.arange(len(events.item))
+        got, (expected, popular) = scorer(events, targets), slow_knn(events, k, decay, last)
+        np.testing.assert_allclose(np.where(got > 0, got, 0) / 2**40, expected, atol=1e-11)
+        assert (got[expected == 0] == np.broadcast_to(popular - popular.max() - 1, got.shape)[expected == 0]).all()
+        ranks = evaluate(scorer, events, targets, filter_seen)
+        dense = evaluate(scorer.__call__, events, targets, filter_seen)
+    np.testing.assert_array_equal(ranks, dense)
+    seen = [history_of(events, e) for e in targets]
+    slow = [slow_rank(got[e], events.item[e], seen[e], filter_seen) for e in targets]
+    assert list(zip(*ranks, strict=True)) == slow
+
+
+def test_item_knn_by_hand():
+    # Training: u0 0 1, u1 0 1 1, u2 0 2, u3 3 (and u0 to u2 have two more events each).
+    events = events_of([[0, 1, 3, 2], [0, 1, 1, 3, 3], [0, 2, 1, 2], [3]], 5)
+    scorer = item_knn(events, k=2, decay=0.5)
+    neighbours = {
+        a: list(zip(*(x[scorer.offsets[a] : scorer.offsets[a + 1]].tolist() for x in (scorer.item, scorer.similarity)), strict=True))
+        for a in range(5)
+    }
+    assert neighbours == {
+        0: [(1, pytest.approx(2 / 6**0.5)), (2, pytest.approx(1 / 3**0.5))],
+        1: [(0, pytest.approx(2 / 6**0.5))],
+        2: [(0, pytest.approx(1 / 3**0.5))],
+        3: [],
+        4: [],
+    }
+    one = 2.0**40
+    # u0's test event has the history 0 1 3: item 3, the last, has no neighbour; 1 is one step back, 0 two. Popularity: 3 3 1 1 0.
+    assert scorer(events, np.array([3])).tolist() == [
+        [round(one * 0.5 * 2 / 6**0.5), round(one * 0.25 * 2 / 6**0.5), round(one * 0.25 / 3**0.5), -3, -4]
+    ]
+    assert item_knn(events, k=1).item.tolist() == [1, 0, 0]
+    for wrong in ({"k": 0}, {"decay": 0.0}, {"decay": 1.1}, {"last": 0}, {"last": 8193}):
+        with pytest.raises(ValueError, match="must be 1 or more"):
+            item_knn(events, **wrong)
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_a_score_that_is_not_finite_is_an_error(value):
     scores = np.zeros((2, 3))
@@ -159,7 +234,7 @@ def test_no_targets_and_no_training_events():
     events = dataclasses.replace(events, label=np.full(3, TEST, np.uint8))
     empty = evaluate(popularity(events), events, np.zeros(0, np.int64))
     assert empty[0].shape == empty[1].shape == (0,)
-    for scorer in (popularity(events), last_item_transitions(events)):
+    for scorer in (popularity(events), last_item_transitions(events), item_knn(events)):
         rank, ties = evaluate(scorer, events, np.arange(3))
         assert rank.tolist() == [1, 1, 1] and ties.tolist() == [3, 2, 1]
 
@@ -184,11 +259,11 @@ def test_toys():
     assert (len(events.user_ids), len(events.item_ids), len(events.item)) == (19124, 11758, 165247)
     targets = events.offsets[1:] - 1
     begin = time.perf_counter()
-    scorers = {"popularity": popularity(events), "markov": last_item_transitions(events)}
+    scorers = {"popularity": popularity(events), "markov": last_item_transitions(events), "knn": item_knn(events)}
     ranks = {name: evaluate(scorer, events, targets) for name, scorer in scorers.items()}
     assert time.perf_counter() - begin < 30
     ndcg = {name: ranking_metrics(*pair)["ndcg@10"].mean() for name, pair in ranks.items()}
-    assert 0.003 < ndcg["popularity"] < 0.015 and 3 * ndcg["popularity"] < ndcg["markov"] < 0.06
+    assert 0.003 < ndcg["popularity"] < 0.015 and 3 * ndcg["popularity"] < ndcg["markov"] < 0.06 and ndcg["markov"] < ndcg["knn"] < 0.06
     few = targets[::40]
     for name, scorer in scorers.items():
         np.testing.assert_array_equal(np.array(ranks[name])[:, ::40], evaluate(scorer.__call__, events, few))

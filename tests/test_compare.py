@@ -1,49 +1,177 @@
-"""launch/compare.py: its table agrees with the runs it read."""
+"""The comparison's table agrees with the runs it read, and is refused where they cannot be compared."""
 
 import importlib.util
 import json
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import polars as pl
 import pytest
 
-SPEC = importlib.util.spec_from_file_location("compare", Path(__file__).parents[1] / "launch" / "compare.py")
-compare = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(compare)
+from iam_jax import compare, metrics
+from iam_jax.errors import InputError
+
+ROOT = Path(__file__).parents[1]
+PROTOCOL = {"split": "leave_one_out", "filter_seen": True, "candidates": 1234, "ks": [1, 3]}
 
 
-def write_run(folder: Path, ranks: list[int], split: str = "abc", **losses: float) -> None:
+def write_run(
+    folder: Path, ranks, ties=None, split="abc", users=None, cost=None, protocol=(), bootstrap=(200, 7), losses=(), ks=(1, 3)
+) -> Path:
+    """A working folder with test ranks, and one validation event of rank 1."""
     folder.mkdir(parents=True)
     n = len(ranks)
-    frame = {"split": ["test"] * n + ["validation"], "user": [f"u{k}" for k in range(n)] + ["u0"]}
-    pl.DataFrame(frame | {"rank": [*ranks, 1], "ties": [0] * (n + 1)}).write_parquet(folder / "ranks.parquet")
-    mean = sum(1 / [0, 1, 1.584962500721156, 2][rank] for rank in ranks) / n
-    result = {"ndcg@10": mean, "ndcg@10_ci": [0, 1], "hr@10": 1.0, "hr@10_ci": [1, 1]}
-    results = {"model": {"validation": result | losses, "test": result}, "popularity": {"test": result | {"ndcg@10": 0.125}}}
-    (folder / "evaluation.json").write_text(json.dumps({"split_sha256": split, "step": 3, "results": results}))
+    frame = {
+        "split": ["validation"] + ["test"] * n,
+        "user": ["u0", *(users or [f"u{k}" for k in range(n)])],
+        "timestamp": range(n + 1),
+        "target": ["a"] * (n + 1),
+        "rank": [1, *ranks],
+        "ties": [0] * (n + 1),
+    }
+    frame = pl.DataFrame(frame)
+    frame.write_parquet(folder / "ranks.parquet")
+    results = {"model": {}, "popularity": {}}
+    for part in ("validation", "test"):
+        rows = frame.filter(pl.col("split") == part)
+        cold = np.zeros(len(rows), bool)
+        summary = metrics.summarize(rows["user"].to_numpy(), rows["rank"].to_numpy(), rows["ties"].to_numpy(), cold, ks, *bootstrap)
+        results["model"][part] = summary | (dict(losses) if part == "validation" else {})
+        results["popularity"][part] = summary | {"ndcg@3": 0.125}
+    evaluation = {"split_sha256": split, "protocol": PROTOCOL | dict(protocol), "step": 3, "results": results}
+    evaluation["bootstrap"] = dict(zip(("resamples", "seed"), bootstrap, strict=True))
+    (folder / "evaluation.json").write_text(json.dumps(evaluation))
+    if cost:
+        (folder / "run.json").write_text(json.dumps(cost))
+    return folder
 
 
-def test_differences_are_paired(tmp_path):
-    write_run(tmp_path / "one", [1, 1, 3, 1])
-    write_run(tmp_path / "two-b", [1, 3, 3, 1], token_loss=1.5, text_loss=1.25)
-    summary = compare.collect(tmp_path, ["one", "two, b"])
-    difference = summary["difference"]["two, b"]
-    assert difference["ndcg@10"] == pytest.approx(-0.125)
-    low, high = difference["ndcg@10_ci"]
-    assert low <= -0.125 <= high <= 0  # no resample of these users can favour the second
-    assert summary["test"]["one"]["ndcg@10"] == pytest.approx(0.875) and summary["test"]["popularity"]["ndcg@10"] == 0.125
-    text = compare.format_summary(summary)
-    assert "-0.1250" in text and "-14.3%" in text
-    assert text.splitlines()[-1] == "  two, b: 1.5000; 1.2500" and "one: " not in text.split("validation")[1]
+COST = {"parameters": 5000, "trained": 4000, "steps": 9, "tokens_seen": 1234567, "minutes": 2.25}
 
 
-def test_other_splits_are_refused(tmp_path):
-    write_run(tmp_path / "one", [1])
-    write_run(tmp_path / "two", [1], split="xyz")
-    with pytest.raises(SystemExit, match="another split"):
-        compare.collect(tmp_path, ["one", "two"])
+@pytest.fixture
+def two(tmp_path):
+    one = write_run(tmp_path / "one", [1, 1, 3, 1, 9], users=["u0", "u0", "u1", "u2", "u3"], cost=COST)
+    two = write_run(tmp_path / "two", [1, 3, 3, 1, 9], users=["u0", "u0", "u1", "u2", "u3"], losses={"token_loss": 1.5, "text_loss": 1.25})
+    return {"one": one, "b|c": two}
 
 
-def test_every_comparison_names_configs_that_exist():
-    for variants in compare.COMPARISONS.values():
-        assert all((compare.CONFIGS / config.partition(":")[0]).exists() for config, *_ in variants.values())
+def test_differences_are_paired_and_resample_users(two):
+    found = compare.collect(two)
+    difference = found["difference"]["test"]["b|c"]
+    # One event of user u0, who has two: from gain 1 to 1/log2(4) in NDCG@3, from 1 to 0 in HR@1.
+    assert difference["ndcg@3"] == pytest.approx(-0.5 / 5) and difference["hr@1"] == pytest.approx(-1 / 5)
+    draws, generator = [], np.random.default_rng(7)
+    for _ in range(200):
+        drawn = generator.integers(4, size=4)
+        draws.append(-0.5 * (drawn == 0).sum() / sum(2 if user == 0 else 1 for user in drawn))
+    assert difference["ndcg@3_ci"] == pytest.approx(np.percentile(draws, [2.5, 97.5]).tolist())
+    assert found["difference"]["validation"]["b|c"]["ndcg@3"] == 0
+    assert found["results"]["test"]["one"]["ndcg@3"] == pytest.approx((1 + 1 + 0.5 + 1 + 0) / 5)
+    assert found["results"]["test"]["popularity"]["ndcg@3"] == 0.125
+    assert found["runs"] == {"one": {"step": 3, **COST}, "b|c": {"step": 3, **dict.fromkeys(COST)}}
+    assert found["split_sha256"] == "abc" and found["bootstrap"] == {"resamples": 200, "seed": 7}
+
+
+def test_one_table_as_text_and_markdown(two, tmp_path):
+    found = compare.collect(two)
+    rows = {row[0].strip(): row[1:] for row in compare.table(found) if not row[0].startswith("  ")}
+    assert rows["test"] == ["one", "b|c", "popularity"]
+    for metric in (f"{name}@{k}" for name in ("ndcg", "hr", "mrr", "precision") for k in (1, 3)):
+        assert rows[metric.upper()][0].startswith(f"{found['results']['test']['one'][metric]:.4f} [")
+    assert rows["parameters"] == ["5,000", "", ""] and rows["of them trained"] == ["4,000", "", ""]
+    assert rows["tokens seen"] == ["1,234,567", "", ""] and rows["training minutes"][0] == f"{2.25:.1f}"
+    assert rows["step evaluated"] == ["3", "3", ""] and rows["validation token_loss"] == ["", "1.5000", ""]
+    low, high = found["difference"]["test"]["b|c"]["ndcg@3_ci"]
+    cell = f"-0.1000 [{low:+.4f}, {high:+.4f}]"
+    compare.write(found, tmp_path / "out")
+    text, markdown = ((tmp_path / "out" / f"comparison.{ending}").read_text() for ending in ("txt", "md"))
+    assert json.loads((tmp_path / "out" / "comparison.json").read_text()) == json.loads(json.dumps(found))
+    assert ["minus", "one", *cell.split()] in [line.split() for line in text.splitlines()] and "4 users, 5 events, 1,234 candidates" in text
+    assert f"| minus one |  | {cell} |  |" in markdown
+    lines = [line for line in markdown.splitlines() if line.startswith("|")]
+    assert {line.replace("\\|", "").count("|") for line in lines} == {5 - 1 + 1}  # name, three columns
+
+
+@pytest.mark.parametrize(
+    ("other", "named"),
+    [
+        ({"split": "x" * 64}, ["split_sha256 is 'abc' in one, xxxxxxxxxxxx… in two"]),
+        ({"protocol": {"filter_seen": False}}, ["protocol.filter_seen is True in one, False in two"]),
+        ({"protocol": {"ranking": "likelihood"}}, ["protocol.ranking is None in one, 'likelihood' in two"]),
+        (
+            {"protocol": {"ks": [3, 1], "candidates": 9}},
+            ["protocol.candidates is 1234 in one, 9 in two; protocol.ks is [1, 3]"],
+        ),
+        ({"users": ["u0", "v"]}, ["ranks.parquet is of other events"]),
+    ],
+)
+def test_runs_that_cannot_be_compared(tmp_path, other, named):
+    folders = [write_run(tmp_path / "one", [1, 2]), write_run(tmp_path / "two", [1, 2], **other)]
+    with pytest.raises(InputError) as caught:
+        compare.collect(compare.named(folders))
+    assert all(name in str(caught.value) for name in named) and str(folders[1]) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("missing", ["evaluation.json", "ranks.parquet"])
+@pytest.mark.parametrize("how", ["absent", "broken"])
+def test_folders_without_an_evaluation(tmp_path, missing, how):
+    folders = [write_run(tmp_path / "one", [1, 2]), write_run(tmp_path / "two", [1, 2])]
+    path = folders[1] / missing
+    path.unlink() if how == "absent" else path.write_text("{")
+    with pytest.raises(InputError, match=f"^{folders[1]}: " + (f"no {missing} there" if how == "absent" else "what an evaluation")):
+        compare.collect(compare.named(folders))
+
+
+def test_names_tell_folders_apart(tmp_path):
+    assert list(compare.named([Path("a/x"), Path("b/y/")])) == ["x", "y"]
+    assert list(compare.named([Path("a/x"), Path("b/x"), Path("c")])) == ["a/x", "b/x", f"{Path.cwd().name}/c"]
+    for folders, what in (([Path("a")], "two working folders or more"), ([Path("a"), Path("b/../a")], "given twice")):
+        with pytest.raises(InputError, match=what):
+            compare.named(folders)
+
+
+def test_the_command(two, tmp_path):
+    def main(*arguments):
+        command = [sys.executable, "-m", "iam_jax.main", "--mode=compare", *arguments]
+        process = subprocess.run(command, cwd=tmp_path, env=None, capture_output=True, text=True, timeout=60)
+        return process.returncode, process.stdout, process.stderr
+
+    code, out, err = main("--runs=one,two", "--output=out")
+    assert (code, err) == (0, "") and out.startswith((tmp_path / "out" / "comparison.txt").read_text())
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {f"comparison.{ending}" for ending in ("json", "md", "txt")}
+    for arguments, what in (
+        (("--runs=one,nowhere", "--output=never"), "nowhere: no evaluation.json there"),
+        (("--runs=one", "--output=never"), "two working folders or more"),
+        ((), "two working folders or more"),
+        (("--runs=one,two", "--output=one/run.json"), "--output=one/run.json: cannot be written"),
+    ):
+        code, out, err = main(*arguments)
+        assert code == 2 and err.startswith("error: ") and what in err and err.count("\n") == 1
+    assert not (tmp_path / "never").exists()
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(f"launch_{name}", ROOT / "launch" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_comparison_names_configs_of_one_protocol(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "launch"))
+    comparisons, configs = load("compare").COMPARISONS, ROOT / "configs"
+    for variants in comparisons.values():
+        context = set()
+        for config, *overrides in variants.values():
+            path, _, variant = config.partition(":")
+            spec = importlib.util.spec_from_file_location(path, configs / path)
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+            made = module.get_config(*([variant] if variant else []))
+            given = [override.partition("=")[2] for override in overrides if override.startswith("--config.data.context_items=")]
+            context.add(int(given[0]) if given else made.data.context_items)
+        assert len(context) == 1

@@ -71,7 +71,7 @@ WRONG = [
     *cases("objective.item", -1.0, eval__ranking="likelihood", objective__token=1.0),
     *cases("objective.token", 0.0, eval__ranking="likelihood"),
     *cases("model.norm_epsilon model.rope_theta optimizer.learning_rate optimizer.epsilon", 0.0, -1.0, NAN),
-    *cases("model.dropout optimizer.b1 optimizer.b2", -0.1, 1.0, NAN),
+    *cases("model.dropout optimizer.b1 optimizer.b2 data.unseen_items", -0.1, 1.0, NAN),
     *cases("objective.negatives_power", -0.1, 2.1, NAN),
     # cut-offs
     *cases("eval.ks", (), (0,), (5, -1), ("10",), (1.5,)),

@@ -260,7 +260,7 @@ def test_evaluation_json_holds_the_protocol_and_every_model(temporal):
         "ranking": "item",
     }  # fmt: skip
     names = [f"{name}@{k}" for name in ("hr", "precision", "ndcg", "mrr") for k in (1, 5, 10, 20, 50)]
-    assert list(saved["results"]) == ["model", "popularity", "last_item", "oracle"]
+    assert list(saved["results"]) == ["model", "popularity", "last_item", "item_knn", "oracle"]
     for result in saved["results"].values():
         assert list(result) == ["validation", "test"]
         for summary in result.values():
@@ -273,7 +273,7 @@ def test_evaluation_json_holds_the_protocol_and_every_model(temporal):
     test = saved["results"]["model"]["test"]
     assert (test["users"], test["events"], test["cold"]["events"]) == (3, 4, 3)
     assert "test: 3 users, 4 events, 8 candidates, step 12" in temporal.printed
-    assert [line.split()[0] for line in temporal.printed.splitlines()[3:]] == ["model", "popularity", "last_item", "oracle"]
+    assert [line.split()[0] for line in temporal.printed.splitlines()[3:]] == ["model", "popularity", "last_item", "item_knn", "oracle"]
 
 
 def test_metrics_follow_from_ranks_parquet(temporal):

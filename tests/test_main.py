@@ -96,16 +96,20 @@ def test_a_run_says_what_it_did_and_leaves_its_files(folder, whole):
     for said in ("split ", "data ready in ", "validation ndcg@10", "test: 60 users", "wrote whole/evaluation.json"):
         assert said in out
     table = out[out.index("test: 60 users") :].splitlines()
-    assert [line.split()[0] for line in table[3:7]] == ["model", "popularity", "last_item", "oracle"]
+    assert [line.split()[0] for line in table[3:8]] == ["model", "popularity", "last_item", "item_knn", "oracle"]
     names = {path.name for path in (folder / "whole").iterdir()}
     assert names == {
         "config.json", "data.json", "tokenizer.json", "items.parquet", "metrics.jsonl", "tensorboard", "checkpoints", "evaluation.json",
-        "ranks.parquet",
+        "ranks.parquet", "run.json",
     }  # fmt: skip
     evaluation = json.loads((folder / "whole" / "evaluation.json").read_text())
     assert evaluation["split_sha256"] == out.split("split ")[1].split()[0]
     hr = {name: result["test"]["hr@10"] for name, result in evaluation["results"].items()}
     assert hr["oracle"] == max(hr.values()) and all(f"{value:.4f}" in out for value in hr.values())
+    cost = json.loads((folder / "whole" / "run.json").read_text())
+    told = json.loads((folder / "whole" / "metrics.jsonl").read_text().splitlines()[-2])  # the last line is the validation's
+    assert (cost["steps"], cost["tokens_seen"]) == (told["step"], told["tokens_seen"]) and told["step"] == 400
+    assert f"{cost['parameters']:,} parameters; " in out and cost["trained"] == cost["parameters"] and 0 < cost["minutes"] < 5
     assert pl.read_parquet(folder / "whole" / "ranks.parquet")["split"].value_counts().sort("split")["count"].to_list() == [60, 60]
 
 

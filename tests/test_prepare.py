@@ -92,7 +92,7 @@ TEMPORAL = {"split": "temporal", "t1": "3", "t2": "5"}
 
 
 CHANGES = [{"last_n": 2}, {"k_core": 2}, TEMPORAL, TEMPORAL | {"t2": "9"}]
-CHANGES += [{"untitled": "id"}, {"tokenizer": "id", "untitled": "error"}, {"text": "{brand}"}]
+CHANGES += [{"untitled": "id"}, {"tokenizer": "id", "untitled": "error"}, {"text": "{brand}"}, {"unseen_items": 0.3}]
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -104,6 +104,15 @@ def test_every_setting_that_shapes_a_split_is_in_its_key(config, change):
     first, second = prepare(config), prepare(dataclasses.replace(config, **change))
     assert first.split.sha256 != second.split.sha256
     same(second, prepare(dataclasses.replace(config, **change, cache=config.cache + "2")))  # and in an empty cache
+
+
+def test_shuffled_order_shares_the_prepared_data(config):
+    first, second = prepare(config), prepare(dataclasses.replace(config, shuffled_order=True))
+    assert first.split.sha256 == second.split.sha256 and first.catalogue.sha256 == second.catalogue.sha256
+    assert len([*Path(config.cache).glob("split-*")]) == 1
+    assert second.split.notes[-1].startswith("data.shuffled_order: ") and len(second.split.notes) == len(first.split.notes) + 1
+    targets = first.events.label > 0
+    assert (first.events.item == second.events.item)[targets].all()
 
 
 def test_with_drop_id_tokens_have_the_candidates_of_text_tokens(config):

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from iam_jax.config import DataConfig
-from iam_jax.data.splits import LABELS, TEST, TRAIN, VALIDATION, make_split
+from iam_jax.data.splits import LABELS, TEST, TRAIN, VALIDATION, make_split, shuffle_training
 from iam_jax.data.table import Tables, read_tables
 from iam_jax.errors import InputError
 
@@ -300,6 +300,64 @@ def test_repeated_pairs_stay():
 def test_the_hash_by_hand():
     lines = b"test\tu\t10\t3\ntrain\tu\ti\t1\nvalidation\tu\t2\t2\n"
     assert split_of([("u", "i", 1), ("u", "2", 2), ("u", "10", 3)]).sha256 == hashlib.sha256(lines).hexdigest()
+
+
+def sequence(user, items):
+    return [(user, item, time) for time, item in enumerate(items)]
+
+
+def test_unseen_items_by_hand():
+    """The heads of the ids' SHA-256 are a .79, b .24, c .18, d .10: a share of .2 draws c and d, whatever else there is."""
+    rows = sequence("u", "acbda") + sequence("v", "cdba") + sequence("w", "dc") + sequence("x", "abca")
+    config = DataConfig(unseen_items=0.2)
+    split = split_of(rows, config, items=list("abcd"))
+    assert rows_of(split) == [
+        ("train", "u", "a", 0),
+        ("train", "u", "b", 2),  # the training event with c is gone
+        ("validation", "u", "d", 3),  # a target with an unseen item stays
+        ("test", "u", "a", 4),
+        ("validation", "v", "b", 2),  # no history is left
+        ("test", "v", "a", 3),
+        ("train", "x", "a", 0),  # w had nothing else
+        ("train", "x", "b", 1),
+        ("validation", "x", "c", 2),
+        ("test", "x", "a", 3),
+    ]
+    events = split.events
+    assert events.item_ids.tolist() == list("abcd")  # all stay candidates
+    assert events.train_counts.tolist() == [2, 2, 0, 0] and events.user_ids.tolist() == ["u", "v", "x"]
+    assert [events.item_ids[events.item[events.targets(k)]].tolist() for k in (VALIDATION, TEST)] == [["d", "c"], ["a", "a", "a"]]
+    assert split.notes[1:] == (
+        "data.unseen_items = 0.2 removed the 5 training events of 2 items",
+        "3 users, 4 items, 10 events: 4 train, 3 validation, 3 test",
+        "1 validation events have no history and are left out",
+    )
+    lines = sorted(f"{label}\t{user}\t{item}\t{time}\n" for label, user, item, time in rows_of(split))
+    assert split.sha256 == hashlib.sha256("".join(lines).encode()).hexdigest() != split_of(rows, items=list("abcd")).sha256
+    more = split_of([*rows, *sequence("z", "aaaee")], config, items=list("eabcd"))  # in a larger table they are the same
+    assert rows_of(more)[:-5] == rows_of(split)
+    with pytest.raises(InputError, match="leaves no training event"):
+        split_of(rows, DataConfig(unseen_items=0.8), items=list("abcd"))
+
+
+def test_shuffled_order_by_hand():
+    rows = sequence("u", "abcdefgh") + sequence("v", "aabbccdd") + sequence("w", "ab") + sequence("x", "h")
+    straight = split_of(rows, items=list("abcdefgh"))
+    split = shuffle_training(straight)
+    before, after = rows_of(straight), rows_of(split)
+    assert [row for row in after if row[0] != "train"] == [row for row in before if row[0] != "train"]
+    assert [(user, time) for _, user, _, time in after] == [(user, time) for _, user, _, time in before]
+    for user in "uvwx":
+        assert Counter(row[:3] for row in after if row[1] == user) == Counter(row[:3] for row in before if row[1] == user)
+    orders = {user: "".join(row[2] for row in after if row[1] == user) for user in "uvwx"}
+    assert orders["u"] != "abcdefgh" and orders["u"].endswith("gh") and orders["v"].endswith("dd") and orders["x"] == "h"
+    assert split.sha256 == straight.sha256 and rows_of(shuffle_training(straight)) == after
+    moved = sum(a != b for a, b in zip(after, before, strict=True))
+    assert split.notes == (*straight.notes, f"data.shuffled_order: {moved} of 15 training events have another item now")
+    # Every order of three comes up about equally often (600 users, a multinomial with 100 each).
+    many = split_of([row for k in range(600) for row in sequence(f"u{k:03}", "abcde")], items=list("abcde"))
+    counts = Counter("".join(row[2] for row in rows_of(shuffle_training(many))[5 * k : 5 * k + 3]) for k in range(600))
+    assert len(counts) == 6 and all(60 < count < 140 for count in counts.values())
 
 
 def test_events_without_users_in_the_middle():

@@ -13,13 +13,13 @@ from iam_jax.config import DataConfig
 from iam_jax.data import table
 from iam_jax.data.cache import cache_root, cached_folder
 from iam_jax.data.catalogue import Catalogue, has_text, make_catalogue
-from iam_jax.data.splits import Events, Split, as_strings, make_split
+from iam_jax.data.splits import Events, Split, as_strings, make_split, shuffle_training
 from iam_jax.data.tokenizer import Vocabulary, load_given
 from iam_jax.errors import InputError
 
 _VERSION = 2  # of the cached files
 _ARRAYS = ("item", "offsets", "timestamp", "label")  # of Events
-_SPLIT_FIELDS = ("untitled", "k_core", "last_n", "split", "t1", "t2", "text")  # of DataConfig: what shapes a split
+_SPLIT_FIELDS = ("untitled", "k_core", "last_n", "split", "t1", "t2", "text", "unseen_items")  # of DataConfig: what shapes a split
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +40,8 @@ def prepare(config: DataConfig, given: Vocabulary | None = None) -> Prepared:
         config = dataclasses.replace(config, path=str(Path(config.path).expanduser()))
     load_given(config.tokenizer, given)  # a wrong path is found out before the data is read, and anything written
     split = _cached_split(config, cache)
+    if config.shuffled_order:
+        split = shuffle_training(split)
     catalogue = make_catalogue(split.items, config, cache, given)
     longest = int(catalogue.item_lengths.max(initial=0))
     needed = catalogue.frame_tokens + (config.context_items + 1) * longest

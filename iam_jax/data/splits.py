@@ -126,6 +126,17 @@ def make_split(tables: Tables, config: DataConfig, has_text: Callable[[pl.DataFr
     item = (np.cumsum(surviving) - 1)[item].astype(np.int32)
     offsets = np.concatenate([[0], np.cumsum(np.bincount(user, minlength=len(user_ids)))]).astype(np.int64)
     label = _leave_one_out(offsets) if config.split == "leave_one_out" else _temporal(timestamp, time_kind, config)
+    if config.unseen_items:
+        unseen = _drawn(items["item"], config.unseen_items)
+        kept = (label != TRAIN) | ~unseen[item]
+        notes.append(
+            f"data.unseen_items = {config.unseen_items:g} removed the {np.count_nonzero(~kept):,} training events of {unseen.sum():,} items"
+        )
+        user, item, timestamp, label = user[kept], item[kept], timestamp[kept], label[kept]
+        present = np.bincount(user, minlength=len(user_ids)) > 0
+        user_ids = user_ids.filter(pl.Series(present))
+        user = (np.cumsum(present) - 1)[user]
+        offsets = np.concatenate([[0], np.cumsum(np.bincount(user, minlength=len(user_ids)))]).astype(np.int64)
     if not (label == TRAIN).any():
         before = f" before config.data.t1 = {config.t1!r}" if config.t1 else ""
         raise InputError(f"the split leaves no training event{before}")
@@ -140,6 +151,26 @@ def make_split(tables: Tables, config: DataConfig, has_text: Callable[[pl.DataFr
         if left_out:
             notes.append(f"{left_out:,} {LABELS[i]} events have no history and are left out")
     return Split(events, items, digest, tuple(notes))
+
+
+def shuffle_training(split: Split) -> Split:
+    """The control data.shuffled_order: the items of each user's training events in a random order (the same in every run), everything
+    else where it was. Targets keep their events, so the split's hash stays; their histories have the random order too, a validation
+    event after it. Timestamps stay in place, ascending: nothing reads those of training events after the split."""
+    events = split.events
+    train = np.flatnonzero(events.label == TRAIN)
+    drawn = np.random.default_rng(0).random(len(train))
+    item = events.item.copy()
+    item[train] = events.item[train[np.lexsort((drawn, events.user[train]))]]
+    moved = np.count_nonzero(item != events.item)
+    note = f"data.shuffled_order: {moved:,} of {len(train):,} training events have another item now"
+    return dataclasses.replace(split, events=dataclasses.replace(events, item=item), notes=(*split.notes, note))
+
+
+def _drawn(ids: pl.Series, share: float) -> np.ndarray:
+    """[n] bool: the ids whose SHA-256, as a fraction, is below `share`, whatever other ids there are."""
+    heads = b"".join(hashlib.sha256(text.encode()).digest()[:8] for text in ids)
+    return np.frombuffer(heads, ">u8") < share * 2.0**64
 
 
 def as_strings(series: pl.Series) -> np.ndarray:

@@ -233,7 +233,14 @@ def _main(_: list[str]) -> None:
         _fail(error, 4)
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)
-        sys.exit(75)
+        _leave(75)
+
+
+def _leave(code: int) -> NoReturn:
+    """Ends the process without waiting for its threads: one that a library was starting when Stop was raised may never end."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 if __name__ == "__main__":

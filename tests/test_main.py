@@ -14,7 +14,7 @@ import pytest
 
 from iam_jax import main as main_lib
 from iam_jax.errors import NonFiniteError
-from iam_jax.interrupt import Signals, Stop
+from iam_jax.interrupt import Signals
 
 TITLE = "item,title\na,red lantern\nb,blue kettle\nc,old clock\nd,teal rug\n"
 EVENTS = "user,item,timestamp\n" + "".join(f"u{u},{item},{t}\n" for u in range(9) for t, item in enumerate("abcd"))
@@ -282,7 +282,6 @@ def test_help(folder):
     [
         (NonFiniteError("step 3: item_sum not finite"), 4, "error: step 3: item_sum not finite\n"),
         (FloatingPointError("a score of user 'u' is not finite"), 4, "error: a score of user 'u' is not finite\n"),
-        (Stop(), 75, "stopped; the same command goes on from here\n"),
     ],
 )
 def test_exit_codes(monkeypatch, capsys, raised, code, told):
@@ -294,3 +293,23 @@ def test_exit_codes(monkeypatch, capsys, raised, code, told):
     with pytest.raises(SystemExit) as ended:
         main_lib._main([])
     assert ended.value.code == code and capsys.readouterr().err == told
+
+
+STOPPED = """
+import threading
+from iam_jax import main
+from iam_jax.interrupt import Stop
+
+def run(_):
+    threading.Thread(target=threading.Event().wait).start()  # as a library's thread whose owner was interrupted
+    print("begun")
+    raise Stop
+
+main.run = run
+main._main([])
+"""
+
+
+def test_a_thread_that_never_ends_does_not_hold_a_stopped_program():
+    done = subprocess.run([sys.executable, "-c", STOPPED], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (75, "begun\n", "stopped; the same command goes on from here\n")

@@ -162,6 +162,7 @@ class EvalConfig:
     chunk_items: int = 8192  # catalogue items of one matrix product
     item_states_gib: float = 2.0  # the catalogue's states after the leading intra layers are kept if they fit; 0: never
     validation_users: int = 0  # users of the validations during training (a fixed random subset); 0: all
+    test: bool = True  # rank the test events too; a trial that only chooses a setting should not read them
     baselines: bool = True  # popularity, last-item transitions and item-kNN beside the model
     resamples: int = 1000  # of the bootstrap over users
     seed: int = 0  # of the bootstrap and of the subset above

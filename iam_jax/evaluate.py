@@ -308,7 +308,8 @@ def evaluate_all(
     oracle: baselines.Scorer | None = None,
     poll: Callable[[], None] = lambda: None,
 ) -> dict:
-    """Ranks validation and test by the model and the baselines; writes `evaluation.json` and `ranks.parquet`, prints the table."""
+    """Ranks validation and, unless eval.test is off, test by the model and the baselines; writes `evaluation.json` and `ranks.parquet`,
+    prints the table."""
     prepared, config = evaluator.prepared, evaluator.config
     events = prepared.events
     scorers: dict[str, baselines.Scorer] = {}
@@ -319,7 +320,7 @@ def evaluate_all(
         scorers["oracle"] = oracle
     results: dict[str, dict] = {"model": {}} | {name: {} for name in scorers}
     frames = []
-    for label in (VALIDATION, TEST):
+    for label in (VALIDATION, TEST) if config.eval.test else (VALIDATION,):
         targets = events.targets(label)
         if not len(targets):
             continue

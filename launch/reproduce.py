@@ -4,9 +4,9 @@
     python launch/reproduce.py toys ml1m --models ordinary iam sasrec --seeds 0 1 2 --minutes=60 --dry-run
 
 Every model gets the same: --trials learning rates (its config's, and that times and divided by 3, 9, …), each trained for
---trial_minutes with the first seed and judged on validation; then, with the best of them, --minutes of training for every seed. A run may
-end earlier by its config's train.steps or train.patience. Every trial is recorded in the table's JSON. Baselines need no training and
-come with the first finished run.
+--trial_minutes with the first seed and judged on validation alone; then, with the best of them, --minutes of training for every seed. A
+run may end earlier by its config's train.steps or train.patience. Every trial is recorded in the table's JSON. Baselines need no training
+and come with the first finished run.
 
 Run again after an interruption, or with other models or more seeds: what is finished is kept, the rest goes on. The table is written
 after every run and by --table alone, of all models that were run on the same budget; what has not been run is empty there. What stands
@@ -118,7 +118,7 @@ def workdir_of(args: argparse.Namespace, data: str, model: str, rate: float, see
 def trial_runs(args: argparse.Namespace, data: str, model: str) -> dict[float, tuple[Path, list[str]]]:
     """{learning rate: (working folder, flags)} of a model's trials."""
     file, flags, base = model_flags(args, data, model)
-    few = ["--config.eval.baselines=false", "--config.eval.resamples=1"]
+    few = ["--config.eval.test=false", "--config.eval.baselines=false", "--config.eval.resamples=1"]
     rates = learning_rates(base, args.trials)
     return {rate: _run(args, data, model, file, flags, rate, args.seeds[0], args.trial_minutes, few) for rate in rates}
 

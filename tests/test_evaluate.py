@@ -252,6 +252,14 @@ def test_temporal_targets_are_events_with_all_earlier_ones_as_history(temporal):
     }  # fmt: skip
 
 
+def test_the_test_events_can_be_left_alone(temporal, tmp_path):
+    config = {"data": {"split": "temporal", "t1": "1", "t2": "2"}, "eval": {"resamples": 50, "test": False}}
+    evaluation = evaluate_all(make_evaluator(temporal.prepared, **config), temporal.params, 12, tmp_path)
+    assert evaluation["results"]["model"] == {"validation": temporal.saved["results"]["model"]["validation"]}
+    assert evaluation["protocol"] == temporal.saved["protocol"]
+    assert pl.read_parquet(tmp_path / "ranks.parquet").equals(temporal.ranks.filter(pl.col("split") == "validation"))
+
+
 def test_evaluation_json_holds_the_protocol_and_every_model(temporal):
     saved = temporal.saved
     assert saved["split_sha256"] == "a1b2" and saved["step"] == 12

@@ -74,6 +74,7 @@ def test_two_models_two_seeds_two_trials(reproduce, ran, tmp_path, capsys):
     assert [model for model, _ in ran] == ["ordinary"] * 2 + ["sasrec"] * 2 + ["ordinary", "sasrec"] * 2
     assert {given["config.train.max_minutes"] for _, given in ran[:4]} == {"2.0"}  # each trial's budget is the same
     assert {given["config.train.max_minutes"] for _, given in ran[4:]} == {"8.0"}
+    assert ["config.eval.test" in given for _, given in ran] == [True] * 4 + [False] * 4 and ran[0][1]["config.eval.test"] == "false"
     rates = [given["config.optimizer.learning_rate"] for _, given in ran]
     assert rates == ["0.003", "0.009", "0.001", "0.003", *["0.009", "0.001"] * 2]
     assert "2 x (2 trials of 2 minutes + 2 seeds of 8), 0.7 hours" in capsys.readouterr().out
@@ -173,6 +174,12 @@ def test_end_to_end(tmp_path, tiny):
     command += [f"--folder={tmp_path / 'runs'}", "--", *(f"--config.{name}={value}" for name, value in few.items())]
     process = subprocess.run(command, cwd=ROOT, env=None, capture_output=True, text=True, timeout=180)
     assert process.returncode == 0, process.stderr
+    folders = sorted((tmp_path / "runs" / "demo" / "sasrec").glob("*rate0.001-seed0"))
+    read = [json.loads((folder / "evaluation.json").read_text())["results"]["model"] for folder in folders]
+    assert [(folder.name[:5], list(results)) for folder, results in zip(folders, read, strict=True)] == [
+        ("rate0", ["validation", "test"]),
+        ("trial", ["validation"]),  # the test events are read once, with the chosen learning rate
+    ]
     rows = rows_of(tmp_path)
     assert rows["SASRec"][:2] == ["0.001", "0"] and float(rows["SASRec"][2]) > 0 and float(rows["SASRec"][7]) >= 0
     assert rows["popularity"][2] and rows["last_item"][2] and rows["ordinary attention"] == [""] * 8

@@ -15,22 +15,18 @@ the self key, a second range), within 1e-5 of the largest magnitude in float32 a
 """
 
 import argparse
-import contextlib
 import dataclasses
 import importlib.util
-import json
 import math
 import os
-import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 
+import harness
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -39,6 +35,7 @@ from iam_jax.kernels.range_attention import allowed, choose, cudnn_refuses, rang
 from iam_jax.model.attention import Ranges, key_ranges
 
 ITEM = 12  # tokens
+PACKAGES = ("iam_jax", "jax", "jaxlib", "numpy", "libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin", "torch", "triton")
 REACH = (ITEM - 1, 0)  # of intra
 RELATIONS = ("intra", "inter", "full")
 PEERS = ("xla", "cudnn", "flex")  # not the project's own
@@ -330,14 +327,6 @@ def print_check(rows: list[dict]) -> None:
         print(f"{row['relation']:<20}{row['backend']:<11}{row['length']:>8,}{row['empty_rows']:>12,}{row['error']:>10.1e}  {verdict}")
 
 
-def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in ("iam_jax", "jax", "jaxlib", "numpy", "libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin", "torch", "triton"):
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
-    return found
-
-
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, (cpu, other) in SIZES.items():
@@ -372,17 +361,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main() -> int:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leaves memory to torch; read when the devices are first asked for
     args = parse()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    device = jax.devices()[0].device_kind if args.platform != "cpu" else f"CPU ({platform.machine()}, {cores} cores)"
-    date, found = datetime.now(UTC).isoformat(timespec="seconds"), versions()
-    print(f"range_attention, forward and backward, {args.dtype}, on {device}, {date}")
+    facts = harness.environment(*PACKAGES, device=jax.devices()[0])
+    print(f"range_attention, forward and backward, {args.dtype}, on {facts['device']}, {facts['date']}")
     print(f"{args.batch} rows, {args.heads} heads ({args.kv_heads} of keys) of size {args.head_size}, ", end="")
     print("ragged packings" if args.check else f"items of {ITEM} tokens, users per row: {args.users_per_row}")
-    print(", ".join(f"{name} {version}" for name, version in found.items()))
+    print(harness.listed(facts["versions"]))
 
     rows = check(args) if args.check else measure(args)
-    settings = {name: value for name, value in vars(args).items() if name not in ("output", "platform")}
-    result = {"device": device, "platform": args.platform, "date": date, "versions": found, "settings": settings, "rows": rows}
+    result = facts | {"settings": harness.settings(args, "platform"), "rows": rows}
     if args.check:
         print_check(rows)
         result["passed"] = all(compared := [row["passed"] for row in rows if not row["skipped"]]) and bool(compared)
@@ -391,8 +377,7 @@ def main() -> int:
         print_times(result, args.lengths)
     for row in (row for row in rows if row["skipped"]):
         print(f"{row['relation']} {row['backend']} at {row['length']:,}: {row['skipped']}")
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(result, indent=2) + "\n")
+    harness.save(args.output, result)
     return 0 if result.get("passed", True) else 1
 
 

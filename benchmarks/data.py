@@ -11,14 +11,14 @@ import argparse
 import itertools
 import json
 import os
-import platform
 import resource
 import subprocess
 import sys
 import tempfile
 import time
-from importlib import metadata
 from pathlib import Path
+
+import harness
 
 # numpy, polars and iam_jax are imported where they are used: on Linux a child's ru_maxrss starts at its parent's, so the parent
 # stays small.
@@ -133,11 +133,9 @@ def main() -> int:
     if not fits:
         print(f"The peak is above {args.limit_gb:g} GB.", file=sys.stderr)
     settings = {name: getattr(args, name) for name in ("users", "items", "events", "cores", "limit_gb")}
-    versions = {"python": platform.python_version()} | {name: metadata.version(name) for name in ("numpy", "polars", "grain")}
     result = settings | measured | {"seconds": seconds, "events_per_second": args.events / seconds, "fits": fits}
-    result["versions"] = versions
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(result, indent=2) + "\n")
+    result["versions"] = harness.versions("numpy", "polars", "grain")
+    harness.save(args.output, result)
     return 0 if fits else 1
 
 

@@ -15,13 +15,13 @@ import platform
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from importlib import metadata
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+import harness
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -76,29 +76,20 @@ def measure(folder: str, dtype: str) -> dict:
     wanted = pretrained.names(config)
     abstract = select(shapes, lambda name: name in wanted)
     jax.block_until_ready(jax.jit(lambda: jnp.zeros(8))())  # the platform is there
-    samples, stop = [anonymous_bytes()], threading.Event()
-
-    def sample() -> None:
-        while not stop.wait(0.002):
-            samples.append(anonymous_bytes())
-
-    thread = threading.Thread(target=sample)
-    thread.start()
-    start = time.perf_counter()
-    params = jax.block_until_ready(pretrained.load(config, abstract, dtype))
-    seconds = time.perf_counter() - start
-    stop.set()
-    thread.join()
+    with harness.Peak(anonymous_bytes) as peak:
+        start = time.perf_counter()
+        params = jax.block_until_ready(pretrained.load(config, abstract, dtype))
+        seconds = time.perf_counter() - start
     leaves = jax.tree.leaves(params)
     largest = max(int(np.prod(shape)) for shape in read_pretrained(config).shapes().values()) * leaves[0].dtype.itemsize
     return {
         "parameters": sum(x.size for x in leaves),
         "parameter_bytes": sum(x.nbytes for x in leaves),
         "largest_tensor_bytes": largest,
-        "before_bytes": samples[0],
-        "peak_bytes": max(samples),
+        "before_bytes": peak.before,
+        "peak_bytes": peak.most,
         "after_bytes": anonymous_bytes(),
-        "samples": len(samples),
+        "samples": peak.samples,
         "seconds": seconds,
     }
 
@@ -139,8 +130,7 @@ def main() -> int:
     for label, key in rows.items():
         print(f"{label:40}{result[key] / 2**20:>10,.1f} MiB")
     print(f"{'added / bound':40}{result['share_of_bound']:>10.3f}{'' if result['holds'] else '   EXCEEDED'}")
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(result, indent=2) + "\n")
+    harness.save(args.output, result)
     print(f"wrote {args.output}")
     return 0 if result["holds"] else 1
 

@@ -8,14 +8,13 @@ alternate. Prints one table and writes one JSON; the result is the ratio of the 
 """
 
 import argparse
-import json
 import platform
-import statistics
 import sys
-import time
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
+import harness
 import jax
 import numpy as np
 
@@ -73,15 +72,20 @@ def main() -> int:
             float(np.abs(a - b).max() / max(np.abs(b).max(), 1e-30)) for a, b in zip(*(jax.tree.leaves(g) for g in gradients), strict=True)
         )
         step = make_train_step(run)
-        states = {way: init_state(run) for way in finishes}
-        seconds = {way: [] for way in finishes}
-        for number in range(args.batches + 1):
-            for way in finishes:
-                start = time.perf_counter()
-                states[way], _ = step(states[way], batches[way][number], run.items, np.int32(number))
-                jax.block_until_ready(states[way])
-                if number:
-                    seconds[way].append(time.perf_counter() - start)
+
+        def steps(way: str) -> Callable[[], None]:
+            """A function that takes the next step."""
+            state, numbered = init_state(run), enumerate(batches[way])
+
+            def take() -> None:
+                nonlocal state
+                number, batch = next(numbered)
+                state, _ = step(state, batch, run.items, np.int32(number))
+                jax.block_until_ready(state)
+
+            return take
+
+        timed = harness.take_turns({way: steps(way) for way in finishes}, args.batches)
 
     batch = plain[0][1]
     distinct = finishes["per item"].distinct(batch)
@@ -93,26 +97,24 @@ def main() -> int:
         "distinct items": len(distinct),
         "tokens of distinct items": int(run.prepared.catalogue.lengths[distinct].sum()),
     }
-    medians = {way: statistics.median(times) for way, times in seconds.items()}
-    ratio = medians["per token"] / medians["per item"]
+    ratio = timed["per token"].median / timed["per item"].median
     print(f"\n{args.schedule}, width {args.width}, objective.vectors {args.vectors}, {args.rows} rows of {args.row_tokens} slots")
     print("; ".join(f"{value:,} {name}" for name, value in counted.items()))
     print(
         f"loss {losses[0]:.6f} per token, {losses[1]:.6f} per item; gradients differ by at most {apart:.1e} of each array's largest value"
     )
-    for way, times in seconds.items():
-        print(
-            f"{way:10} {medians[way] * 1e3:10,.0f} ms a step (median of {len(times)}; {min(times) * 1e3:,.0f} to {max(times) * 1e3:,.0f})"
-        )
+    for way, of in timed.items():
+        spread = f"median of {len(of.samples)}; {min(of.samples) * 1e3:,.0f} to {max(of.samples) * 1e3:,.0f}"
+        print(f"{way:10} {of.median * 1e3:10,.0f} ms a step ({spread})")
     print(f"ratio      {ratio:10.2f}")
     agree = abs(losses[0] - losses[1]) <= 1e-5 * abs(losses[0]) and apart <= 1e-3
     record = {
-        "arguments": {name: value for name, value in vars(args).items() if name not in ("path", "output")},
-        "batch": counted, "loss": [float(x) for x in losses], "gradients_apart": apart, "seconds": seconds, "ratio": ratio, "agree": agree,
+        "arguments": harness.settings(args, "path"),
+        "batch": counted, "loss": [float(x) for x in losses], "gradients_apart": apart,
+        "seconds": {way: of.samples for way, of in timed.items()}, "ratio": ratio, "agree": agree,
         "device": jax.devices()[0].device_kind, "jax": metadata.version("jax"), "python": platform.python_version(),
     }  # fmt: skip
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(record, indent=2) + "\n")
+    harness.save(args.output, record)
     print(f"wrote {args.output}")
     if not agree:
         print("loss or gradients do not agree", file=sys.stderr)

@@ -22,6 +22,7 @@ from pathlib import Path
 
 from tpu_memory import abstract_arguments, abstract_run, compile_run  # isort: skip  (first: it sets the platform)
 
+import harness
 import jax
 
 from iam_jax.config import Config, resolve
@@ -131,8 +132,7 @@ def main() -> None:
                 shown = "".join(f"{size:>13}" for size in sizes) + ("" if row["fits"] else "   does not fit")
                 print(f"{name:20}{variant:9}{chips:11}{row['rows']:>5}{shown}", flush=True)
     record = {"rows": rows, "versions": {package: metadata.version(package) for package in ("jax", "libtpu")}}
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(record | {"python": platform.python_version()}, indent=2) + "\n")
+    harness.save(args.output, record | {"python": platform.python_version()})
     print(f"wrote {args.output}")
 
 

@@ -17,17 +17,15 @@ writes one JSON.
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
-from importlib import metadata, util
+from importlib import util
 from pathlib import Path
 
+import harness
 import numpy as np
 
 WAYS = {"iam_jax": "iam_jax: ranks", "torch": "torch: ranks", "torch_topk": "torch: top 50"}
@@ -54,24 +52,6 @@ def resident() -> int:
     """Bytes of this process in memory; 0 where the system does not tell."""
     path = Path("/proc/self/statm")
     return int(path.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if path.exists() else 0
-
-
-class Peak:
-    """`bytes`: the most resident memory within the block; looked at every 2 ms."""
-
-    def __enter__(self) -> "Peak":
-        self.bytes, self._done = resident(), threading.Event()
-        self._thread = threading.Thread(target=self._watch)
-        self._thread.start()
-        return self
-
-    def _watch(self) -> None:
-        while not self._done.wait(0.002):
-            self.bytes = max(self.bytes, resident())
-
-    def __exit__(self, *_) -> None:
-        self._done.set()
-        self._thread.join()
 
 
 def batches(target: np.ndarray, size: int) -> Iterator[np.ndarray]:
@@ -106,7 +86,7 @@ def with_jax(data: dict, args: argparse.Namespace) -> Callable[[int], dict]:
 def with_torch(data: dict, args: argparse.Namespace, topk: bool) -> Callable[[int], dict]:
     import torch
 
-    torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+    torch.set_num_threads(harness.cores())
     items, users = torch.from_numpy(data.pop("items")), torch.from_numpy(data["users"])
     target, seen = torch.from_numpy(data["target"]).long(), torch.from_numpy(data["seen"]).long()
     starts = range(0, args.items, args.chunk)
@@ -155,7 +135,7 @@ def measure(way: str, args: argparse.Namespace) -> dict:
     """In the process of that way."""
     data = make(args)
     run = with_jax(data, args) if way == "iam_jax" else with_torch(data, args, way == "torch_topk")
-    with Peak() as peak:
+    with harness.Peak(resident) as peak:
         started = time.perf_counter()
         run(args.batch)  # compiles
         compiled, samples = time.perf_counter() - started, []
@@ -165,7 +145,7 @@ def measure(way: str, args: argparse.Namespace) -> dict:
             samples.append(time.perf_counter() - started)
     if results:
         np.savez(args.results, **results)
-    return {"first_batch_seconds": compiled, "samples": samples, "peak_bytes": peak.bytes or None}
+    return {"first_batch_seconds": compiled, "samples": samples, "peak_bytes": peak.most or None}
 
 
 def main() -> int:
@@ -186,15 +166,12 @@ def main() -> int:
         return 0
 
     settings = {name: getattr(args, name) for name in ("users", "items", "width", "seen", "batch", "chunk", "repeats")}
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    where, date = f"CPU ({platform.machine()}, {cores} cores)", datetime.now(UTC).isoformat(timespec="seconds")
     has_torch = util.find_spec("torch") is not None
-    names = ("iam_jax", "jax", "jaxlib", "numpy", *["torch"] * has_torch)
-    versions = {"python": platform.python_version()} | {name: metadata.version(name) for name in names}
+    facts = harness.environment("iam_jax", "jax", "jaxlib", "numpy", *["torch"] * has_torch)
     gib, operations = args.items * args.width * 4 / 2**30, 2 * args.users * args.items * args.width
-    print(f"{args.users:,} users x {args.items:,} items x {args.width} dimensions, float32, on {where}, {date}")
+    print(f"{args.users:,} users x {args.items:,} items x {args.width} dimensions, float32, on {facts['device']}, {facts['date']}")
     print(f"batches of {args.batch:,} users, chunks of {args.chunk:,} items; the item vectors take {gib:.2f} GiB")
-    print(", ".join(f"{name} {version}" for name, version in versions.items()))
+    print(harness.listed(facts["versions"]))
     if not has_torch:
         print("torch is not installed (the extra `parity`): nothing to compare with")
     print(f"{'way':<16}{'seconds':>10}{'users/s':>10}{'GFLOP/s':>10}{'first s':>11}{'MiB':>9}{'relative':>10}")
@@ -224,9 +201,8 @@ def main() -> int:
     median = int(np.median(first["rank"]))
     verdict = "equal" if equal else "NOT EQUAL"
     print(f"median rank {median:,}, {np.mean(first['ties'] > 0):.0%} with ties: {verdict} in all ways that give ranks")
-    facts = {"device": where, "date": date, "versions": versions, "settings": settings, "equal": bool(equal), "median_rank": median}
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(facts | {"results": results}, indent=2) + "\n")
+    facts |= {"settings": settings, "equal": bool(equal), "median_rank": median}
+    harness.save(args.output, facts | {"results": results})
     return 0 if equal else 1
 
 

@@ -9,7 +9,6 @@ table and writes one JSON. Only one process at a time can hold libtpu.
 """
 
 import argparse
-import json
 import os
 import platform
 from importlib import metadata
@@ -18,6 +17,7 @@ from pathlib import Path
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no TPU machine to ask
 
+import harness
 import jax
 import jax.numpy as jnp
 import ml_collections
@@ -125,8 +125,7 @@ def main() -> None:
         "versions": versions,
         "python": platform.python_version(),
     }
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(record, indent=2) + "\n")
+    harness.save(args.output, record)
     print(f"wrote {args.output}")
 
 

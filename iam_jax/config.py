@@ -225,6 +225,12 @@ class Config:
         return f"{'length-normalized ' * self.eval.length_normalized}{self.eval.ranking} "
 
     @property
+    def freezes(self) -> bool:
+        """Whether the config leaves pretrained parameters untrained (besides an output embedding that nothing reads)."""
+        chosen = self.model.lora.rank if self.train.frozen == "auto" else self.train.frozen
+        return bool(self.model.pretrained and chosen)
+
+    @property
     def drops(self) -> bool:
         """Whether there is any dropout inside the layers."""
         return self.model.dropout > 0 or (self.model.lora.rank > 0 and self.model.lora.dropout > 0)
@@ -248,6 +254,25 @@ FREE_FIELDS = (
 def default_config() -> ml_collections.ConfigDict:
     """A locked ConfigDict with every field at its default."""
     return ml_collections.ConfigDict(dataclasses.asdict(Config())).lock()
+
+
+def finetuning_config(variant: str) -> ml_collections.ConfigDict:
+    """A start for configs of existing language models: item-aware blocks behind every four of sixteen layers, bfloat16. variant: `lora`
+    trains adapters and what is new, the model frozen; `full` trains everything. Raises InputError for another."""
+    if variant not in ("lora", "full"):
+        raise InputError(f"variant {variant!r}: must be lora or full")
+    config = default_config()
+    config.data.update({"tokenizer": "pretrained", "separator": "\n", "item_tokens": 24, "row_tokens": 1024, "context_items": 10})
+    config.model.update({"schedule": "(full*4 +intra +inter)*4", "dropout": 0.0, "dtype": "bfloat16", "remat": True})
+    config.objective.update({"vectors": "table", "token": 0.1, "chunk": 1024})
+    config.optimizer.update({"learning_rate": 2e-5, "warmup_steps": 100, "decay_steps": 3000})
+    if variant == "lora":
+        config.model.lora.update({"rank": 16, "alpha": 32.0})
+        config.model.frozen_dtype = "bfloat16"
+        config.optimizer.learning_rate = 2e-4
+    config.train.update({"steps": 3000, "batch_rows": 8, "eval_every": 300, "save_every": 300, "patience": 3})
+    config.eval.update({"batch_rows": 8, "validation_users": 4000})
+    return config
 
 
 def get_config(workdir: str) -> ml_collections.ConfigDict:
@@ -420,7 +445,7 @@ def check(config: Config) -> None:
         except re.error as error:
             require(False, field, f"is no regular expression: {error}")
     require(train.frozen == "auto" or pretrained, "train.frozen", "only pretrained parameters can be frozen, and model.pretrained is empty")
-    freezes = pretrained and bool(lora.rank if train.frozen == "auto" else train.frozen)
+    freezes = config.freezes
     require(freezes or not train.trained, "train.trained", "nothing is frozen (model.pretrained, model.lora.rank, train.frozen)")
     rounds = model.frozen_dtype != "float32"
     require(freezes or not rounds, "model.frozen_dtype", "nothing is frozen (model.pretrained, model.lora.rank, train.frozen)")

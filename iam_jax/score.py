@@ -152,10 +152,8 @@ def _part(scorer: Scorer, users: Users | None, begin: int, end: int, request: Re
 
 def _freezes(config: Config) -> bool:
     """Whether parameters of the model folder are in no checkpoint."""
-    unread = not config.objective.token and not config.model.tie_tokens
-    return bool(config.model.pretrained) and bool(
-        unread or (config.model.lora.rank if config.train.frozen == "auto" else config.train.frozen)
-    )
+    unread = bool(config.model.pretrained) and not config.objective.token and not config.model.tie_tokens
+    return config.freezes or unread
 
 
 def _pretrained(workdir: Path, config: Config, saved: bool) -> Config:

@@ -44,3 +44,11 @@ def tiny() -> dict[str, object]:
         "log.every": 2,
         "log.progress": False,
     }
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory) -> dict:
+    """A Hugging Face folder of every tiny model (pretrained_models.py), by name, to be read only."""
+    from pretrained_models import MODELS, write_model
+
+    return {name: write_model(tmp_path_factory.mktemp("models") / name, values) for name, values in MODELS.items()}

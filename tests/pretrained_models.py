@@ -9,11 +9,13 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+import pytest
 from helpers import quick_jit, random_params
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, models
 
 from iam_jax.config import Config, DataConfig, ModelConfig
+from iam_jax.errors import InputError
 from iam_jax.model import make_model, pretrained
 
 LOGITS = Path(__file__).parent / "data" / "pretrained_logits.json"
@@ -170,6 +172,19 @@ def flat(tree: dict, prefix: str = "") -> dict:
     for name, x in tree.items():
         out |= flat(x, f"{prefix}{name}.") if isinstance(x, dict) else {prefix + name: x}
     return out
+
+
+def configured(folder: Path, **options) -> Config:
+    """As the program uses it."""
+    return pretrained.configure(config_of(folder, **options))
+
+
+def refused(message: str, folder: Path, **options) -> None:
+    """Importing `folder` is one clear line that begins with `message`."""
+    with pytest.raises(InputError) as caught:
+        load(configured(folder, **options))
+    text = str(caught.value)
+    assert "\n" not in text and text.startswith(message.format(folder=folder)), text
 
 
 def load(config: Config) -> dict:

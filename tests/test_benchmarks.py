@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -30,8 +31,50 @@ def load(name: str):
     return module
 
 
+@pytest.fixture(autouse=True)
+def scripts_import_each_other(monkeypatch):
+    """As where one is run, and its folder is the first of sys.path."""
+    monkeypatch.syspath_prepend(FOLDER)
+
+
 def lines_of(text: str, start: str) -> list[str]:
     return [line for line in text.splitlines() if line.startswith(start)]
+
+
+def test_functions_take_turns():
+    calls: list[str] = []
+    timed = load("harness").take_turns({name: lambda name=name: calls.append(name) or len(calls) for name in "ab"}, 3)
+    assert calls == ["a", "b"] * 4 and [timed[name].first for name in "ab"] == [1, 2]  # the first run of each is not timed
+    for of in timed.values():
+        assert len(of.samples) == 3 and of.median == sorted(of.samples)[1] > 0
+
+
+def test_a_peak_within_the_block():
+    looks = iter([5, 9, 3])
+    seen = threading.Event()
+
+    def look() -> int:
+        value = next(looks, None)
+        if value is None:
+            seen.set()
+        return value or 4
+
+    with load("harness").Peak(look) as peak:
+        assert seen.wait(30)
+    assert (peak.before, peak.most) == (5, 9) and peak.samples >= 4
+
+
+def test_the_harness_is_light():
+    """data.py and ranking.py measure the memory of processes that import it."""
+    code = "import json, sys, harness; print(json.dumps([*sys.modules]))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=FOLDER, capture_output=True, text=True, timeout=60)
+    modules = set(json.loads(done.stdout))
+    assert "harness" in modules and not modules & {"iam_jax", "jax", "numpy", "polars", "torch"}
+
+
+def test_versions_are_those_of_what_is_installed():
+    found = load("harness").versions("jax", "no-such-package")
+    assert found == {"python": ".".join(map(str, sys.version_info[:3])), "jax": jax.__version__}
 
 
 def test_attention_times_and_memory(tmp_path):
@@ -218,7 +261,6 @@ def test_beam(tmp_path, monkeypatch, capsys):
 
 def test_pretrained_memory(tmp_path, monkeypatch, capsys):
     """The frozen parameters are as many as the public models have; the table and the JSON tell the same; what does not fit is a row."""
-    monkeypatch.syspath_prepend(FOLDER)
     module = load("pretrained_memory")
     tpu_memory = sys.modules["tpu_memory"]
     monkeypatch.setattr(tpu_memory.topologies, "get_topology_desc", lambda **_: SimpleNamespace(devices=jax.devices()))

@@ -8,6 +8,6 @@
 """
 
 from iam_jax.model.pretrained.exporting import check_output, export
-from iam_jax.model.pretrained.importing import check_folder, configure, fingerprint, load, names, vocabulary
+from iam_jax.model.pretrained.importing import configure, fingerprint, load, names, vocabulary
 
-__all__ = ["check_folder", "check_output", "configure", "export", "fingerprint", "load", "names", "vocabulary"]
+__all__ = ["check_output", "configure", "export", "fingerprint", "load", "names", "vocabulary"]

@@ -131,14 +131,12 @@ def names(config: Config) -> dict[str, tuple[str, ...]]:
     return {name: tuple(source.tensor for source in sources) for name, sources in found.items()}
 
 
-def check_folder(config: Config) -> None:
-    """Raises InputError for tensors that are missing, unused, misshapen or of an unsupported type. Reads headers only."""
-    read_pretrained(config).tensors()
-
-
 def fingerprint(config: Config) -> str:
     """SHA-256 of the model's shape, every tensor's name, type and shape, and a strided sample of its bytes; the same wherever the folder
-    is and however the tensors are spread over files."""
+    is and however the tensors are spread over files.
+
+    Raises InputError for tensors that are missing, unused, misshapen or of an unsupported type.
+    """
     source = read_pretrained(config)
     headers = source.tensors().headers
     described = [source.fields, source.layers, [[name, headers[name].dtype, headers[name].shape] for name in sorted(source.shapes())]]

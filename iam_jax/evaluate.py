@@ -1,7 +1,8 @@
 """The jitted ranking evaluator: every target against the whole catalogue (README, "Evaluation protocol").
 
 Axes: X targets scored at one time, C items of a chunk, J chunks, I items, E item vectors, S seen items. On a mesh every device ranks all
-targets among its own part of the items, and the counts are added up.
+targets among its own part of the items, and the counts are added up. On a mesh of several processes all of them evaluate together, from
+the same data and parameters: each ends with all results, and the first one writes them.
 """
 
 import functools
@@ -14,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import polars as pl
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from iam_jax import baselines, metrics
@@ -112,8 +113,9 @@ class Evaluator:
         self._rows: dict[tuple[bytes, bool], Rows] = {}
         self._catalogue = self._catalogue_items()
         chunk = config.eval.chunk_items
+        read = functools.partial(jax.jit, out_shardings=NamedSharding(mesh, PartitionSpec()))  # by the host: whole in every process
 
-        @jax.jit
+        @read
         def history_vectors(params: Params, batch: dict, leading_XD: jax.Array | None) -> jax.Array:
             recommender = model.bind(params)
             x_BTD = recommender.states(batch, leading_XD=leading_XD)
@@ -124,7 +126,7 @@ class Evaluator:
             boundary_XD = None if leading_XD is None else leading_XD[self._catalogue.boundary_slots]
             return spread_rows(mesh, item_vectors(model.bind(params), config, items, boundary_XD))
 
-        @jax.jit
+        @read
         def token_sums(params: Params, batch: dict) -> jax.Array:
             recommender = model.bind(params)
             x_BTD, label_X = recommender.states(batch), batch["label"].reshape(-1)
@@ -136,7 +138,7 @@ class Evaluator:
         self._history_vectors, self._item_vectors, self._token_sums = history_vectors, vectors, token_sums
         self._leading_states = jax.jit(lambda params, rows, chunks: model.bind(params).leading_states(rows, chunks), static_argnums=2)
         normalize, size = config.eval.length_normalized, config.objective.chunk
-        self._log_likelihoods = jax.jit(
+        self._log_likelihoods = read(
             lambda params, batch, count: log_likelihoods(model.bind(params), batch, count, size, normalize=normalize), static_argnums=2
         )
         self._rank = make_ranker(mesh, chunk, len(prepared.events.item_ids))
@@ -257,7 +259,8 @@ class Evaluator:
         return scores[:, text_I.reshape(-1)]
 
     def _progress(self, iterable, total: int, label: str):
-        return tqdm(iterable, label, total, leave=False, disable=not self.config.log.progress or total < 4, mininterval=1)
+        shown = self.config.log.progress and total >= 4 and not jax.process_index()
+        return tqdm(iterable, label, total, leave=False, disable=not shown, mininterval=1)
 
 
 def _padded_seen(events: Events, targets: np.ndarray, rows: int) -> np.ndarray:
@@ -339,6 +342,8 @@ def evaluate_all(
         "step": step,
         "results": results,
     }
+    if jax.process_index():
+        return evaluation
     if frames:
         write_atomically(workdir / "ranks.parquet", pl.concat(frames).write_parquet)
     text = json.dumps(evaluation, indent=2) + "\n"

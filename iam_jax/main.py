@@ -143,6 +143,8 @@ def run(signals: Signals) -> None:
 
             oracle = synthetic.from_config(config.data.synthetic).oracle().scores
         evaluate_all(evaluator, params, step, workdir, oracle, signals.poll)
+        if jax.process_index():  # the first process writes and tells
+            return
         write_atomically(workdir / "run.json", lambda path: path.write_text(json.dumps(cost, indent=2) + "\n"))
     print(f"wrote {workdir / 'evaluation.json'}")
 

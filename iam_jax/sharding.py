@@ -83,10 +83,14 @@ def spread_rows(mesh: Mesh, x: jax.Array) -> jax.Array:
 
 
 def shard_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-    """Rows over the data and fsdp axes; replicated where they do not divide."""
+    """Rows over the data and fsdp axes; replicated where they do not divide. On a mesh of several processes each gives the same batch
+    and keeps its own devices' part."""
     parts = batch_shards(mesh)
 
     def place(x: np.ndarray) -> jax.Array:
-        return jax.device_put(x, NamedSharding(mesh, BATCH if x.shape[0] % parts == 0 else PartitionSpec()))
+        sharding = NamedSharding(mesh, BATCH if x.shape[0] % parts == 0 else PartitionSpec())
+        if jax.process_count() == 1:
+            return jax.device_put(x, sharding)
+        return jax.make_array_from_callback(x.shape, sharding, x.__getitem__)  # device_put would compare the processes' batches each time
 
     return jax.tree.map(place, batch)

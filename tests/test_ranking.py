@@ -1,5 +1,5 @@
-"""Ranking a catalogue that is spread over devices and cut into chunks: integer for integer what plain loops give. Eight simulated
-devices live in a process of their own, which prints what it found as JSON."""
+"""Ranking a catalogue that is spread over devices and processes and cut into chunks: integer for integer what plain loops give. Other
+numbers of devices live in processes of their own, which print what they found, or write it, as JSON."""
 
 import json
 import os
@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import tiny_data
+from jobs import join_job, two_processes
 from test_evaluate import history_of, integers, make_evaluator, recent, tokens_of
 
 from iam_jax.config import MeshConfig
@@ -22,7 +23,9 @@ from iam_jax.sharding import make_mesh, spread_rows
 
 USERS, ITEMS = 53, 12_501  # neither divides by 8, nor by any chunk
 CHUNKS = (64, 1000, 4096, 12_000)
+ENDS = CHUNKS[:1] + CHUNKS[-1:]
 MESHES = ((1, 1, 1), (8, 1, 1), (2, 2, 2))
+JOBS = {1: (2, 1, 1), 2: (2, 1, 2)}  # two processes, by the devices of each
 
 
 def large_data():
@@ -34,11 +37,11 @@ def targets_of(prepared) -> np.ndarray:
     return np.concatenate([prepared.events.targets(label) for label in (VALIDATION, TEST)])
 
 
-def ranks_on(shape: tuple[int, int, int]) -> dict:
+def ranks_on(shape: tuple[int, int, int], chunks: tuple[int, ...] = CHUNKS) -> dict:
     prepared = large_data()
     params, targets = integers(prepared), targets_of(prepared)
     mesh, results = make_mesh(MeshConfig(*shape)), {}
-    for chunk in CHUNKS:
+    for chunk in chunks:
         evaluator = make_evaluator(prepared, eval={"chunk_items": chunk, "batch_rows": 8}, mesh=mesh)
         with jax.set_mesh(mesh):
             rank, ties = evaluator.rank(params, targets)
@@ -84,14 +87,26 @@ def eight():
     return dict(zip(MESHES[1:], json.loads(done.stdout), strict=True))
 
 
+def check(found, expected, held, chunks=CHUNKS):
+    for chunk in chunks:
+        assert found[str(chunk)] == expected, chunk
+    assert found["held"] == held  # a device holds but its own part
+    assert "is not finite" in found["nan"]
+    assert found["errors"] == [True, True, True, False, True]
+
+
 @pytest.mark.parametrize("shape", MESHES, ids=str)
 def test_ranks_depend_on_no_chunk_and_no_device(expected, request, shape):
     found = ranks_on(shape) if shape == MESHES[0] else request.getfixturevalue("eight")[shape]
-    for chunk in CHUNKS:
-        assert found[str(chunk)] == expected, chunk
-    assert found["held"] == ([ITEMS] if shape == MESHES[0] else [-(-ITEMS // 8)] * 8)  # a device holds but its own part
-    assert "is not finite" in found["nan"]
-    assert found["errors"] == [True, True, True, False, True]
+    check(found, expected, [ITEMS] if shape == MESHES[0] else [-(-ITEMS // 8)] * 8)
+
+
+@pytest.mark.parametrize("devices", JOBS)
+def test_ranks_depend_on_no_process(expected, tmp_path, devices):
+    """Both processes end with all ranks, and with the same error."""
+    two_processes([sys.executable, __file__, str(devices), str(tmp_path)], devices)
+    for process in (0, 1):
+        check(json.loads((tmp_path / f"{process}.json").read_text()), expected, [-(-ITEMS // (2 * devices))] * devices, ENDS)
 
 
 @pytest.mark.parametrize(
@@ -163,4 +178,9 @@ def test_metrics_are_those_of_sorted_lists():
 
 
 if __name__ == "__main__":
-    json.dump([ranks_on(shape) for shape in MESHES[1:]], sys.stdout)
+    if sys.argv[1:]:
+        devices, folder, address, process = sys.argv[1:]
+        join_job(address, process)
+        (Path(folder) / f"{process}.json").write_text(json.dumps(ranks_on(JOBS[int(devices)], ENDS)))
+    else:
+        json.dump([ranks_on(shape) for shape in MESHES[1:]], sys.stdout)

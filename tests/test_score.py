@@ -3,13 +3,12 @@
 import json
 import shutil
 import signal
-import socket
-import subprocess
 import sys
 
 import numpy as np
 import polars as pl
 import pytest
+from jobs import two_processes
 from test_main import config_text, contents, run, start, wait_for
 
 from iam_jax import score as score_lib
@@ -253,7 +252,7 @@ from absl import flags
 from iam_jax.config import get_config, resolve
 from iam_jax.score import Request, score
 
-address, process, output = sys.argv[1:]
+output, address, process = sys.argv[1:]
 flags.FLAGS.mark_as_parsed()
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize(address, 2, int(process))
@@ -263,14 +262,7 @@ score(Path("run"), resolve(get_config("run")), Request(output=output, users="use
 
 def test_two_processes_share_the_parts(folder, users, tmp_path):
     whole = scored(folder, tmp_path / "whole", users=users)
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
-    command = [sys.executable, "-c", TWO, address]
-    pipes = {"cwd": folder, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    both = [subprocess.Popen([*command, str(process), str(tmp_path / "shared")], **pipes) for process in (0, 1)]
-    told = [process.communicate(timeout=100)[0] for process in both]
-    assert [process.returncode for process in both] == [0, 0], told
+    told = two_processes([sys.executable, "-c", TWO, str(tmp_path / "shared")], cwd=folder)
     assert [int(out.split("shared: ")[1].split()[0]) for out in told] == [32, 28]  # users of parts 0 and 2, and of 1 and 3
     assert read(tmp_path / "shared").equals(whole)
 

@@ -1,7 +1,7 @@
 """SASRec here and in RecTools 0.19 (PyTorch): how fast do they train, and how well do they rank?
 
     pip install -e '.[rectools]' && pip install --no-deps rectools==0.19.0      # its numpy<2 is not needed (setup.py)
-    python benchmarks/sasrec.py speed --path=DIR                     # Amazon 2014 Toys and Games: about 15 minutes on 2 CPU cores
+    python benchmarks/sasrec.py speed --path=DIR                     # Amazon 2014 Toys and Games: ten minutes of windows
     python benchmarks/sasrec.py quality --path=DIR --minutes=60 --seeds 0 1 2 --runs runs/sasrec-0 runs/sasrec-1 runs/sasrec-2
 
 Both sides have the width, layers, heads, learning rate and dropout of configs/amazon_toys_sasrec.py (or --config, with --set

@@ -7,8 +7,9 @@
 Both sides have the width, layers, heads, learning rate and dropout of configs/amazon_toys_sasrec.py (or --config, with --set
 section.field=value), full softmax over the items, Adam with betas 0.9 and 0.98, float32, CPU, and the training events of one split.
 RecTools' further settings are its defaults; it reads each user's last 50 events (and trains the last 51), left-padded; ours reads rows of
-data.row_tokens = 64 slots, in which several users lie side by side and a history of up to 64 events is whole. What stays different: RecTools also drops attention weights and inside the MLP, counts positions from
-the end, and normalises queries only; ours clips gradients and warms up its learning rate as the config says.
+data.row_tokens = 64 slots, in which several users lie side by side and a history of up to 64 events is whole. What stays different:
+RecTools also drops attention weights and inside the MLP, counts positions from the end, and normalises queries only; ours clips gradients
+and warms its learning rate up as the config says.
 
 speed: each side in a process of its own, limited to the same --threads cores (CPU affinity; torch.set_num_threads), taking turns in windows
 of --seconds; while one works the other waits. RecTools is trained by Lightning's Trainer as its `fit` does it, its data loader in the
@@ -90,7 +91,7 @@ class Meter:
 
     def __init__(self, replies, warmup_steps: int):
         self._replies, self._left, self._seconds = replies, warmup_steps, None
-        self._start = self._counted = time.perf_counter()
+        self._start = time.perf_counter()
         self._sums: dict | None = None
 
     def tick(self, counts: dict[str, int]) -> bool:

@@ -35,6 +35,19 @@ setup(
         "tpu": ["jax[tpu]>=0.10,<0.14"],
         # Tests and benchmarks only: of imported models with transformers, of metrics with ranx.
         "parity": ["torch==2.13.0", "transformers>=5.20,<6", "ranx>=0.3.20,<0.4"],
+        # benchmarks/sasrec.py only: what RecTools 0.19 needs. Before Python 3.13 it asks for numpy<2, with which this project does not
+        # run, while RecTools runs with numpy 2: there it is installed apart, by `pip install --no-deps rectools==0.19.0`.
+        "rectools": [
+            "rectools==0.19.0; python_version >= '3.13'",
+            "torch==2.13.0",
+            "pytorch-lightning==2.5.2",
+            "pandas>=2.2.3,<3",
+            "scipy>=1.14.1,<2",
+            "pydantic>=2.8.2,<3",
+            "typeguard>=4.1,<5",
+            "attrs>=23,<24",
+            "pm-implicit>=0.7.3,<0.8",
+        ],
         "test": ["pytest>=8,<10", "pytest-xdist>=3.6,<4", "hypothesis>=6.100,<7", "ruff>=0.9,<1"],
     },
 )

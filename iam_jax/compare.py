@@ -10,6 +10,7 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import polars as pl
 
 from iam_jax import metrics
@@ -119,6 +120,25 @@ def event_metrics(run: Finished, split: str) -> dict:
     """{metric: [n]} of the run's target events of one split."""
     ranks = run.ranks.filter(pl.col("split") == split)
     return metrics.ranking_metrics(ranks["rank"].to_numpy(), ranks["ties"].to_numpy(), run.evaluation["protocol"]["ks"])
+
+
+def over_seeds(one: Mapping[int, Finished], other: Mapping[int, Finished], split: str = "test") -> dict | None:
+    """Paired difference one - other, {seed: run} each, over the seeds both have, seed with seed; None without such a seed. The bootstrap
+    draws a user with the events of all seeds."""
+    seeds = [seed for seed in one if seed in other]
+    if not seeds:
+        return None
+    users, values = [], ([], [])
+    for seed in seeds:
+        parts = [run.ranks.filter(pl.col("split") == split) for run in (one[seed], other[seed])]
+        if not parts[0].select("user", "timestamp", "target").equals(parts[1].select("user", "timestamp", "target")):
+            raise InputError(f"seed {seed}: the two runs' ranks.parquet are of different events; evaluate both again")
+        users.append(parts[0]["user"].to_numpy())
+        for run, per_event in zip((one[seed], other[seed]), values, strict=True):
+            per_event.append(event_metrics(run, split))
+    joined = [{name: np.concatenate([part[name] for part in parts]) for name in parts[0]} for parts in values]
+    bootstrap = one[seeds[0]].evaluation["bootstrap"]
+    return {"seeds": seeds, **metrics.paired_difference(np.concatenate(users), *joined, **bootstrap)}
 
 
 def table(comparison: dict) -> list[list[str]]:

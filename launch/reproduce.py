@@ -20,9 +20,8 @@ from pathlib import Path
 
 import commands
 import numpy as np
-import polars as pl
 
-from iam_jax import compare, metrics
+from iam_jax import compare
 from iam_jax.errors import InputError
 from iam_jax.files import write_atomically
 
@@ -240,27 +239,9 @@ def _row(args: argparse.Namespace, data: str, model: str, runs: dict) -> dict | 
         "test": by_seed,
         "mean": {metric: float(value.mean()) for metric, value in values.items()},
         "sd": {metric: float(value.std(ddof=1)) if len(value) > 1 else None for metric, value in values.items()},
-        "difference": None if model == base else difference(runs[model], runs[base]),
+        "difference": None if model == base else compare.over_seeds(runs[model], runs[base]),
         "cost": {seed: run.cost for seed, run in runs[model].items()},
     }
-
-
-def difference(one: dict, other: dict) -> dict | None:
-    """Paired difference over the seeds both have, seed with seed; the bootstrap draws a user with the events of all seeds."""
-    seeds = [seed for seed in one if seed in other]
-    if not seeds:
-        return None
-    users, values = [], ([], [])
-    for seed in seeds:
-        tests = [run.ranks.filter(pl.col("split") == "test") for run in (one[seed], other[seed])]
-        if not tests[0].select("user", "timestamp", "target").equals(tests[1].select("user", "timestamp", "target")):
-            raise InputError(f"seed {seed}: the two runs' ranks.parquet are of different events; evaluate both again")
-        users.append(tests[0]["user"].to_numpy())
-        for run, per_event in zip((one[seed], other[seed]), values, strict=True):
-            per_event.append(compare.event_metrics(run, "test"))
-    joined = [{name: np.concatenate([part[name] for part in parts]) for name in parts[0]} for parts in values]
-    bootstrap = one[seeds[0]].evaluation["bootstrap"]
-    return {"seeds": seeds, **metrics.paired_difference(np.concatenate(users), *joined, **bootstrap)}
 
 
 def format_markdown(args: argparse.Namespace, table: dict) -> str:

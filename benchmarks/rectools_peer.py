@@ -1,0 +1,188 @@
+"""RecTools' SASRec beside ours, for sasrec.py: trained on our training events, ranked by our evaluator.
+
+Its external ids of users and items are our numbers of them; its own numbers of items begin behind the padding's, 0, and only items of its
+training events have one.
+"""
+
+import argparse
+import json
+import logging
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from pytorch_lightning import Callback, Trainer, seed_everything
+from rectools import Columns
+from rectools.dataset import Dataset
+from rectools.models import SASRecModel
+
+from iam_jax.config import Config
+from iam_jax.data.prepare import Prepared
+from iam_jax.data.splits import TEST, TRAIN, Events
+from iam_jax.errors import InputError
+from iam_jax.evaluate import Evaluator, evaluate_all, summarize, validation_subset
+from iam_jax.sharding import make_mesh, spread_rows
+
+for _name in ("pytorch_lightning", "pytorch_lightning.utilities.rank_zero", "lightning_fabric"):
+    logging.getLogger(_name).setLevel(logging.WARNING)  # which devices there are not
+warnings.filterwarnings("ignore", module="rectools|pytorch_lightning|pydantic")
+
+SESSION = 50  # events that the model reads at most
+
+
+class Told(Callback):
+    """A callback that stays itself: RecTools copies its trainer, callbacks and all."""
+
+    def __deepcopy__(self, memo):
+        return self
+
+
+def dataset_of(events: Events, chosen: np.ndarray) -> Dataset:
+    """The chosen events, in our order, ties in time too: RecTools sorts by time."""
+    columns = {Columns.User: events.user[chosen], Columns.Item: events.item[chosen], Columns.Weight: 1.0}
+    return Dataset.construct(pd.DataFrame(columns | {Columns.Datetime: pd.to_datetime(chosen, unit="s")}))
+
+
+def fit(config: Config, args: argparse.Namespace, events: Events, callback: Callback, batch: int, seed: int) -> SASRecModel:
+    """A model with the sizes of `config`, trained on the training events until `callback` ends it."""
+    torch.set_num_threads(args.threads)
+    seed_everything(seed, verbose=False)
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    model = SASRecModel(
+        n_blocks=len(config.schedule.relations),
+        n_heads=config.model.heads,
+        n_factors=config.model.width,
+        dropout_rate=config.model.dropout if args.dropout is None else args.dropout,
+        session_max_len=SESSION,
+        loss="softmax",
+        lr=config.optimizer.learning_rate if args.learning_rate is None else args.learning_rate,
+        batch_size=batch,
+        recommend_torch_device="cpu",
+        get_trainer_func=lambda: Trainer(max_epochs=-1, accelerator="cpu", devices=1, callbacks=[callback], **quiet),
+    )
+    return model.fit(dataset_of(events, np.flatnonzero(events.label == TRAIN)))
+
+
+class PeerEvaluator(Evaluator):
+    """Our evaluator over the vectors of RecTools' lightning module as it is when it is asked; `params` are ignored."""
+
+    def __init__(self, config: Config, prepared: Prepared, module):
+        super().__init__(None, config, prepared, None, make_mesh(config.mesh))
+        self._module, events, preparator = module, prepared.events, module.data_preparator
+        self.number_I = np.zeros(len(events.item_ids), np.int64)  # RecTools' number of each item, 0 for none
+        known = preparator.get_known_item_ids().astype(np.int64)
+        self.number_I[known] = preparator.get_known_items_sorted_internal_ids()
+        self._readable = np.flatnonzero(self.number_I[events.item] > 0)  # events
+        self._item_vectors = lambda *_: spread_rows(self.mesh, self.item_vectors())
+
+    def _model(self):
+        self._module.eval()  # dropout off
+        return self._module.torch_model
+
+    @torch.inference_mode()
+    def item_vectors(self) -> np.ndarray:
+        """[I, E] float32; zero for items that have no number, as for items without a training event in our own models."""
+        model = self._model()
+        vectors = model.similarity_module.item_tower_forward(model.item_model.get_all_embeddings()).numpy()
+        return np.where(self.number_I[:, None] > 0, vectors[self.number_I], 0).astype(np.float32)
+
+    @torch.inference_mode()
+    def history_vectors(self, params, targets, leading_XD=None, poll=lambda: None, label="") -> np.ndarray:
+        """[n, E] float32: of the last SESSION readable events before each target, left-padded; zero where there is none."""
+        model, events, parts = self._model(), self.prepared.events, []
+        embeddings = model.item_model.get_all_embeddings()
+        first = events.offsets[np.searchsorted(events.offsets, targets, side="right") - 1]
+        begins, ends = np.searchsorted(self._readable, first), np.searchsorted(self._readable, targets)
+        for start in range(0, len(targets), 256):
+            poll()
+            some = list(zip(begins[start : start + 256], ends[start : start + 256], strict=True))
+            x = np.zeros((len(some), SESSION), np.int64)
+            for row, (begin, end) in enumerate(some):
+                session = self.number_I[events.item[self._readable[max(begin, end - SESSION) : end]]]
+                x[row, SESSION - len(session) :] = session
+            states = model.encode_sessions({"x": torch.from_numpy(x)}, embeddings)[:, -1]
+            parts.append(model.similarity_module.session_tower_forward(states).numpy() * (x != 0).any(1, keepdims=True))
+        return np.concatenate(parts).astype(np.float32)
+
+
+def same_recommendations(model: SASRecModel, evaluator: PeerEvaluator, users: int) -> dict:
+    """Whether the model's own `recommend` gives the top 10 of the evaluator's vectors, for the histories before some test events. Equal
+    within rounding: our scores of its items are, rank by rank, our ten best."""
+    events, known_I = evaluator.prepared.events, evaluator.number_I > 0
+    targets = events.targets(TEST)
+    _, first = np.unique(events.user[targets], return_index=True)  # one of a user: `recommend` knows users
+    targets = np.sort(np.random.default_rng(0).choice(targets[first], min(users, len(first)), replace=False))
+    begins = events.offsets[events.user[targets]]
+    readable = [known_I[events.item[begin:end]].any() for begin, end in zip(begins, targets, strict=True)]
+    begins, targets = begins[readable], targets[readable]
+    if not len(targets):
+        raise InputError("no test event has a history that RecTools can read")
+    history = np.concatenate([np.arange(begin, end) for begin, end in zip(begins, targets, strict=True)])
+    asked = events.user[targets]
+    found = model.recommend(users=asked, dataset=dataset_of(events, history), k=10, filter_viewed=True)
+    lists = {user: part.sort_values(Columns.Rank)[Columns.Item].to_numpy() for user, part in found.groupby(Columns.User)}
+    scores = evaluator.history_vectors(None, targets).astype(np.float64) @ evaluator.item_vectors().T.astype(np.float64)
+    largest, identical = 0.0, 0
+    for user, score, begin, end in zip(asked, scores, begins, targets, strict=True):
+        score[~known_I], score[events.item[begin:end]] = -np.inf, -np.inf
+        best = np.argsort(-score, kind="stable")[: min(10, np.isfinite(score).sum())]
+        theirs = lists.get(user, np.array([], int))
+        identical += np.array_equal(best, theirs)
+        if len(theirs) != len(best):
+            largest = np.inf
+        elif len(best):
+            largest = max(largest, float(np.abs(score[theirs] - score[best]).max() / np.abs(score[best]).max()))
+    return {"users": len(targets), "identical": int(identical), "largest_relative_difference": largest, "equal": bool(largest <= 1e-5)}
+
+
+class Validates(Told):
+    """Ends the training by args.minutes, epochs and patience; keeps the weights of the best validation."""
+
+    def __init__(self, config: Config, prepared: Prepared, args: argparse.Namespace, seed: int):
+        self.config, self.prepared, self.args, self.seed = config, prepared, args, seed
+        self.targets = validation_subset(prepared.events, config)
+        if not len(self.targets):
+            raise InputError("there is no validation event to choose the best epoch by")
+        self.history, self.best, self.tokens = [], -1.0, 0
+
+    def on_train_start(self, trainer, module) -> None:
+        self.start, self.evaluator = time.monotonic(), PeerEvaluator(self.config, self.prepared, module)
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, number) -> None:
+        self.tokens += int((batch["x"] != 0).sum())
+        self.minutes, self.steps = (time.monotonic() - self.start) / 60, trainer.global_step
+        trainer.should_stop |= 0 < self.args.minutes <= self.minutes
+
+    def on_train_epoch_end(self, trainer, module) -> None:
+        args, metric, epoch = self.args, self.config.eval.metric, trainer.current_epoch + 1
+        trainer.should_stop |= 0 < args.epochs <= epoch
+        if epoch % args.eval_epochs and not trainer.should_stop:
+            return
+        ranks = self.evaluator.rank(None, self.targets, label="validation")
+        module.train()
+        value = summarize(self.prepared, self.config, self.targets, ranks)[metric]
+        self.minutes = (time.monotonic() - self.start) / 60
+        self.history.append({"epoch": epoch, "step": self.steps, "minutes": self.minutes, metric: value})
+        if value > self.best:
+            self.best, self.best_step, self.best_at = value, self.steps, len(self.history)
+            self.weights = {name: x.clone() for name, x in module.torch_model.state_dict().items()}
+        trainer.should_stop |= 0 < args.patience <= len(self.history) - self.best_at
+        print(f"seed {self.seed}, epoch {epoch}, {self.minutes:.1f} minutes: validation {metric} {value:.4f}", flush=True)
+
+
+def train_seed(config: Config, prepared: Prepared, args: argparse.Namespace, seed: int, folder: Path) -> dict:
+    """Trains, ranks validation and test with the best weights, and writes evaluation.json, ranks.parquet and run.json. Returns the
+    validations and what `same_recommendations` found."""
+    told = Validates(config, prepared, args, seed)
+    model = fit(config, args, prepared.events, told, args.batch_size[0], seed)
+    model.torch_model.load_state_dict(told.weights)
+    check = same_recommendations(model, told.evaluator, args.check)
+    parameters = sum(x.numel() for x in model.torch_model.parameters())
+    cost = {"parameters": parameters, "trained": parameters, "steps": told.steps, "tokens_seen": told.tokens, "minutes": told.minutes}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "run.json").write_text(json.dumps(cost, indent=2) + "\n", encoding="utf-8")
+    evaluate_all(told.evaluator, None, told.best_step, folder)
+    return {"validations": told.history, "recommend": check}

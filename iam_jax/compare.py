@@ -1,7 +1,8 @@
 """One table of finished runs: every metric with its interval, paired differences to the first run, and what each run cost.
 
-Runs are comparable where split hash and protocol are equal; others are refused. Differences are of the same target events, ranked by
-both runs (`ranks.parquet`), with the bootstrap over users of the first run. The baselines of the first run stand beside the runs.
+Runs are comparable where split hash, candidates and protocol are equal; others are refused. Differences are of the same target events,
+ranked by both (`ranks.parquet`, `baselines.parquet`), with the bootstrap over users of the first run. The baselines of the first run stand
+beside the runs.
 """
 
 import dataclasses
@@ -36,12 +37,34 @@ class Finished:
     evaluation: dict
     ranks: pl.DataFrame
     cost: dict  # run.json; empty for a run from before there was one
+    baselines: pl.DataFrame | None = None  # rank and ties of each baseline, in the order of `ranks`
+    items_sha256: str | None = None  # of the candidates' ids
 
     @property
     def identity(self) -> dict:
-        """What two runs must share."""
-        protocol = self.evaluation["protocol"]
-        return {"split_sha256": self.evaluation["split_sha256"]} | {f"protocol.{name}": value for name, value in protocol.items()}
+        """What two runs must share; the candidates only where both tell."""
+        protocol = {f"protocol.{name}": value for name, value in self.evaluation["protocol"].items()}
+        return {"split_sha256": self.evaluation["split_sha256"], "items_sha256": self.items_sha256} | protocol
+
+    @property
+    def bootstrap(self) -> dict:
+        return self.evaluation.get("bootstrap", {"resamples": 1000, "seed": 0})
+
+    def baseline(self, name: str) -> "Finished | None":
+        """The same events ranked by a baseline; None where its ranks are not told."""
+        own = None if self.baselines is None else self.baselines.filter(pl.col("name") == name)
+        if own is None or len(own) != len(self.ranks):
+            return None
+        return dataclasses.replace(self, ranks=self.ranks.with_columns(own["rank"], own["ties"]), cost={})
+
+
+def differing(one: Finished, other: Finished, names: tuple[str, str]) -> str:
+    """What of the identity differs, in words; empty where nothing does."""
+    here, there = one.identity, other.identity
+    if None in (here["items_sha256"], there["items_sha256"]):
+        here["items_sha256"] = there["items_sha256"] = None
+    keys = [key for key in here | there if here.get(key) != there.get(key)]
+    return "; ".join(f"{key} is {_short(here.get(key))} in {names[0]}, {_short(there.get(key))} in {names[1]}" for key in keys)
 
 
 def read(folder: Path) -> Finished:
@@ -52,12 +75,21 @@ def read(folder: Path) -> Finished:
     try:
         evaluation = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
         evaluation["split_sha256"], evaluation["protocol"]["ks"], evaluation["step"], evaluation["results"]["model"]
-        cost = json.loads((folder / "run.json").read_text(encoding="utf-8")) if (folder / "run.json").exists() else {}
+        told = (folder / name for name in ("run.json", "data.json"))
+        cost, data = (json.loads(path.read_text(encoding="utf-8")) if path.exists() else {} for path in told)
         ranks = pl.read_parquet(folder / "ranks.parquet")
         ranks.select(*_EVENT, "rank", "ties")
+        baselines = pl.read_parquet(folder / "baselines.parquet") if (folder / "baselines.parquet").exists() else None
+        if baselines is not None:
+            baselines.select("name", "rank", "ties")
+        run = Finished(evaluation, ranks, cost, baselines, data.get("items_sha256"))
+        test = evaluation["results"]["model"].get("test", {})
+        of_ranks = {name: value.mean() for name, value in event_metrics(run, "test").items()} if test else {}
     except (OSError, ValueError, KeyError, TypeError, pl.exceptions.PolarsError) as error:
         raise InputError(f"{folder}: what an evaluation left there cannot be read ({type(error).__name__}: {error})") from error
-    return Finished(evaluation, ranks, cost)
+    if any(abs(value - test[name]) > 1e-9 for name, value in of_ranks.items()):
+        raise InputError(f"{folder}: ranks.parquet and evaluation.json are of two evaluations, one of them interrupted; evaluate again")
+    return run
 
 
 def named(folders: Sequence[Path]) -> dict[str, Path]:
@@ -85,31 +117,29 @@ def collect(runs: Mapping[str, Path]) -> dict:
     finished = {name: read(Path(folder)) for name, folder in runs.items()}
     first_name, first = next(iter(finished.items()))
     for name, run in finished.items():
-        here, there = run.identity, first.identity
-        differing = [key for key in {**there, **here} if here.get(key) != there.get(key)]
-        if differing:
-            what = "; ".join(f"{key} is {_short(there.get(key))} in {first_name}, {_short(here.get(key))} in {name}" for key in differing)
+        if what := differing(first, run, (first_name, name)):
             raise InputError(f"{runs[name]} cannot be compared with {runs[first_name]}: {what}")
         if not run.ranks.select(_EVENT).equals(first.ranks.select(_EVENT)):
             raise InputError(f"{runs[name]}: ranks.parquet is of other events than that of {runs[first_name]}; evaluate both again")
-    bootstrap = first.evaluation.get("bootstrap", {"resamples": 1000, "seed": 0})
+    # A run may be called as a baseline is.
+    shown = {name: f"{name}'" if name in runs else name for name in first.evaluation["results"] if name != "model"}
+    compared = finished | {shown[name]: run for name in shown if (run := first.baseline(name))}
     results, difference = {}, {}
     for split in [split for split in ("validation", "test") if split in first.evaluation["results"]["model"]]:
         results[split] = {name: run.evaluation["results"]["model"][split] for name, run in finished.items()}
-        baselines = {name: result for name, result in first.evaluation["results"].items() if name != "model"}
-        results[split] |= {f"{name}'": result[split] for name, result in baselines.items() if name in runs and split in result}
-        results[split] |= {name: result[split] for name, result in baselines.items() if name not in runs and split in result}
-        per_event = {name: event_metrics(run, split) for name, run in finished.items()}
+        baselines = {name: first.evaluation["results"][name] for name in shown}
+        results[split] |= {shown[name]: result[split] for name, result in baselines.items() if split in result}
+        per_event = {name: event_metrics(run, split) for name, run in compared.items()}
         users = first.ranks.filter(pl.col("split") == split)["user"].to_numpy()
         difference[split] = {
-            name: metrics.paired_difference(users, values, per_event[first_name], **bootstrap)
+            name: metrics.paired_difference(users, values, per_event[first_name], **first.bootstrap)
             for name, values in per_event.items()
             if name != first_name
         }
     return {
         "split_sha256": first.evaluation["split_sha256"],
         "protocol": first.evaluation["protocol"],
-        "bootstrap": bootstrap,
+        "bootstrap": first.bootstrap,
         "runs": {name: {key: {"step": run.evaluation["step"], **run.cost}.get(key) for key in _COST} for name, run in finished.items()},
         "results": results,
         "difference": difference,
@@ -124,7 +154,7 @@ def event_metrics(run: Finished, split: str) -> dict:
 
 def over_seeds(one: Mapping[int, Finished], other: Mapping[int, Finished], split: str = "test") -> dict | None:
     """Paired difference one - other, {seed: run} each, over the seeds both have, seed with seed; None without such a seed. The bootstrap
-    draws a user with the events of all seeds."""
+    draws a user with the events of all seeds: the interval is over users, for these seeds. "by_seed": {seed: {metric: difference}}."""
     seeds = [seed for seed in one if seed in other]
     if not seeds:
         return None
@@ -137,8 +167,11 @@ def over_seeds(one: Mapping[int, Finished], other: Mapping[int, Finished], split
         for run, per_event in zip((one[seed], other[seed]), values, strict=True):
             per_event.append(event_metrics(run, split))
     joined = [{name: np.concatenate([part[name] for part in parts]) for name in parts[0]} for parts in values]
-    bootstrap = one[seeds[0]].evaluation["bootstrap"]
-    return {"seeds": seeds, **metrics.paired_difference(np.concatenate(users), *joined, **bootstrap)}
+    by_seed = {
+        seed: {name: float(np.mean(a[name] - b[name])) for name in a} for seed, a, b in zip(seeds, *values, strict=True) if len(users[0])
+    }
+    difference = metrics.paired_difference(np.concatenate(users), *joined, **one[seeds[0]].bootstrap)
+    return {"seeds": seeds, "by_seed": by_seed, **difference}
 
 
 def table(comparison: dict) -> list[list[str]]:
@@ -192,9 +225,7 @@ def write(comparison: dict, folder: Path) -> None:
 
 
 def _title(comparison: dict) -> str:
-    results = comparison["results"].get("test") or comparison["results"].get("validation")
-    if not results:
-        return f"split {comparison['split_sha256']}: no event was evaluated"
+    results = comparison["results"].get("test") or comparison["results"]["validation"]
     some, protocol = next(iter(results.values())), comparison["protocol"]
     sizes = f"{some['users']:,} users, {some['events']:,} events, {protocol['candidates']:,} candidates"
     resamples = comparison["bootstrap"]["resamples"]

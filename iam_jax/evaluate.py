@@ -6,6 +6,7 @@ the same data and parameters: each ends with all results, and the first one writ
 """
 
 import functools
+import itertools
 import json
 import math
 from collections.abc import Callable
@@ -311,8 +312,8 @@ def evaluate_all(
     oracle: baselines.Scorer | None = None,
     poll: Callable[[], None] = lambda: None,
 ) -> dict:
-    """Ranks validation and, unless eval.test is off, test by the model and the baselines; writes `evaluation.json` and `ranks.parquet`,
-    prints the table."""
+    """Ranks validation and, unless eval.test is off, test by the model and the baselines; writes `evaluation.json`, `ranks.parquet`
+    and the baselines' ranks, in the same order, as `baselines.parquet`; prints the table."""
     prepared, config = evaluator.prepared, evaluator.config
     events = prepared.events
     scorers: dict[str, baselines.Scorer] = {}
@@ -322,7 +323,7 @@ def evaluate_all(
     if oracle is not None:
         scorers["oracle"] = oracle
     results: dict[str, dict] = {"model": {}} | {name: {} for name in scorers}
-    frames = []
+    frames, others = [], {name: [] for name in scorers}
     for label in (VALIDATION, TEST) if config.eval.test else (VALIDATION,):
         targets = events.targets(label)
         if not len(targets):
@@ -332,9 +333,9 @@ def evaluate_all(
         results["model"][LABELS[label]] = summarize(prepared, config, targets, ranks) | losses
         frames.append(_frame(events, label, targets, ranks))
         for name, scorer in scorers.items():
-            poll()
-            ranks = baselines.evaluate(scorer, events, targets, config.eval.filter_seen)
+            ranks = baselines.evaluate(scorer, events, targets, config.eval.filter_seen, progress=lambda _: poll())
             results[name][LABELS[label]] = summarize(prepared, config, targets, ranks)
+            others[name].append(_frame(events, label, targets, ranks).select(pl.lit(name).alias("name"), "split", "rank", "ties"))
     evaluation = {
         "split_sha256": prepared.split.sha256,
         "protocol": protocol(prepared, config),
@@ -346,6 +347,10 @@ def evaluate_all(
         return evaluation
     if frames:
         write_atomically(workdir / "ranks.parquet", pl.concat(frames).write_parquet)
+    if frames and scorers:
+        write_atomically(workdir / "baselines.parquet", pl.concat(itertools.chain(*others.values())).write_parquet)
+    else:
+        (workdir / "baselines.parquet").unlink(missing_ok=True)  # of an earlier evaluation
     text = json.dumps(evaluation, indent=2) + "\n"
     write_atomically(workdir / "evaluation.json", lambda path: path.write_text(text, encoding="utf-8"))
     print(format_results(evaluation), flush=True)

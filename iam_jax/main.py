@@ -13,6 +13,7 @@ import time
 
 _START = time.time()
 
+import contextlib  # noqa: E402
 import difflib  # noqa: E402
 import json  # noqa: E402
 import os  # noqa: E402
@@ -33,7 +34,7 @@ from iam_jax import config as config_lib  # noqa: E402
 from iam_jax.errors import InputError, NonFiniteError  # noqa: E402
 from iam_jax.files import write_atomically  # noqa: E402
 from iam_jax.interrupt import Signals  # noqa: E402
-from iam_jax.workdir import check_workdir, open_workdir  # noqa: E402
+from iam_jax.workdir import check_workdir, lock_workdir, open_workdir  # noqa: E402
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file; may be left out where --workdir holds a run's config.")
 _WORKDIR = flags.DEFINE_string("workdir", "", "Working folder of the run; runs/<the config's name> by default.")
@@ -115,10 +116,11 @@ def run(signals: Signals) -> None:
     from iam_jax.train import make_run, train
 
     this = make_run(config, prepared)
+    lock = lock_workdir(workdir) if training and not jax.process_index() else contextlib.nullcontext()
     with signals.deferred():  # a folder with some of its files would be refused afterwards
         open_workdir(workdir, config, prepared, fingerprint, create=training)
     signals.poll()
-    with jax.set_mesh(this.mesh):
+    with lock, jax.set_mesh(this.mesh):
         evaluator = Evaluator(this.model, config, prepared, this.items, this.mesh)
         if training:
             checkpoints = train(this, workdir, evaluator, signals)

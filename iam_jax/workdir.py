@@ -1,8 +1,10 @@
 """The working folder of a run: which config and which data made it."""
 
+import fcntl
 import json
 import os
 from pathlib import Path
+from typing import TextIO
 
 from iam_jax.config import CONFIG_FILE, Config, check_same_run, to_json
 from iam_jax.data.prepare import Prepared
@@ -24,6 +26,24 @@ def check_workdir(workdir: Path, config: Config) -> None:
     existing = next(path for path in (workdir, *workdir.absolute().parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise InputError(f"--workdir={workdir}: {existing} cannot be written to")
+
+
+def lock_workdir(workdir: Path) -> TextIO:
+    """A file whose lock says that a run trains there: held until it is closed or the process ends, however it ends. Raises InputError where
+    another process holds it: two runs in one folder would mix their files."""
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        file = (workdir / ".lock").open("a")
+    except OSError as error:
+        raise InputError(f"--workdir={workdir}: {error.strerror}") from error
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.close()
+        raise InputError(f"--workdir={workdir}: another process is training there") from error
+    except OSError:
+        pass  # a file system without locks
+    return file
 
 
 def open_workdir(workdir: Path, config: Config, prepared: Prepared, pretrained_sha256: str | None = None, create: bool = False) -> None:

@@ -18,9 +18,9 @@ PROTOCOL = {"split": "leave_one_out", "filter_seen": True, "candidates": 1234, "
 
 
 def write_run(
-    folder: Path, ranks, ties=None, split="abc", users=None, cost=None, protocol=(), bootstrap=(200, 7), losses=(), ks=(1, 3)
+    folder: Path, ranks, ties=None, split="abc", users=None, cost=None, protocol=(), bootstrap=(200, 7), losses=(), ks=(1, 3), baselines=()
 ) -> Path:
-    """A working folder with test ranks, and one validation event of rank 1."""
+    """A working folder with test ranks, and one validation event of rank 1. baselines: {name: test ranks}."""
     folder.mkdir(parents=True)
     n = len(ranks)
     frame = {
@@ -43,6 +43,13 @@ def write_run(
     evaluation = {"split_sha256": split, "protocol": PROTOCOL | dict(protocol), "step": 3, "results": results}
     evaluation["bootstrap"] = dict(zip(("resamples", "seed"), bootstrap, strict=True))
     (folder / "evaluation.json").write_text(json.dumps(evaluation))
+    if baselines:
+        rows = [
+            {"name": name, "split": part, "rank": rank, "ties": 0}
+            for name, of in baselines.items()
+            for part, rank in zip(frame["split"], [1, *of], strict=True)
+        ]
+        pl.DataFrame(rows).write_parquet(folder / "baselines.parquet")
     if cost:
         (folder / "run.json").write_text(json.dumps(cost))
     return folder
@@ -73,6 +80,40 @@ def test_differences_are_paired_and_resample_users(two):
     assert found["results"]["test"]["popularity"]["ndcg@3"] == 0.125
     assert found["runs"] == {"one": {"step": 3, **COST}, "b|c": {"step": 3, **dict.fromkeys(COST)}}
     assert found["split_sha256"] == "abc" and found["bootstrap"] == {"resamples": 200, "seed": 7}
+
+
+def test_baselines_have_differences_too(tmp_path):
+    users = ["u0", "u0", "u1", "u2"]
+    run = write_run(tmp_path / "run", [1, 1, 2, 9], users=users, baselines={"popularity": [1, 2, 1, 9], "knn": [3, 3, 3, 3]})
+    same = write_run(tmp_path / "popularity", [1, 2, 1, 9], users=users)
+    found = compare.collect({"run": run, "popularity": same})
+    difference = found["difference"]["test"]
+    assert difference["popularity'"] == difference["popularity"] and difference["popularity"]["hr@1"] == 0
+    assert difference["popularity"]["ndcg@3"] == pytest.approx(0, abs=1e-12) and difference["popularity"]["hr@1_ci"][0] < 0
+    assert "knn" not in difference  # it is not in evaluation.json
+    none = write_run(tmp_path / "none", [1, 1, 2, 9], users=users)
+    assert "popularity" not in compare.collect({"none": none, "run": run})["difference"]["test"]
+
+
+def test_over_seeds_draws_a_user_with_the_events_of_all_seeds(tmp_path):
+    users, rng = [f"u{k}" for k in (0, 0, 1, 2, 3, 4, 5, 5, 5)], np.random.default_rng(0)
+    ranks = rng.integers(1, 5, (2, 3, 9))  # side, seed, event
+    sides = [
+        {seed: compare.read(write_run(tmp_path / f"{side}{seed}", ranks[side, seed].tolist(), users=users)) for seed in range(3)}
+        for side in range(2)
+    ]
+    found = compare.over_seeds(sides[0], sides[1] | {7: sides[1][0]})
+    gain = np.where(ranks <= 3, 1 / np.log2(ranks + 1), 0)
+    apart = gain[0] - gain[1]  # seed, event
+    assert found["seeds"] == [0, 1, 2] and found["ndcg@3"] == pytest.approx(apart.mean())
+    assert [found["by_seed"][seed]["ndcg@3"] for seed in range(3)] == pytest.approx(apart.mean(1))
+    of_user = np.array([int(user[1:]) for user in users])
+    draws, generator = [], np.random.default_rng(7)
+    for _ in range(200):
+        drawn = generator.integers(6, size=6)
+        draws.append(np.concatenate([apart[:, of_user == user].ravel() for user in drawn]).mean())
+    assert found["ndcg@3_ci"] == pytest.approx(np.percentile(draws, [2.5, 97.5]).tolist())
+    assert compare.over_seeds(sides[0], {5: sides[1][0]}) is None
 
 
 def test_one_table_as_text_and_markdown(two, tmp_path):
@@ -113,6 +154,24 @@ def test_runs_that_cannot_be_compared(tmp_path, other, named):
     with pytest.raises(InputError) as caught:
         compare.collect(compare.named(folders))
     assert all(name in str(caught.value) for name in named) and str(folders[1]) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_candidates_are_compared_where_both_tell(tmp_path):
+    folders = [write_run(tmp_path / name, [1, 2]) for name in ("one", "two")]
+    (folders[0] / "data.json").write_text('{"items_sha256": "aa"}')
+    compare.collect(compare.named(folders))
+    (folders[1] / "data.json").write_text('{"items_sha256": "bb"}')
+    with pytest.raises(InputError, match="items_sha256 is 'aa' in one, 'bb' in two"):
+        compare.collect(compare.named(folders))
+
+
+def test_ranks_of_another_evaluation_than_the_means(tmp_path):
+    """As after an interruption between the two files."""
+    folders = [write_run(tmp_path / "one", [1, 2]), write_run(tmp_path / "two", [1, 2])]
+    write_run(tmp_path / "later", [2, 2])
+    (tmp_path / "later" / "ranks.parquet").rename(folders[1] / "ranks.parquet")
+    with pytest.raises(InputError, match="of two evaluations, one of them interrupted; evaluate again"):
+        compare.collect(compare.named(folders))
 
 
 @pytest.mark.parametrize("missing", ["evaluation.json", "ranks.parquet"])

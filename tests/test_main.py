@@ -13,8 +13,10 @@ import polars as pl
 import pytest
 
 from iam_jax import main as main_lib
+from iam_jax import metrics
 from iam_jax.errors import NonFiniteError
 from iam_jax.interrupt import Signals
+from iam_jax.workdir import lock_workdir
 
 TITLE = "item,title\na,red lantern\nb,blue kettle\nc,old clock\nd,teal rug\n"
 EVENTS = "user,item,timestamp\n" + "".join(f"u{u},{item},{t}\n" for u in range(9) for t, item in enumerate("abcd"))
@@ -100,7 +102,7 @@ def test_a_run_says_what_it_did_and_leaves_its_files(folder, whole):
     names = {path.name for path in (folder / "whole").iterdir()}
     assert names == {
         "config.json", "data.json", "tokenizer.json", "items.parquet", "metrics.jsonl", "tensorboard", "checkpoints", "evaluation.json",
-        "ranks.parquet", "run.json",
+        "ranks.parquet", "baselines.parquet", "run.json", ".lock",
     }  # fmt: skip
     evaluation = json.loads((folder / "whole" / "evaluation.json").read_text())
     assert evaluation["split_sha256"] == out.split("split ")[1].split()[0]
@@ -111,11 +113,23 @@ def test_a_run_says_what_it_did_and_leaves_its_files(folder, whole):
     assert (cost["steps"], cost["tokens_seen"]) == (told["step"], told["tokens_seen"]) and told["step"] == 400
     assert f"{cost['parameters']:,} parameters; " in out and cost["trained"] == cost["parameters"] and 0 < cost["minutes"] < 5
     assert pl.read_parquet(folder / "whole" / "ranks.parquet")["split"].value_counts().sort("split")["count"].to_list() == [60, 60]
+    others = pl.read_parquet(folder / "whole" / "baselines.parquet")
+    assert others["name"].unique(maintain_order=True).to_list() == list(hr)[1:]
+    for name, rows in others.filter(pl.col("split") == "test").group_by("name"):
+        per_event = metrics.ranking_metrics(rows["rank"].to_numpy(), rows["ties"].to_numpy(), [10])
+        assert len(rows) == 60 and per_event["hr@10"].mean() == pytest.approx(hr[name[0]])
+
+
+def test_one_run_at_a_time_in_a_working_folder(folder):
+    with lock_workdir(folder / "held"):
+        _, err = run(folder, "--config=tiny.py", "--workdir=held", code=2)
+    assert err == "error: --workdir=held: another process is training there\n"
+    assert [path.name for path in (folder / "held").iterdir()] == [".lock"]
 
 
 def test_the_same_command_twice_gives_the_same_bytes(folder, whole):
     run(folder, "--config=tiny.py", "--workdir", "twice", PYTHONHASHSEED="7", JAX_ENABLE_COMPILATION_CACHE="false")
-    for name in ("evaluation.json", "ranks.parquet", "config.json", "data.json", "tokenizer.json", "items.parquet"):
+    for name in ("evaluation.json", "ranks.parquet", "baselines.parquet", "config.json", "data.json", "tokenizer.json", "items.parquet"):
         assert (folder / "twice" / name).read_bytes() == (folder / "whole" / name).read_bytes(), name
     assert_same(checkpoint(folder / "twice", 400), checkpoint(folder / "whole", 400))
 
@@ -187,8 +201,9 @@ def test_evaluate_needs_the_working_folder_only(folder, whole):
     assert trained["protocol"]["filter_seen"] and not other["protocol"]["filter_seen"]
     assert other["step"] == 400
     assert other["results"]["popularity"] != trained["results"]["popularity"]
-    same = {name: data for name, data in contents(folder / "whole").items() if name not in ("evaluation.json", "ranks.parquet")}
-    assert same.items() <= before.items() and len(before) == len(same) + 2
+    anew = ("evaluation.json", "ranks.parquet", "baselines.parquet")
+    same = {name: data for name, data in contents(folder / "whole").items() if name not in anew}
+    assert same.items() <= before.items() and len(before) == len(same) + 3
     for name in ("evaluation.json", "ranks.parquet"):
         (folder / "whole" / name).write_bytes(before[name])
 

@@ -7,7 +7,7 @@ import pytest
 from helpers import make_config, tiny_data
 
 from iam_jax.errors import InputError
-from iam_jax.workdir import check_workdir, open_workdir
+from iam_jax.workdir import check_workdir, lock_workdir, open_workdir
 
 
 def listing(folder):
@@ -29,6 +29,16 @@ def test_a_new_folder_holds_config_data_and_is_opened_again(tmp_path, config):
     assert json.loads(before["a/b/data.json"])["split_sha256"] == data.split.sha256
     open_workdir(tmp_path / "a" / "b", config, data, create=True)
     assert listing(tmp_path) == before
+
+
+def test_one_run_at_a_time(tmp_path, config):
+    with lock_workdir(tmp_path / "a" / "b"), pytest.raises(InputError, match="another process is training there"):
+        lock_workdir(tmp_path / "a" / "b")
+    lock_workdir(tmp_path / "a" / "b").close()
+    check_workdir(tmp_path / "a" / "b", config)  # the lock's file makes it no other folder
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=r"--workdir=.*file: "):
+        lock_workdir(tmp_path / "file")
 
 
 def test_other_configs_are_refused_by_key(tmp_path, config):

@@ -26,7 +26,7 @@ COMPARISONS = {
     },
     "toys": {
         "intra-inter": ("amazon_toys.py",),
-        "ordinary attention": ("amazon_toys.py", "--config.model.schedule=full*2", "--config.objective.text_layers=all"),
+        "ordinary attention": ("amazon_toys.py:full",),
         "SASRec": ("amazon_toys_sasrec.py", "--config.data.context_items=5"),  # as the others': a part of the protocol
     },
     "stories": {
@@ -45,29 +45,36 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, help="runs/compare-<comparison> by default")
     parser.add_argument("--path", help="--config.data.path of every variant")
     parser.add_argument("--pretrained", help="--config.model.pretrained of every variant")
-    argv = sys.argv[1:]
-    cut = argv.index("--") if "--" in argv else len(argv)
-    args, rest = parser.parse_args(argv[:cut]), argv[cut + 1 :]
+    own, rest = commands.split_rest(sys.argv[1:])
+    args = parser.parse_args(own)
     folder = args.folder or Path("runs") / f"compare-{args.comparison}"
     given = {"data.path": args.path, "model.pretrained": args.pretrained}
     shared = [*(f"--config.{name}={value}" for name, value in given.items() if value), *rest]
 
-    workdirs = {name: folder / name.replace(",", "").replace(" ", "-") for name in COMPARISONS[args.comparison]}
-    for name, (config, *overrides) in COMPARISONS[args.comparison].items():
+    try:
+        return run_all(args.comparison, folder, shared)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def run_all(comparison: str, folder: Path, shared: list[str]) -> int:
+    """Returns the exit code of the command that ended it."""
+    workdirs = {name: folder / name.replace(",", "").replace(" ", "-") for name in COMPARISONS[comparison]}
+    for name, (config, *overrides) in COMPARISONS[comparison].items():
         flags = commands.command(workdirs[name], config, [*overrides, *shared])
         if commands.finished(workdirs[name], flags):
+            if commands.diverged(workdirs[name]):
+                print(f"== {name}: diverged before; remove {workdirs[name]}.command to try again", flush=True)
+                return commands.NON_FINITE
             print(f"== {name}: finished before", flush=True)
             continue
         print(f"== {name}: {commands.told(flags)}", flush=True)
         if code := commands.run(workdirs[name], flags):
             return code
-    try:
-        comparison = compare.collect(workdirs)
-        compare.write(comparison, folder)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"\n{compare.format_text(comparison)}wrote {folder / 'comparison.md'}, .txt and .json")
+    found = compare.collect(workdirs)
+    compare.write(found, folder)
+    print(f"\n{compare.format_text(found)}wrote {folder / 'comparison.md'}, .txt and .json")
     return 0
 
 

@@ -2,16 +2,20 @@
 
 import importlib.util
 import json
+import os
 import shlex
+import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from test_compare import write_run
 
-from iam_jax.config import resolve
+from iam_jax.config import flatten, resolve
 from iam_jax.errors import InputError
 from iam_jax.schedule import parse_schedule
 
@@ -37,15 +41,28 @@ def ran(reproduce, monkeypatch):
     def run(workdir, flags):
         given = dict(flag.lstrip("-").split("=", 1) for flag in flags)
         told.append((workdir.parent.name, given))
+        if workdir.name.startswith("calibration"):
+            # Lines of 5 steps: the first is the compilation's, then 3, 1, 2 and 9 seconds, the second time a second more each.
+            times = np.array([100, 3, 1, 2, 9]) + int(workdir.name[-1])
+            lines = [{"step": 5 * k + 5, "tokens_seen": 50 * k + 50, "tokens_per_second": 50 / t} for k, t in enumerate(times)]
+            workdir.mkdir(parents=True)
+            (workdir / "metrics.jsonl").write_text(
+                "".join(json.dumps(line) + "\n" for line in [*lines, {"step": 25, "validation/hr@1": 0}])
+            )
+            (workdir / "evaluation.json").write_text("{}")
+            module.mark(workdir, flags)
+            return 0
         rate, seed = float(given["config.optimizer.learning_rate"]), int(given["config.train.seed"])
         sasrec = workdir.parent.name == "sasrec"
         if workdir.parent.name == "iam" and seed == 1:
+            workdir.parent.mkdir(parents=True, exist_ok=True)
+            module.mark(workdir, flags, diverged=True)
             return 4
         if workdir.parent.name == "hatllm" and seed == 1:
             return 75
         cost = {"parameters": 10, "trained": 10, "steps": 2, "tokens_seen": 100 * (seed + 1), "minutes": 0.5}
         # two users: the first at rank 1, or 2 for SASRec; the second at rank 1 + seed
-        write_run(workdir, [2 if sasrec else 1, 1 + seed], protocol=SAME, cost=cost, ks=(1, 10))
+        write_run(workdir, [2 if sasrec else 1, 1 + seed], protocol=SAME, cost=cost, ks=(1, 10), baselines={"popularity": [9, 1]})
         path = workdir / "evaluation.json"
         evaluation = json.loads(path.read_text())
         evaluation["results"]["model"]["validation"]["ndcg@10"] = 1 / rate if sasrec else rate
@@ -71,10 +88,19 @@ def rows_of(tmp_path):
 
 def test_two_models_two_seeds_two_trials(reproduce, ran, tmp_path, capsys):
     assert reproduce.main(arguments(tmp_path, "--seeds", "0", "1")) == 0
+    assert [model for model, _ in ran[:4]] == ["ordinary", "sasrec"] * 2  # calibrations take turns
+    assert {given["config.train.steps"] for _, given in ran[:4]} == {"40"}
+    ran = ran[4:]
     assert [model for model, _ in ran] == ["ordinary"] * 2 + ["sasrec"] * 2 + ["ordinary", "sasrec"] * 2
-    assert {given["config.train.max_minutes"] for _, given in ran[:4]} == {"2.0"}  # each trial's budget is the same
-    assert {given["config.train.max_minutes"] for _, given in ran[4:]} == {"8.0"}
+    # The median of 3, 1, 2 and 9 seconds for five steps is half a second a step; 2 and 8 minutes, a quarter of it a trial.
+    assert {given["config.train.steps"] for _, given in ran[:4]} == {"240"}
+    assert {given["config.train.steps"] for _, given in ran[4:]} == {"960"}
     assert ["config.eval.test" in given for _, given in ran] == [True] * 4 + [False] * 4 and ran[0][1]["config.eval.test"] == "false"
+    for _, given in ran:  # warm-up, decay and validations at the same shares of every run
+        steps = int(given["config.train.steps"])
+        expected = {"optimizer.decay_steps": steps, "optimizer.warmup_steps": steps // 10, "train.eval_every": steps // 8}
+        assert {name: int(given[f"config.{name}"]) for name in expected} == expected
+        assert given["config.train.max_minutes"] == "0.0" and given["config.train.patience"] == "0"
     rates = [given["config.optimizer.learning_rate"] for _, given in ran]
     assert rates == ["0.003", "0.009", "0.001", "0.003", *["0.009", "0.001"] * 2]
     assert "2 x (2 trials of 2 minutes + 2 seeds of 8), 0.7 hours" in capsys.readouterr().out
@@ -88,14 +114,18 @@ def test_two_models_two_seeds_two_trials(reproduce, ran, tmp_path, capsys):
     by_seed = {"ordinary attention": [1, (1 + gain) / 2], "SASRec": [(gain + 1) / 2, gain]}
     for name, values in by_seed.items():
         assert rows[name][2] == f"{np.mean(values):.4f} ± {np.std(values, ddof=1):.4f}"
-        assert rows[name][1] == "0, 1" and rows[name][5:] == ["10", "150", "0.5"]
+        assert rows[name][1] == "0, 1" and rows[name][5:] == ["10", "2", "150", "0.5"]
     # The first user is at rank 2 instead of 1 with both seeds, the second never differs: the difference is -x for a resample of
     # the first user twice, 0 for the second twice.
     low, high = -(1 - gain), 0
     assert rows["SASRec"][4] == f"{(low + high) / 2:+.4f} [{low:+.4f}, {high:+.4f}]" and rows["ordinary attention"][4] == ""
     assert rows["popularity"][2] != "" and rows["popularity"][:2] == ["", ""]
+    # The second user is at rank 1 instead of 1 and 2; the first at 9 instead of 1, which is worth 1 / log2(10).
+    far = 1 / np.log2(10)
+    low, high = far - 1, (1 - gain) / 2
+    assert rows["popularity"][4] == f"{(low + high) / 2:+.4f} [{low:+.4f}, {high:+.4f}]"
     for name in ("item-aware attention", "without intra", "without inter", "HatLLM's order", "last_item", "item_knn"):
-        assert rows[name] == [""] * 8
+        assert rows[name] == [""] * 9
     saved = json.loads((tmp_path / "runs" / "reproduction.json").read_text())
     trials = saved["data"]["demo"]["rows"]["sasrec"]["trials"]
     assert [(trial["learning_rate"], trial["validation_ndcg@10"]) for trial in trials] == [
@@ -103,34 +133,69 @@ def test_two_models_two_seeds_two_trials(reproduce, ran, tmp_path, capsys):
         (0.003, pytest.approx(333.3, abs=0.1)),
     ]
     assert saved["data"]["demo"]["rows"]["iam"] is None and saved["budget"]["minutes"] == 8
+    assert saved["data"]["demo"]["rows"]["sasrec"]["seconds_per_step"] == pytest.approx(0.5)
 
+
+def test_what_is_finished_is_not_run_again(reproduce, ran, tmp_path):
+    assert reproduce.main(arguments(tmp_path, "--seeds", "0", "1")) == 0
     before = len(ran)
     assert reproduce.main(arguments(tmp_path, "--seeds", "0", "1")) == 0 and len(ran) == before
-    assert reproduce.main(arguments(tmp_path, "--seeds", "0", "1", "2")) == 0 and len(ran) == before + 2
-    assert rows_of(tmp_path)["SASRec"][1] == "0, 1, 2"
+    assert reproduce.main(arguments(tmp_path, "--seeds", "2")) == 0 and len(ran) == before + 2
+    assert rows_of(tmp_path)["SASRec"][1] == "0, 1, 2"  # what is there stays in the table
+
+
+def test_the_table_keeps_what_is_there(reproduce, ran, tmp_path, capsys):
+    """Another data set, where the data lie and what is told take nothing away; another budget has folders of its own."""
+    folder = tmp_path / "runs"
+    assert reproduce.main(arguments(tmp_path, "--path", f"demo={tmp_path}", "--", "--config.log.progress=false")) == 0
+    filled = rows_of(tmp_path)
+    assert filled["SASRec"][1] == "0, 1, 2"
+    assert reproduce.main(["toys", "--models", "iam", "--seeds", "0", "--minutes=8", "--trials=2", "--table", f"--folder={folder}"]) == 0
+    markdown = (folder / "reproduction.md").read_text()
+    assert markdown.index("**toys**") < markdown.index("**demo**") and filled["SASRec"][4] in markdown
+    before = len(ran)
+    assert reproduce.main([*arguments(tmp_path), "--minutes=4", "--seeds", "0"]) == 0 and len(ran) == before + 6
+    assert {given["config.train.steps"] for _, given in ran[before:]} == {"120", "480"}
+    assert reproduce.main(arguments(tmp_path, "--table")) == 0 and rows_of(tmp_path)["SASRec"] == filled["SASRec"]
+    capsys.readouterr()
+    assert reproduce.main(arguments(tmp_path, "--table", "--", "--config.model.dropout=0.5")) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: ") and "was run with other flags ('--config.model.dropout=0.5' on one side only)" in told
+
+
+def test_a_run_whose_folder_is_gone_is_run_again(reproduce, ran, tmp_path):
+    assert reproduce.main(arguments(tmp_path, "--seeds", "0")) == 0
+    before, gone = len(ran), next((tmp_path / "runs" / "demo" / "sasrec").glob("8min-*-seed0"))
+    for path in gone.iterdir():
+        path.unlink()
+    gone.rmdir()
+    assert reproduce.main(arguments(tmp_path, "--seeds", "0")) == 0 and len(ran) == before + 1 and (gone / "evaluation.json").exists()
 
 
 def test_what_diverges_or_is_interrupted_leaves_its_cells_empty(reproduce, ran, tmp_path):
     command = ["demo", "--models", "ordinary", "iam", "hatllm", "--minutes=8", "--trials=1", "--folder", str(tmp_path / "runs")]
     assert reproduce.main([*command, "--seeds", "0", "1"]) == 75  # hatllm's second seed is interrupted
     rows = rows_of(tmp_path)
-    assert rows["ordinary attention"][1] == "0, 1" and rows["item-aware attention"][1] == rows["HatLLM's order"][1] == "0"
+    assert rows["ordinary attention"][1] == "0, 1" and rows["HatLLM's order"][1] == "0"
+    assert rows["item-aware attention"][1] == "0; 1 diverged"
     assert rows["item-aware attention"][4] == "+0.0000 [+0.0000, +0.0000]"  # over the seed that both have
-    assert [model for model, _ in ran].count("iam") == 3
+    assert [model for model, _ in ran].count("iam") == 2 + 3
     assert reproduce.main([*command, "--seeds", "0", "1"]) == 75
-    assert [model for model, _ in ran].count("iam") == 3  # a run that diverged is not run again
-    assert reproduce.main([*command, "--seeds", "1", "0"]) == 75 and rows_of(tmp_path)["item-aware attention"] == [""] * 8
+    assert [model for model, _ in ran].count("iam") == 2 + 3  # a run that diverged is not run again
+    assert reproduce.main([*command, "--seeds", "1", "0"]) == 75 and rows_of(tmp_path) == rows
 
 
 def test_a_dry_run_and_a_table_run_nothing(reproduce, ran, tmp_path, capsys):
     assert reproduce.main(arguments(tmp_path, "--seeds", "5", "--dry-run", "--", "--config.train.steps=7")) == 0
     told = [shlex.split(line[3:]) for line in capsys.readouterr().out.splitlines() if " -m iam_jax.main " in line]
-    assert len(told) == 2 * (2 + 1) and not ran and not (tmp_path / "runs").exists()
-    for flags in told:
-        assert "--config.train.steps=7" in flags and "--config.train.seed=5" in flags
+    assert len(told) == 2 * (2 + 2 + 1) and not ran and not (tmp_path / "runs").exists()
+    runs = [flags for flags in told if not any("calibration" in flag for flag in flags)]
+    assert len(runs) == 6 and all(flags[-1] == "--config.train.steps=7" for flags in runs)  # the last of equal flags counts
+    seeds = [next(flag for flag in flags if flag.startswith("--config.train.seed=")) for flags in told]
+    assert sorted(seed[-1] for seed in seeds) == ["0"] * 8 + ["5"] * 2  # calibrations and trials have a seed of their own
     assert reproduce.main(arguments(tmp_path, "--table")) == 0 and not ran
-    assert all(cells == [""] * 8 for cells in list(rows_of(tmp_path).values())[1:])
-    for wrong in (["--minutes=0"], ["--trials=0"], ["--seeds", "1", "1"], ["--path", "toys=x"]):
+    assert all(cells == [""] * 9 for cells in list(rows_of(tmp_path).values())[1:])
+    for wrong in (["--minutes=0"], ["--trials=0"], ["--seeds", "1", "1"], ["--path", "toys=x"], ["--", "--config.eval.test=false"]):
         with pytest.raises(SystemExit) as ended:
             reproduce.main([*arguments(tmp_path), *wrong])
         assert ended.value.code == 2
@@ -149,7 +214,8 @@ def test_every_models_config_resolves_and_shares_the_protocol(reproduce, tmp_pat
                 section = config[path[0]]
                 section[last] = type(section[last])(value)
             made = resolve(config)
-            shared.append({field: getattr(made.data, field) for field in reproduce.SHARED})
+            shared.append({name: value for name, value in flatten(config.to_dict()).items() if name in reproduce.SHARED})
+            assert len(shared[-1]) == len(reproduce.SHARED)
             layers = len(made.schedule.relations)
             assert model == "sasrec" or layers == 2 * repeats or (model, layers) == ("hatllm", 3)
         assert all(fields == shared[0] for fields in shared), data
@@ -159,6 +225,25 @@ def test_every_models_config_resolves_and_shares_the_protocol(reproduce, tmp_pat
     assert toys() == toys("iam")
     with pytest.raises(InputError, match=r"amazon_toys\.py:half: the variants are iam, full"):
         toys("half")
+
+
+def test_a_stop_is_not_lost_where_the_command_was_just_ending(reproduce, tmp_path, monkeypatch):
+    child, commands = tmp_path / "child", reproduce.commands
+    child.write_text(f"#!/bin/sh\ntrap '' TERM INT\ntouch {tmp_path}/there\nsleep 0.3\nexit 0\n")
+    child.chmod(0o755)
+    monkeypatch.setattr(commands.sys, "executable", str(child))
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+
+    def stop():
+        while not (tmp_path / "there").exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=stop).start()
+    assert commands.run(tmp_path / "run", ["--flag"]) == 75
+    assert (tmp_path / "run.command").read_text() == "--flag"  # finished all the same
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert commands.run(tmp_path / "run", ["--flag"]) == 0
 
 
 def configs_of(file):
@@ -174,12 +259,12 @@ def test_end_to_end(tmp_path, tiny):
     command += [f"--folder={tmp_path / 'runs'}", "--", *(f"--config.{name}={value}" for name, value in few.items())]
     process = subprocess.run(command, cwd=ROOT, env=None, capture_output=True, text=True, timeout=180)
     assert process.returncode == 0, process.stderr
-    folders = sorted((tmp_path / "runs" / "demo" / "sasrec").glob("*rate0.001-seed0"))
+    folders = sorted((tmp_path / "runs" / "demo" / "sasrec").glob("*min-rate0.001-seed0"))
     read = [json.loads((folder / "evaluation.json").read_text())["results"]["model"] for folder in folders]
-    assert [(folder.name[:5], list(results)) for folder, results in zip(folders, read, strict=True)] == [
-        ("rate0", ["validation", "test"]),
+    assert [(folder.name.split("-")[0], list(results)) for folder, results in zip(folders, read, strict=True)] == [
+        ("1min", ["validation", "test"]),
         ("trial", ["validation"]),  # the test events are read once, with the chosen learning rate
     ]
     rows = rows_of(tmp_path)
-    assert rows["SASRec"][:2] == ["0.001", "0"] and float(rows["SASRec"][2]) > 0 and float(rows["SASRec"][7]) >= 0
-    assert rows["popularity"][2] and rows["last_item"][2] and rows["ordinary attention"] == [""] * 8
+    assert rows["SASRec"][:2] == ["0.001", "0"] and float(rows["SASRec"][2]) > 0 and float(rows["SASRec"][8]) >= 0
+    assert rows["popularity"][2] and rows["last_item"][2] and rows["ordinary attention"] == [""] * 9

@@ -66,7 +66,7 @@ def settings(args: argparse.Namespace, *without: str) -> dict[str, Any]:
 
 def save(output: Path, record: dict) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(record, indent=2) + "\n")
+    output.write_text(json.dumps(record, indent=2, default=str) + "\n")  # paths as text
 
 
 # ---- time and memory

@@ -9,6 +9,7 @@ import json
 import logging
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +47,7 @@ def dataset_of(events: Events, chosen: np.ndarray) -> Dataset:
     return Dataset.construct(pd.DataFrame(columns | {Columns.Datetime: pd.to_datetime(chosen, unit="s")}))
 
 
-def fit(config: Config, args: argparse.Namespace, events: Events, callback: Callback, batch: int, seed: int) -> SASRecModel:
+def fit(config: Config, args: argparse.Namespace, events: Events, callback: Callback, batch: int, seed: int, rate: float) -> SASRecModel:
     """A model with the sizes of `config`, trained on the training events until `callback` ends it."""
     torch.set_num_threads(args.threads)
     seed_everything(seed, verbose=False)
@@ -58,7 +59,7 @@ def fit(config: Config, args: argparse.Namespace, events: Events, callback: Call
         dropout_rate=config.model.dropout if args.dropout is None else args.dropout,
         session_max_len=SESSION,
         loss="softmax",
-        lr=config.optimizer.learning_rate if args.learning_rate is None else args.learning_rate,
+        lr=rate,
         batch_size=batch,
         recommend_torch_device="cpu",
         get_trainer_func=lambda: Trainer(max_epochs=-1, accelerator="cpu", devices=1, callbacks=[callback], **quiet),
@@ -139,10 +140,10 @@ def same_recommendations(model: SASRecModel, evaluator: PeerEvaluator, users: in
 
 
 class Validates(Told):
-    """Ends the training by args.minutes, epochs and patience; keeps the weights of the best validation."""
+    """Ends the training by `minutes`, args.epochs and args.patience; keeps the weights of the best validation."""
 
-    def __init__(self, config: Config, prepared: Prepared, args: argparse.Namespace, seed: int):
-        self.config, self.prepared, self.args, self.seed = config, prepared, args, seed
+    def __init__(self, config: Config, prepared: Prepared, args: argparse.Namespace, seed: int, minutes: float):
+        self.config, self.prepared, self.args, self.seed, self.most_minutes = config, prepared, args, seed, minutes
         self.targets = validation_subset(prepared.events, config)
         if not len(self.targets):
             raise InputError("there is no validation event to choose the best epoch by")
@@ -154,14 +155,17 @@ class Validates(Told):
     def on_train_batch_end(self, trainer, module, outputs, batch, number) -> None:
         self.tokens += int((batch["x"] != 0).sum())
         self.minutes, self.steps = (time.monotonic() - self.start) / 60, trainer.global_step
-        trainer.should_stop |= 0 < self.args.minutes <= self.minutes
+        trainer.should_stop |= 0 < self.most_minutes <= self.minutes
 
     def on_train_epoch_end(self, trainer, module) -> None:
         args, metric, epoch = self.args, self.config.eval.metric, trainer.current_epoch + 1
         trainer.should_stop |= 0 < args.epochs <= epoch
         if epoch % args.eval_epochs and not trainer.should_stop:
             return
-        ranks = self.evaluator.rank(None, self.targets, label="validation")
+        try:
+            ranks = self.evaluator.rank(None, self.targets, label="validation")
+        except FloatingPointError as error:
+            raise InputError(f"RecTools, seed {self.seed}, epoch {epoch}: {error}") from error
         module.train()
         value = summarize(self.prepared, self.config, self.targets, ranks)[metric]
         self.minutes = (time.monotonic() - self.start) / 60
@@ -173,11 +177,26 @@ class Validates(Told):
         print(f"seed {self.seed}, epoch {epoch}, {self.minutes:.1f} minutes: validation {metric} {value:.4f}", flush=True)
 
 
-def train_seed(config: Config, prepared: Prepared, args: argparse.Namespace, seed: int, folder: Path) -> dict:
+def choose_rate(config: Config, prepared: Prepared, args: argparse.Namespace, known: dict, save: Callable[[], None]) -> float:
+    """The learning rate with the best validation after args.trial_minutes, seed 0; the only one is not tried. known: {"trials"}, of before,
+    to which each is added and saved."""
+    rates = args.learning_rate or [config.optimizer.learning_rate]
+    if len(rates) == 1:
+        return rates[0]
+    for rate in rates[len(known["trials"]) :]:
+        print(f"learning rate {rate:g} is tried for {args.trial_minutes:g} minutes", flush=True)
+        told = Validates(config, prepared, args, 0, args.trial_minutes)
+        fit(config, args, prepared.events, told, args.batch_size[0], 0, rate)
+        known["trials"].append({"learning_rate": rate, config.eval.metric: told.best, "steps": told.steps, "minutes": told.minutes})
+        save()
+    return max(known["trials"], key=lambda trial: trial[config.eval.metric])["learning_rate"]
+
+
+def train_seed(config: Config, prepared: Prepared, args: argparse.Namespace, seed: int, rate: float, folder: Path) -> dict:
     """Trains, ranks validation and test with the best weights, and writes evaluation.json, ranks.parquet and run.json. Returns the
     validations and what `same_recommendations` found."""
-    told = Validates(config, prepared, args, seed)
-    model = fit(config, args, prepared.events, told, args.batch_size[0], seed)
+    told = Validates(config, prepared, args, seed, args.minutes)
+    model = fit(config, args, prepared.events, told, args.batch_size[0], seed, rate)
     model.torch_model.load_state_dict(told.weights)
     check = same_recommendations(model, told.evaluator, args.check)
     parameters = sum(x.numel() for x in model.torch_model.parameters())

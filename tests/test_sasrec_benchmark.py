@@ -68,13 +68,16 @@ def test_speed(tables, tmp_path):
 
 
 @needs_rectools
-def test_quality(tables, tmp_path):
+def test_quality(tables, tmp_path, monkeypatch):
     """Two seeds, then the same as a run of ours: the difference is 0; finished seeds are kept; what differs is refused."""
     folder, output = tmp_path / "peer", tmp_path / "q.json"
     flags = ["quality", f"--path={tables}", "--epochs=2", "--batch_size=16", f"--output={output}"]
+    flags += ["--learning_rate", 0.01, 0.001]
     done = run(*flags, "--set", *SMALL, "--seeds", 0, 1, f"--folder={folder}")
     assert done.returncode == 0, done.stderr
     result = json.loads(output.read_text())
+    tried = {trial["learning_rate"]: trial["ndcg@10"] for trial in result["trials"]}
+    assert list(tried) == [0.01, 0.001] and result["seeds"]["1"]["rate"] == max(tried, key=tried.get)
     assert result["equal"] and "82 of 82 top tens identical" in done.stdout
     for seed in ("0", "1"):
         peer = compare.read(folder / f"seed{seed}")
@@ -89,10 +92,10 @@ def test_quality(tables, tmp_path):
     collected = compare.collect({"zero": folder / "seed0", "one": folder / "seed1"})  # as --mode=compare reads working folders
     assert collected["difference"]["test"]["one"]["events"] == 41
 
-    spec = importlib.util.spec_from_file_location("sasrec_benchmark", FOLDER / "sasrec.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    config = module.config_of(module.parse(["quality", f"--path={tables}", "--set", *SMALL]))
+    monkeypatch.syspath_prepend(FOLDER)
+    import sasrec
+
+    config = sasrec.config_of(sasrec.parse(["quality", f"--path={tables}", "--set", *SMALL]))
     (folder / "seed0" / "config.json").write_text(to_json(config))
     assert get_config(str(folder / "seed0")).train.seed == 0
     again = [*flags, "--seeds", 0, 1, f"--folder={folder}", "--runs", folder / "seed0"]
@@ -103,6 +106,11 @@ def test_quality(tables, tmp_path):
     assert difference["seeds"] == [0] and difference["ndcg@10"] == 0 and difference["ndcg@10_ci"] == [0, 0]
     done = run(*again, "--dropout=0.1")
     assert done.returncode == 2 and done.stderr.splitlines()[-1].endswith("was made with another dropout; choose another --folder")
+    other = json.loads(to_json(config))
+    other["train"]["seed"], other["model"]["dropout"] = 1, 0.2
+    (folder / "seed1" / "config.json").write_text(json.dumps(other))
+    done = run(*again, folder / "seed1")
+    assert done.returncode == 2 and f"seed1 was made with another model.dropout than {folder / 'seed0'}" in done.stderr
     done = run(*again, "--set", "data.context_items=3")
     assert done.returncode == 2 and "no run beside which RecTools can be ranked here: another protocol" in done.stderr
 
@@ -119,8 +127,8 @@ def test_a_wrong_input_is_found_by_rectools_own_recommend(tables, monkeypatch):
     args = sasrec.parse(["quality", f"--path={tables}", "--epochs=1", "--threads=1", "--set", *SMALL])
     config = sasrec.config_of(args)
     prepared = prepare(config.data)
-    told = rectools_peer.Validates(config, prepared, args, 0)
-    model = rectools_peer.fit(config, args, prepared.events, told, 16, 0)
+    told = rectools_peer.Validates(config, prepared, args, 0, 0.0)
+    model = rectools_peer.fit(config, args, prepared.events, told, 16, 0, 1e-3)
     evaluator = told.evaluator
     assert rectools_peer.same_recommendations(model, evaluator, 30)["equal"]
     right = evaluator.history_vectors

@@ -142,13 +142,16 @@ class TrainConfig:
     keep: int = 2  # newest checkpoints kept, besides the best
     patience: int = 0  # stop after so many validations without a better one; 0: off
     max_minutes: float = 0.0  # stop training after so many minutes of training, evaluation included; 0: off
+    skip_limit: int = 10  # steps whose loss or gradient is not finite leave the parameters as they are; more than so many end the run
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    data: int = -1  # -1: the devices that remain
+    data: int = -1  # devices that share the batch; -1, here or in one of the next two: those that remain
     fsdp: int = 1  # devices that share the parameters along the model width, and the batch
     tensor: int = 1  # devices that share heads, feed-forward, vocabulary and item table
+    heartbeat_seconds: int = 60  # several processes: one that is silent for so long is taken for dead, and the others end
+    hang_minutes: float = 30.0  # several processes: without a finished step or batch for so long, a process ends itself; 0: off
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,6 +182,7 @@ class LogConfig:
     every: int = 50  # steps between two lines of metrics.jsonl
     tensorboard: bool = True  # TensorBoard events in the working folder
     progress: bool = True  # progress bars
+    profile: str = ""  # "100:110": a jax.profiler trace of these training steps, in the working folder; empty: none
 
 
 @dataclasses.dataclass(frozen=True)
@@ -246,7 +250,7 @@ class Config:
 # What may change between two runs of one working folder. `data.path`, `data.cache` and `model.pretrained` say where, not what:
 # hashes are compared instead.
 FREE_FIELDS = (
-    "eval.", "score.", "log.", "mesh.", "data.path", "data.cache", "train.max_minutes", "train.keep",
+    "eval.", "score.", "log.", "mesh.", "data.path", "data.cache", "train.max_minutes", "train.keep", "train.skip_limit",
     "model.scan", "model.remat", "model.attention", "model.pretrained",
 )  # fmt: skip
 
@@ -490,14 +494,19 @@ def check(config: Config) -> None:
     for field in ("batch_rows", "eval_every", "save_every", "keep"):
         require(getattr(train, field) >= 1, f"train.{field}", "must be 1 or more")
     require(train.patience >= 0, "train.patience", "must be 0 or more")
-    require(train.max_minutes >= 0, "train.max_minutes", "must be 0 or more")
+    for field in ("max_minutes", "skip_limit"):
+        require(getattr(train, field) >= 0, f"train.{field}", "must be 0 or more")
     require(0 <= train.seed < 2**31, "train.seed", "must be in [0, 2**31)")
     parts = optimizer.accumulate
     require(train.batch_rows % parts == 0, "train.batch_rows", f"optimizer.accumulate = {parts} must divide it")
 
-    for field in ("data", "fsdp", "tensor"):
-        size = getattr(config.mesh, field)
-        require(size >= 1 or (size == -1 and field == "data"), f"mesh.{field}", "must be 1 or more (mesh.data also -1)")
+    sizes = {field: getattr(config.mesh, field) for field in ("data", "fsdp", "tensor")}
+    for field, size in reversed(sizes.items()):
+        require(size >= 1 or size == -1, f"mesh.{field}", "must be 1 or more, or -1")
+        alone = size != -1 or list(sizes.values()).count(-1) == 1
+        require(alone, f"mesh.{field}", "only one of mesh.data (the default), mesh.fsdp and mesh.tensor can be -1, the devices that remain")
+    require(config.mesh.heartbeat_seconds >= 1, "mesh.heartbeat_seconds", "must be 1 or more")
+    require(config.mesh.hang_minutes >= 0, "mesh.hang_minutes", "must be 0 or more")
     cut_offs = bool(evaluation.ks) and all(type(k) is int and k >= 1 for k in evaluation.ks)
     require(cut_offs and len(set(evaluation.ks)) == len(evaluation.ks), "eval.ks", "different cut-offs of 1 or more")
     names = [f"{name}@{k}" for name in ("hr", "precision", "ndcg", "mrr") for k in evaluation.ks]
@@ -509,3 +518,6 @@ def check(config: Config) -> None:
     for field in ("part_users", "batch_rows"):
         require(getattr(config.score, field) >= 1, f"score.{field}", "must be 1 or more")
     require(config.log.every >= 1, "log.every", "must be 1 or more")
+    steps = re.fullmatch(r"(\d+):(\d+)", config.log.profile)
+    stretch = not config.log.profile or bool(steps and int(steps[1]) < int(steps[2]))
+    require(stretch, "log.profile", "must be FIRST:STOP, steps of which the second is later")

@@ -20,14 +20,19 @@ _NAME = re.compile(r"_([A-Z]+)$")
 
 
 def make_mesh(config: MeshConfig) -> Mesh:
-    devices = jax.device_count()
-    rest = config.fsdp * config.tensor
-    data = config.data if config.data > 0 else devices // rest
-    if data * rest != devices:
-        product = f"data x fsdp x tensor = {data} x {config.fsdp} x {config.tensor}"
-        raise InputError(f"config.mesh: {product}, but there are {devices} devices")
-    sizes = data, config.fsdp, config.tensor
+    sizes = mesh_sizes(config, jax.device_count())
     return jax.make_mesh(sizes, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+
+
+def mesh_sizes(config: MeshConfig, devices: int) -> tuple[int, int, int]:
+    """data, fsdp and tensor, with -1 replaced by what remains. Raises InputError where the product is not the number of devices."""
+    given = config.data, config.fsdp, config.tensor
+    rest = math.prod(size for size in given if size > 0)
+    sizes = tuple(size if size > 0 else devices // rest for size in given)
+    if math.prod(sizes) != devices:
+        product = f"data x fsdp x tensor = {' x '.join(map(str, sizes))}"
+        raise InputError(f"config.mesh: {product}, but there are {devices} devices")
+    return sizes
 
 
 def axes_of(path: tuple) -> str:

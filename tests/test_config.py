@@ -55,7 +55,12 @@ WRONG = [
     *cases("data.item_tokens data.context_items model.width model.heads objective.refresh_steps objective.chunk", 0, -1),
     *cases("train.steps", -1),
     *cases("optimizer.accumulate train.batch_rows train.eval_every train.save_every train.keep", 0, -1),
-    *cases("mesh.fsdp mesh.tensor eval.batch_rows eval.chunk_items eval.resamples log.every", 0, -1),
+    *cases("mesh.fsdp mesh.tensor", 0, -1, -2),
+    *cases("train.skip_limit", -1),
+    *cases("mesh.hang_minutes", -1.0, NAN),
+    *cases("mesh.heartbeat_seconds", 0),
+    *cases("log.profile", "5", "5:5", "5:2", "a:b", "1:2:3"),
+    *cases("eval.batch_rows eval.chunk_items eval.resamples log.every", 0, -1),
     *cases("data.vocabulary", 0, 255),
     *cases("data.row_tokens", 0, 1),
     *cases("data.synthetic.users data.synthetic.products", 0, 9),
@@ -123,6 +128,9 @@ def test_wrong_values_are_named(field, value, others):
 
 RIGHT = [
     {"mesh.data": -1},
+    {"mesh.data": 2, "mesh.fsdp": -1},
+    {"mesh.data": 2, "mesh.tensor": -1, "mesh.hang_minutes": 0.0},
+    {"log.profile": "5:10", "train.skip_limit": 0},
     {"data.source": "synthetic", "data.path": ""},
     {"data.source": "ml1m", "data.path": ""},
     {"data.source": "amazon", "data.path": "folder"},
@@ -249,6 +257,7 @@ def test_another_config_is_refused_by_its_keys(tmp_path):
         {"mesh.data": 2, "mesh.fsdp": 4},
         {"train.steps": 20000},
         {"data.path": "moved", "data.cache": "elsewhere"},
+        {"train.skip_limit": 0, "mesh.hang_minutes": 1.0, "log.profile": "1:2"},
         {"train.max_minutes": 5.0, "train.keep": 9, "model.scan": False, "model.remat": True},
     ):
         check_same_run(tmp_path, resolve(configured(same)))

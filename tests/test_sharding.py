@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 from iam_jax.config import MeshConfig
 from iam_jax.errors import InputError
 from iam_jax.model import make_model
-from iam_jax.sharding import AXES, BATCH, axes_of, make_mesh, param_sharding, shard_batch, split_rows
+from iam_jax.sharding import AXES, BATCH, axes_of, make_mesh, mesh_sizes, param_sharding, shard_batch, split_rows
 
 MESHES = ((1, 1, 1), (8, 1, 1), (2, 2, 2))
 CONFIG = {
@@ -289,7 +289,9 @@ def test_meshes_that_do_not_fit(fields):
 def test_the_rest_of_the_devices_goes_to_data():
     mesh = make_mesh(MeshConfig())
     assert dict(mesh.shape) == {"data": jax.device_count(), "fsdp": 1, "tensor": 1}
-    assert dataclasses.asdict(MeshConfig()) == {"data": -1, "fsdp": 1, "tensor": 1}
+    assert mesh_sizes(MeshConfig(tensor=2), 8) == (4, 1, 2)
+    assert mesh_sizes(MeshConfig(data=2, fsdp=-1), 8) == (2, 4, 1)
+    assert mesh_sizes(MeshConfig(data=1, fsdp=2, tensor=-1), 8) == (1, 2, 4)
 
 
 class FakeMesh:  # of twelve devices

@@ -11,6 +11,10 @@ class NonFiniteError(RuntimeError):
     """Training met a loss or a gradient that is not finite: exit code 4, the last good checkpoint untouched."""
 
 
+class JobError(RuntimeError):
+    """The job of several processes failed, and not for this process's input: exit code 5, the same command goes on."""
+
+
 def some(values: Iterable, limit: int = 3) -> str:
     """The first few of `values`, as they are quoted in an error."""
     values = list(values)

@@ -7,26 +7,31 @@ from pathlib import Path
 from tqdm import tqdm
 
 from iam_jax.config import LogConfig
+from iam_jax.distributed import is_first
 from iam_jax.files import write_atomically
 
 
 class MetricsLog:
-    """Appends to `metrics.jsonl` and to TensorBoard events. Opened at a step, it first drops lines of later steps, and a half-written
-    last one: after an interruption the file reads like that of one uninterrupted run."""
+    """Appends to `metrics.jsonl` and to TensorBoard events, in the first process of a job. Opened at a step, it first drops lines of later
+    steps, and a half-written last one: after an interruption the file reads like that of one uninterrupted run."""
 
     def __init__(self, workdir: Path, step: int, config: LogConfig):
+        self._file = self._writer = None
+        if not is_first():
+            return
         self.path = workdir / "metrics.jsonl"
         if self.path.exists():
             kept = [line for line in self.path.read_text(encoding="utf-8").splitlines() if _step(line) <= step]
             write_atomically(self.path, lambda path: path.write_text("".join(line + "\n" for line in kept), encoding="utf-8"))
         self._file = self.path.open("a", encoding="utf-8")
-        self._writer = None
         if config.tensorboard:
             from tensorboardX import SummaryWriter
 
             self._writer = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)  # what an interrupted run told of later steps
 
     def write(self, step: int, values: dict[str, float]) -> None:
+        if self._file is None:
+            return
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
         if self._writer is not None:
@@ -34,7 +39,8 @@ class MetricsLog:
                 self._writer.add_scalar(name.replace("@", "_"), value, step)  # TensorBoard allows no "@"
 
     def close(self) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
         if self._writer is not None:
             self._writer.close()
 
@@ -54,7 +60,7 @@ def progress_bar(config: LogConfig, steps: int, start: int) -> tqdm:
         initial=start,
         desc="training",
         unit="step",
-        disable=not config.progress,
+        disable=not (config.progress and is_first()),
         mininterval=interval,
         maxinterval=interval,
     )

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from iam_jax import objective
+from iam_jax import distributed, objective
 from iam_jax.checkpoint import Checkpoints
 from iam_jax.config import Config
 from iam_jax.data.batches import Batch, Rows, training_batches, training_rows
@@ -26,7 +26,7 @@ from iam_jax.logs import MetricsLog, progress_bar
 from iam_jax.model import Model, Params, make_model, pretrained
 from iam_jax.optimizer import learning_rate, make_optimizer
 from iam_jax.parameters import EMBEDDINGS, abstract, frozen_names, join, mean_rows, name_of, select
-from iam_jax.sharding import batch_shards, make_mesh, param_sharding, shard_batch, split_rows
+from iam_jax.sharding import batch_shards, make_mesh, param_sharding, per_process, rows_here, shard_batch, split_rows
 
 
 @dataclasses.dataclass
@@ -134,7 +134,8 @@ def _distinct_items(config: Config, rows: Rows, mesh: jax.sharding.Mesh) -> Dist
 
 def make_train_step(run: Run):
     """(state, batch, items, step, frozen) -> (state, metrics), jitted, the state's buffers donated. A batch is split into
-    optimizer.accumulate micro-batches whose gradients add up to that of the whole. frozen: the parameters that are not trained."""
+    optimizer.accumulate micro-batches whose gradients add up to that of the whole. frozen: the parameters that are not trained. The batch's
+    `votes`, of every device, come back in the metrics as sums."""
     config, model = run.config, run.model
     optimizer, schedule = make_optimizer(config.optimizer), learning_rate(config.optimizer)
     parts = config.optimizer.accumulate
@@ -142,6 +143,8 @@ def make_train_step(run: Run):
 
     def train_step(state: dict, batch: dict, items: objective.Items, step: jax.Array, frozen: Params = {}):  # noqa: B006
         params, cache = state["params"], state.get("cache")
+        batch = dict(batch)
+        votes = {name: votes.sum() for name, votes in batch.pop("votes", {}).items()}
         # rbg: threefry's dropout masks take longer than the layers on a CPU
         key = jax.random.fold_in(jax.random.key(config.train.seed, impl="rbg"), step)
         count = objective.counts(batch)
@@ -165,7 +168,7 @@ def make_train_step(run: Run):
             (sums, grads), _ = jax.lax.scan(add, zero, (micros, jax.random.split(key, parts)))
         updates, opt_state = optimizer.update(grads, state["optimizer"], params)
         metrics = {f"{name}_sum": value for name, value in sums.items()} | {f"{name}_count": value for name, value in count.items()}
-        metrics |= {"gradient_norm": optax.global_norm(grads), "learning_rate": schedule(step)}
+        metrics |= {"gradient_norm": optax.global_norm(grads), "learning_rate": schedule(step), "tokens": (batch["user"] > 0).sum()} | votes
         state = state | {"params": optax.apply_updates(params, updates), "optimizer": opt_state}
         # Left to XLA, norm scales would come back sharded: then their buffers are not reused, and the second step compiles again.
         return jax.lax.with_sharding_constraint(state, param_sharding(run.mesh, state)), metrics
@@ -246,27 +249,35 @@ def train(run: Run, workdir: Path, evaluator: Evaluator, signals: Signals) -> Ch
     refresh = jax.jit(lambda params, frozen, items: objective.all_text_vectors(run.model.bind(join(params, frozen)), items))
     validation = validation_subset(run.prepared.events, config)
     log = MetricsLog(workdir, progress.step, config.log)
-    batches = training_batches(run.rows, cfg.batch_rows, cfg.seed, progress.next_batch, run.finish)
+    here = rows_here(run.mesh, cfg.batch_rows)
+    batches = training_batches(run.rows, cfg.batch_rows, cfg.seed, progress.next_batch, run.finish, here)
     bar = progress_bar(config.log, cfg.steps, progress.step)
-    pending: tuple[int, dict, dict] | None = None
+    pending: tuple[int, dict] | None = None
+    several, agreed_late = distributed.processes() > 1, False
     clock, step_clock = time.monotonic(), time.monotonic()
     speed = {"tokens": 0, "targets": 0, "seconds": 0.0}  # since the last line of metrics.jsonl, validations and saves left out
 
     def settle() -> None:
         """Reads the metrics of the step dispatched last; only now does the host wait for the device."""
-        nonlocal pending, step_clock
+        nonlocal pending, step_clock, agreed_late
         if pending is None:
             return
-        (step, values, host), pending = pending, None
+        (step, values), pending = pending, None
+        distributed.alive(f"step {step}")
         values = {name: float(value) for name, value in jax.device_get(values).items()}
+        distributed.alive(f"what follows step {step}")
+        if several:  # all processes settle a step at the same point, and so learn the same at the same time
+            signals.agree(values.pop("stopping") > 0)
+            agreed_late |= values.pop("late") > 0
         bad = [name for name, value in values.items() if not math.isfinite(value)]
         if bad:
             last = f"the last good checkpoint is step {saved_step}" if saved_step >= 0 else "there is no checkpoint yet"
             raise NonFiniteError(f"step {step}: {', '.join(bad)} not finite; {last}")
-        for name, value in (values | host | {"steps": 1}).items():
+        progress.tokens += int(values["tokens"])
+        for name, value in (values | {"steps": 1}).items():
             progress.window[name] = progress.window.get(name, 0) + value
         now = time.monotonic()
-        done = {"tokens": host["tokens"], "targets": values["item_count"], "seconds": now - step_clock}
+        done = {"tokens": values["tokens"], "targets": values["item_count"], "seconds": now - step_clock}
         step_clock = now
         for name, value in done.items():
             speed[name] += value
@@ -300,10 +311,11 @@ def train(run: Run, workdir: Path, evaluator: Evaluator, signals: Signals) -> Ch
         try:
             while True:
                 step = progress.step
-                out_of_time = cfg.max_minutes and progress.minutes + (time.monotonic() - clock) / 60 >= cfg.max_minutes
-                ending = step >= cfg.steps or bool(out_of_time) or signals.requested
-                validating = len(validation) > 0 and not signals.requested and step > progress.validated
-                validating &= step >= cfg.steps or bool(out_of_time) or (step > 0 and step % cfg.eval_every == 0)
+                late = bool(cfg.max_minutes) and progress.minutes + (time.monotonic() - clock) / 60 >= cfg.max_minutes
+                out_of_time, stopping = agreed_late if several else late, signals.stopping
+                ending = step >= cfg.steps or out_of_time or stopping
+                validating = len(validation) > 0 and not stopping and step > progress.validated
+                validating &= step >= cfg.steps or out_of_time or (step > 0 and step % cfg.eval_every == 0)
                 metrics = None
                 if validating or ending or (step > saved_step and step > 0 and step % cfg.save_every == 0):
                     settle()
@@ -329,17 +341,18 @@ def train(run: Run, workdir: Path, evaluator: Evaluator, signals: Signals) -> Ch
                         checkpoints.save(step, state, dataclasses.asdict(progress), metrics)
                         saved_step = step
                     step_clock = time.monotonic()
-                    if signals.requested or ending or progress.stopped:
+                    if signals.stopping or ending or progress.stopped:
                         break
                 if config.softmax == "cached" and step % config.objective.refresh_steps == 0:
                     state["cache"] = refresh(state["params"], run.frozen, run.items)
-                batch = next(batches)
-                host = {"tokens": int((batch["user"] > 0).sum())}
-                state, values = train_step(state, shard_batch(run.mesh, batch), run.items, np.int32(step), run.frozen)
+                batch = shard_batch(run.mesh, next(batches), cfg.batch_rows)
+                if several:
+                    votes = {"stopping": signals.requested, "late": late and distributed.is_first()}
+                    batch["votes"] = {name: per_process(run.mesh, np.int32(vote)) for name, vote in votes.items()}
+                state, values = train_step(state, batch, run.items, np.int32(step), run.frozen)
                 settle()
                 progress.step = progress.next_batch = step + 1
-                progress.tokens += host["tokens"]
-                pending = (step + 1, values, host)
+                pending = (step + 1, values)
                 bar.update()
         finally:
             bar.close()

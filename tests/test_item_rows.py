@@ -62,7 +62,7 @@ def test_every_token_and_target_finds_its_item(prompt, suffix, parts, multiple):
     assert any((rows.segments.last > rows.segments.stop).tolist())  # some targets are no input
     batch_rows = 4
     items = DistinctItems(rows, batch_rows, parts, multiple)
-    assert items.rows % (CHUNKS * multiple) == 0
+    assert items.item_rows % (CHUNKS * multiple) == 0
     plain = stack([rows[row] for row in range(batch_rows)])
     batch = items(plain)
     assert set(batch) == set(plain) - {"item", "within"} | {"leading", "slot", "target_slot"}

@@ -69,8 +69,8 @@ class Counted:
     def __init__(self, signals, stop):
         self.signals, self.stop, self.drawn = signals, stop, []
 
-    def __call__(self, rows, batch_rows, seed, start, finish):
-        for number, batch in enumerate(BATCHES(rows, batch_rows, seed, start, finish)):
+    def __call__(self, rows, batch_rows, seed, start, *rest):
+        for number, batch in enumerate(BATCHES(rows, batch_rows, seed, start, *rest)):
             self.drawn.append(start + number)
             self.signals.requested |= self.stop == start + number + 1
             yield batch

@@ -44,6 +44,7 @@ def join(address: str, processes: int | None, process: int | None, mesh: MeshCon
         raise InputError(f"--multihost: JAX finds no Cloud TPU, GKE or Slurm job here ({error}); {how}") from error
     except jax.errors.JaxRuntimeError as error:
         raise JobError(f"the processes of the job did not come together: {str(error).splitlines()[0]}") from error
+    signals.install()  # again: JAX has taken SIGTERM for a service of its own
     _processes, _process = jax.process_count(), jax.process_index()
     if _processes == 1:
         return
@@ -168,10 +169,10 @@ def _watch(limit: float) -> NoReturn:
             os._exit(FAILED)
 
 
-def leave(code: int) -> NoReturn:
-    """Ends the process without waiting for its threads: one that a library was starting when Stop was raised may never end. The others are
-    waited for a little: to them a process that is gone first looks like one that died."""
-    if _processes > 1:
+def leave(code: int, with_others: bool = True) -> NoReturn:
+    """Ends the process without waiting for its threads: one that a library was starting when Stop was raised may never end. with_others:
+    they are leaving too, and are waited for a little, since to them a process that is gone first looks like one that died."""
+    if _processes > 1 and with_others:
         import jax
 
         threading.Timer(_LEAVING, os._exit, (code,)).start()

@@ -275,10 +275,12 @@ def _fail_job(error: Exception) -> NoReturn:
     """A process of several met what no one expected, or (then a collective fails) another one is gone."""
     import jax
 
-    if not isinstance(error, jax.errors.JaxRuntimeError):
-        traceback.print_exception(error)
-        distributed.leave(1)
-    _fail(f"another process of the job is gone, or cannot be reached: {error}", distributed.FAILED)
+    if isinstance(error, jax.errors.JaxRuntimeError):
+        told = f"another process of the job is gone, or cannot be reached: {' '.join(str(error).split())}"
+        print(f"error: process {jax.process_index()}: {told}", file=sys.stderr)
+        distributed.leave(distributed.FAILED, with_others=False)
+    traceback.print_exception(error)
+    distributed.leave(1, with_others=False)
 
 
 def _main(_: list[str]) -> None:

@@ -31,7 +31,7 @@ _life = time.monotonic(), "its own work"  # the last sign of it, and what is wai
 def join(address: str, processes: int | None, process: int | None, mesh: MeshConfig, signals: Signals) -> None:
     """Joins the job, before any other use of JAX: at `address` as number `process` of `processes`, or (address "") as JAX finds it on Cloud
     TPU, GKE and Slurm. The first process is the one that tells and writes: the others' stdout goes nowhere. Raises InputError where
-    there is no job to be found, JobError where the other processes do not come."""
+    there is no job to be found. Where the others do not come, JAX aborts this process after five minutes."""
     global _processes, _process, _alone
     import jax
 
@@ -42,8 +42,6 @@ def join(address: str, processes: int | None, process: int | None, mesh: MeshCon
     except ValueError as error:
         how = "give --coordinator=HOST:PORT, --processes=N and --process_id=K"
         raise InputError(f"--multihost: JAX finds no Cloud TPU, GKE or Slurm job here ({error}); {how}") from error
-    except jax.errors.JaxRuntimeError as error:
-        raise JobError(f"the processes of the job did not come together: {str(error).splitlines()[0]}") from error
     signals.install()  # again: JAX has taken SIGTERM for a service of its own
     _processes, _process = jax.process_count(), jax.process_index()
     if _processes == 1:

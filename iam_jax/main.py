@@ -182,7 +182,7 @@ def _check_job() -> None:
     processes, process = _JOB["processes"].value, _JOB["process_id"].value
     if given and not 0 <= process < processes:
         raise InputError(f"--process_id={process}: must be from 0 to --processes - 1 = {processes - 1}")
-    if _MULTIHOST.value and _MODE.value in ("compare", "export"):
+    if _MULTIHOST.value and _MODE.value not in ("train", "evaluate", "score"):
         raise InputError(f"--multihost: --mode={_MODE.value} is work for one process")
 
 

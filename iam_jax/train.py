@@ -55,7 +55,7 @@ class Run:
     model: Model
     rows: Rows
     items: objective.Items
-    finish: Callable[[Batch], Batch] = without_items  # what becomes of a batch before the model reads it
+    finish: Callable[..., Batch] = without_items  # what becomes of a batch before the model reads it
     frozen_names: frozenset[str] = frozenset()  # of the parameters that are not trained
 
     @functools.cached_property

@@ -227,7 +227,7 @@ def results():
     flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"  # 0: compiles in half the time
     env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     root = Path(__file__).parents[1]
-    done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, env=env, cwd=root, timeout=400)
+    done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, env=env, cwd=root, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     training, *others = json.loads(done.stdout)
     names = "once", "attention", "parts", "constraints", "finetuning"

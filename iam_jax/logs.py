@@ -1,25 +1,33 @@
 """What a run tells while it goes: metrics.jsonl, TensorBoard events, a progress bar."""
 
+import contextlib
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from tqdm import tqdm
 
 from iam_jax.config import LogConfig
+from iam_jax.errors import InputError
 from iam_jax.files import write_atomically
+
+METRICS_FILE = "metrics.jsonl"
 
 
 class MetricsLog:
-    """Appends to `metrics.jsonl` and to TensorBoard events. Opened at a step, it first drops lines of later steps, and a half-written
-    last one: after an interruption the file reads like that of one uninterrupted run."""
+    """Appends to `metrics.jsonl` and to TensorBoard events. Opened at a step, it first drops lines of later steps, of validations after
+    `validated`, and a half-written last one: after an interruption the file reads like that of one uninterrupted run. Raises InputError
+    where the file cannot be read or written."""
 
-    def __init__(self, workdir: Path, step: int, config: LogConfig):
-        self.path = workdir / "metrics.jsonl"
-        if self.path.exists():
-            kept = [line for line in self.path.read_text(encoding="utf-8").splitlines() if _step(line) <= step]
-            write_atomically(self.path, lambda path: path.write_text("".join(line + "\n" for line in kept), encoding="utf-8"))
-        self._file = self.path.open("a", encoding="utf-8")
+    def __init__(self, workdir: Path, step: int, config: LogConfig, validated: int | None = None):
+        self.path = workdir / METRICS_FILE
+        with self._told():
+            if self.path.exists():
+                lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
+                kept = [line for line in lines if _step(line) <= (step if validated is None or "validation/" not in line else validated)]
+                write_atomically(self.path, lambda path: path.write_text("".join(line + "\n" for line in kept), encoding="utf-8"))
+            self._file = self.path.open("a", encoding="utf-8")
         self._writer = None
         if config.tensorboard:
             from tensorboardX import SummaryWriter
@@ -27,16 +35,25 @@ class MetricsLog:
             self._writer = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)  # what an interrupted run told of later steps
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
+        with self._told():
+            self._file.write(json.dumps({"step": step, **values}) + "\n")
+            self._file.flush()
         if self._writer is not None:
             for name, value in values.items():
                 self._writer.add_scalar(name.replace("@", "_"), value, step)  # TensorBoard allows no "@"
 
     def close(self) -> None:
-        self._file.close()
+        with self._told():
+            self._file.close()
         if self._writer is not None:
             self._writer.close()
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise InputError(f"{self.path}: {error.strerror}") from error
 
 
 def _step(line: str) -> float:

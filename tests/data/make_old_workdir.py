@@ -22,7 +22,7 @@ from iam_jax.config import default_config
 def get_config():
     config = default_config()
     config.data.source, config.data.vocabulary, config.data.item_tokens = "synthetic", 270, 6
-    config.data.synthetic.users, config.data.synthetic.products = 40, 30
+    config.data.synthetic.users, config.data.synthetic.products, config.data.synthetic.events_per_user = 40, 40, 6.0
     config.data.row_tokens, config.data.context_items = 64, 2
     config.model.schedule, config.model.width, config.model.heads, config.model.mlp = "intra inter", 8, 2, "plain"
     config.objective.vectors, config.objective.negatives = "both", 16

@@ -146,9 +146,8 @@ def run(signals: Signals) -> None:
             checkpoints = train(this, workdir, evaluator, signals)
         else:
             checkpoints = Checkpoints(workdir, config.train.keep, config.selection, read_only=True)
-        step = checkpoints.resolve("best" if training else _STEP.value)
-        cost = this.cost(checkpoints.progress(checkpoints.steps()[-1]))
-        params = join(checkpoints.restore_params(step, this.abstract_trained), this.frozen)
+        step, params = checkpoints.load_params("best" if training else _STEP.value, this.abstract_trained)
+        params, cost = join(params, this.frozen), this.cost(checkpoints.last_progress())
         checkpoints.close()
         if exporting:
             if alone:

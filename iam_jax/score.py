@@ -96,7 +96,10 @@ def score(workdir: Path, config: Config, request: Request, saved: bool, signals:
             users = read_candidates(request.candidates, users, stored.item_ids)
     distributed.agree({"--workdir": str(workdir), **{f"--{name}": value for name, value in vars(request).items()}}, signals)
     checkpoints = Checkpoints(workdir, config.train.keep, config.selection, read_only=True)
-    step = checkpoints.resolve(request.step)
+    model = make_model(config, catalogue.vocabulary, stored.known, int(catalogue.lengths.max()))
+    mesh = _mesh(config)
+    with jax.set_mesh(mesh):  # before the folder is claimed: a damaged checkpoint has another stand in for it
+        step, params = _restore(checkpoints, request.step, config, model, mesh)
     output, rows = Path(request.output), len(stored.item_ids) if users is None else len(users)
     parts = math.ceil(rows / config.score.part_users)
     identity = _identity(workdir, config, request, step, checkpoints.progress(step))
@@ -117,11 +120,7 @@ def score(workdir: Path, config: Config, request: Request, saved: bool, signals:
     if not missing:
         print(f"wrote {output}")
         return
-    model = make_model(config, catalogue.vocabulary, stored.known, int(catalogue.lengths.max()))
-    mesh = _mesh(config)
     with jax.set_mesh(mesh):
-        params = _restore(checkpoints, step, config, model, mesh)
-        checkpoints.close()
         tokens = 0 if users is None else int(catalogue.lengths[users.events.item].sum())
         scorer = Scorer(config, stored, model, params, mesh, tokens)
         unit, begun = "item" if users is None else "user", time.monotonic()
@@ -197,14 +196,14 @@ def _mesh(config: Config) -> jax.sharding.Mesh:
     return jax.make_mesh((len(devices), 1, 1), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
-def _restore(checkpoints: Checkpoints, step: int, config: Config, model: Model, mesh: jax.sharding.Mesh) -> Params:
+def _restore(checkpoints: Checkpoints, step: str, config: Config, model: Model, mesh: jax.sharding.Mesh) -> tuple[int, Params]:
     shapes = model.shapes()
     names = frozen_names(config, shapes) if _freezes(config) else set()
-    params = checkpoints.restore_params(step, abstract(mesh, select(shapes, lambda name: name not in names)))
+    found, params = checkpoints.load_params(step, abstract(mesh, select(shapes, lambda name: name not in names)))
     if names:
         frozen = select(shapes, lambda name: name in names)
         params = join(params, pretrained.load(config, abstract(mesh, frozen, config.model.frozen_dtype)))
-    return params
+    return found, params
 
 
 def _identity(workdir: Path, config: Config, request: Request, step: int, progress: dict) -> dict:

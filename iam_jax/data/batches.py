@@ -238,6 +238,14 @@ class _Batches:
         return batch if self.finish is None else self.finish(batch, chosen, self.here)
 
 
+def users_of_batch(rows: Rows, batch_rows: int, seed: int, number: int) -> list[str]:
+    """The users whose histories training batch `number` holds, in the order of the data."""
+    segment = next(training_batches(rows, batch_rows, seed, number))["segment"]
+    first = rows.segments.start[np.unique(segment[segment >= 0])]
+    users = np.unique(np.searchsorted(rows.events.offsets, first, side="right") - 1)
+    return rows.events.user_ids[users].tolist()
+
+
 def evaluation_batches(rows: Rows, batch_rows: int, finish: Callable[[Batch], Batch] | None = None) -> "grain.DatasetIterator[Batch]":
     """All rows once, in order; the last batch is filled up with empty rows so that every batch has the same shape."""
     dataset = grain.MapDataset.source(_Padded(rows, -len(rows) % batch_rows)).batch(batch_rows)

@@ -26,12 +26,14 @@ class MetricsLog:
 
             self._writer = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)  # what an interrupted run told of later steps
 
-    def write(self, step: int, values: dict[str, float]) -> None:
+    def write(self, step: int, values: dict[str, float | list[float]]) -> None:
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
         if self._writer is not None:
             for name, value in values.items():
-                self._writer.add_scalar(name.replace("@", "_"), value, step)  # TensorBoard allows no "@"
+                scalars = {f"{name}/{k}": one for k, one in enumerate(value)} if isinstance(value, list) else {name: value}
+                for tag, scalar in scalars.items():
+                    self._writer.add_scalar(tag.replace("@", "_"), scalar, step)  # TensorBoard allows no "@"
 
     def close(self) -> None:
         self._file.close()

@@ -27,8 +27,8 @@ from iam_jax.errors import InputError
 
 MANIFEST = Path(__file__).parent / "gke" / "jobset.yaml"
 MOUNT = "/data"
-# xpk starts again after 42 and 127 to 255; these too: an exception (as after the loss of a peer), stopped with all saved.
-RESTARTED = "1,75"
+# xpk starts again after 42 and 127 to 255; these too: an exception, a job that lost a process, stopped with all saved.
+RESTARTED = "1,5,75"
 
 
 def main(argv: list[str]) -> int:

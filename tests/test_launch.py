@@ -284,7 +284,7 @@ def test_gke_hosts_and_xpk(capsys):
     assert command[:3] == ["xpk", "workload", "create"]
     flags = dict(flag.split("=", 1) for flag in command[3:] if "=" in flag)
     assert flags["--tpu-type"] == "v5litepod-4x4" and flags["--cluster"] == "c" and "--spot" in command
-    assert flags["--restart-on-exit-codes"] == "1,75" and flags["--max-restarts"] == "20"
+    assert flags["--restart-on-exit-codes"] == "1,5,75" and flags["--max-restarts"] == "20"
     assert shlex.split(flags["--command"]) == ["python", "-m", "iam_jax.main", "--multihost", *RUN]
 
 

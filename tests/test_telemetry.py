@@ -6,6 +6,7 @@ from collections import Counter
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jobs import two_processes
@@ -18,7 +19,7 @@ from iam_jax.errors import NonFiniteError
 from iam_jax.flops import StepFlops
 from iam_jax.interrupt import Signals, Stop
 from iam_jax.telemetry import Meter, Profile, is_timing, memory
-from iam_jax.train import make_run, make_train_step, train
+from iam_jax.train import init_state, make_run, make_train_step, train
 
 CHIP = chips.find_chip("TPU v5e")
 
@@ -111,22 +112,25 @@ def test_every_process_is_told():
 
 @pytest.fixture(scope="module")
 def make(tiny):
-    """A run of six steps, one of test_train.py's, whose step may be in the cache; and its compiled step, once for all."""
-    steps, tiny = [], tiny | {"objective.token": 0.1, "log.every": 1}
+    """A run of six steps, one of test_train.py's, whose step may be in the cache; its compiled step and its initial state, once for all."""
+    once, tiny = [], tiny | {"objective.token": 0.1, "log.every": 1}
 
     def make(**changes):
         config = default_config()
         config.update_from_flattened_dict(tiny | {name.replace("__", "."): value for name, value in changes.items()})
         resolved = resolve(config)
         run = make_run(resolved, prepare(resolved.data))
-        steps[:] = steps or [make_train_step(run)]
-        return run, steps[0]
+        if not once:
+            with jax.set_mesh(run.mesh):
+                once.extend([make_train_step(run), init_state(run)])
+        return run, *once
 
     return make
 
 
-def go(monkeypatch, run, workdir, step, signals=None):
+def go(monkeypatch, run, workdir, step, initial, signals=None):
     monkeypatch.setattr(train_lib, "make_train_step", lambda _: step)
+    monkeypatch.setattr(train_lib, "init_state", lambda _: jax.tree.map(jnp.copy, initial))  # a step takes its buffers
     monkeypatch.setattr(train_lib, "validation_subset", lambda *_: np.zeros(0, np.int64))
     with jax.set_mesh(run.mesh):
         train(run, workdir, None, signals or Signals())
@@ -138,7 +142,7 @@ def traces(workdir):
 
 
 def test_a_profile_of_some_steps(make, monkeypatch, tmp_path):
-    run, step = make(log__profile="2:4")
+    run, step, initial = make(log__profile="2:4")
     turns = []
     monkeypatch.setattr(Profile, "turn", lambda self, turn=Profile.turn: (turns.append(len(turns)), turn(self)))
     traced = []
@@ -147,22 +151,22 @@ def test_a_profile_of_some_steps(make, monkeypatch, tmp_path):
         traced.append((int(number), len(turns)))
         return step(state, batch, items, number, frozen)
 
-    lines = go(monkeypatch, run, tmp_path / "profiled", seen)
+    lines = go(monkeypatch, run, tmp_path / "profiled", seen, initial)
     assert traced == [(0, 0), (1, 0), (2, 1), (3, 1), (4, 2), (5, 2)]
     (trace,) = traces(tmp_path / "profiled")
     assert trace.is_relative_to(tmp_path / "profiled" / "profile" / "process-0")
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     assert all({"step_seconds", "data_wait", "host_bytes", "tokens_per_second"} < line.keys() and "mfu" not in line for line in lines)
 
-    run, step = make()
-    plain = go(monkeypatch, run, tmp_path / "plain", step)
+    run, step, initial = make()
+    plain = go(monkeypatch, run, tmp_path / "plain", step, initial)
     assert not (tmp_path / "plain" / "profile").exists()
     assert [line["item_loss"] for line in plain] == [line["item_loss"] for line in lines]
 
 
 @pytest.mark.parametrize(("ending", "error"), [("signal", Stop), ("loss", NonFiniteError)])
 def test_a_profile_ends_with_the_run(make, monkeypatch, tmp_path, ending, error):
-    run, step = make(log__profile="1:100")
+    run, step, initial = make(log__profile="1:100")
     signals = Signals()
 
     def last(state, batch, items, number, frozen):
@@ -171,17 +175,17 @@ def test_a_profile_ends_with_the_run(make, monkeypatch, tmp_path, ending, error)
         return state, metrics | ({"item_sum": np.float32(np.nan)} if ending == "loss" and number == 2 else {})
 
     with pytest.raises(error):
-        go(monkeypatch, run, tmp_path, last, signals)
+        go(monkeypatch, run, tmp_path, last, initial, signals)
     assert len(traces(tmp_path)) == 1
     jax.profiler.start_trace(str(tmp_path / "another"))  # none goes on
     jax.profiler.stop_trace()
 
 
 def test_utilisation_where_the_chip_is_known(make, monkeypatch, tmp_path, capsys):
-    run, step = make()
+    run, step, initial = make()
     monkeypatch.setattr(train_lib, "find_chip", lambda kind: CHIP if kind == jax.devices()[0].device_kind else None)
     monkeypatch.setattr(train_lib, "step_flops", lambda _: StepFlops(Counter({"bfloat16": 197e9}), Counter()))
-    for line in go(monkeypatch, run, tmp_path / "known", step):
+    for line in go(monkeypatch, run, tmp_path / "known", step, initial):
         assert line["mfu"] == pytest.approx(1e-3 / jax.device_count() / line["step_seconds"])
 
     def uncounted(run):

@@ -35,7 +35,7 @@ class MetricsLog:
             self._file = self.path.open("a", encoding="utf-8")
             self._events = _Events(workdir / "tensorboard", step) if config.tensorboard else None
 
-    def write(self, step: int, values: dict[str, float]) -> None:
+    def write(self, step: int, values: dict[str, float | list[float]]) -> None:
         with self._told():
             if self._file is not None:
                 self._file.write(json.dumps({"step": step, **values}) + "\n")
@@ -72,9 +72,11 @@ class _Events:
         self._write(step + 1, session_log=start)  # hides what an interrupted run told of later steps
         self._flushed = time.monotonic()
 
-    def write(self, step: int, values: dict[str, float]) -> None:
+    def write(self, step: int, values: dict[str, float | list[float]]) -> None:
         for name, value in values.items():
-            self._write(step, summary=self._scalar(name.replace("@", "_"), value))  # TensorBoard allows no "@"
+            scalars = {f"{name}/{k}": one for k, one in enumerate(value)} if isinstance(value, list) else {name: value}
+            for tag, scalar in scalars.items():
+                self._write(step, summary=self._scalar(tag.replace("@", "_"), scalar))  # TensorBoard allows no "@"
         if time.monotonic() > self._flushed + 10:
             self._writer.flush()
             self._flushed = time.monotonic()

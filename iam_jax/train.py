@@ -15,12 +15,14 @@ import optax
 
 from iam_jax import distributed, objective
 from iam_jax.checkpoint import Checkpoints
+from iam_jax.chips import find_chip
 from iam_jax.config import Config
 from iam_jax.data.batches import Batch, Rows, training_batches, training_rows, users_of_batch
 from iam_jax.data.item_rows import DistinctItems, without_items
 from iam_jax.data.prepare import Prepared
 from iam_jax.errors import InputError, NonFiniteError, some
 from iam_jax.evaluate import Evaluator, summarize, validation_subset
+from iam_jax.flops import step_flops
 from iam_jax.interrupt import Signals, Stop
 from iam_jax.kernels.range_attention import choose
 from iam_jax.logs import METRICS_FILE, MetricsLog, progress_bar
@@ -28,6 +30,7 @@ from iam_jax.model import Model, Params, make_model, pretrained
 from iam_jax.optimizer import learning_rate, make_optimizer, updates_made
 from iam_jax.parameters import EMBEDDINGS, abstract, frozen_names, join, mean_rows, name_of, select
 from iam_jax.sharding import batch_shards, make_mesh, param_sharding, per_process, rows_here, shard_batch, split_rows
+from iam_jax.telemetry import Meter, Profile
 
 
 @dataclasses.dataclass
@@ -205,6 +208,16 @@ def abstract_state(run: Run) -> dict:
     return {"params": trained} | abstract(run.mesh, jax.eval_shape(functools.partial(rest_of_state, run), trained))
 
 
+def make_meter(run: Run) -> Meter:
+    """With model FLOPs utilisation where the chip's peak is known and the step can be counted."""
+    chip = find_chip(jax.devices()[0].device_kind)
+    try:
+        return Meter(step_flops(run).model, chip) if chip else Meter()
+    except ValueError as error:
+        print(f"no model FLOPs utilisation in metrics.jsonl: {error}", flush=True)
+        return Meter()
+
+
 def init_state(run: Run) -> dict:
     """The state at the start, created on its shards; what is pretrained is read."""
     config = run.config
@@ -267,14 +280,14 @@ def train(run: Run, workdir: Path, evaluator: Evaluator, signals: Signals) -> Ch
     here = rows_here(run.mesh, cfg.batch_rows)
     batches = training_batches(run.rows, cfg.batch_rows, cfg.seed, progress.next_batch, run.finish, here)
     bar = progress_bar(config.log, cfg.steps, progress.step)
+    meter, profile = make_meter(run), Profile(workdir, config.log.profile)
     pending: tuple[int, dict] | None = None
     several, agreed_late = distributed.processes() > 1, False
-    clock, step_clock = time.monotonic(), time.monotonic()
-    speed = {"tokens": 0, "targets": 0, "seconds": 0.0}  # since the last line of metrics.jsonl, validations and saves left out
+    clock = time.monotonic()
 
     def settle() -> None:
         """Reads the metrics of the step dispatched last; only now does the host wait for the device."""
-        nonlocal pending, step_clock, agreed_late
+        nonlocal pending, agreed_late
         if pending is None:
             return
         (step, values), pending = pending, None
@@ -291,11 +304,7 @@ def train(run: Run, workdir: Path, evaluator: Evaluator, signals: Signals) -> Ch
         else:
             for name, value in (values | {"steps": 1}).items():
                 progress.window[name] = progress.window.get(name, 0) + value
-        now = time.monotonic()
-        done = {"tokens": values["tokens"], "targets": values["item_count"], "seconds": now - step_clock}
-        step_clock = now
-        for name, value in done.items():
-            speed[name] += value
+        meter.step(values["tokens"], values["item_count"])
         if step % config.log.every and step != cfg.steps:
             return
         window, progress.window = progress.window, {}
@@ -309,10 +318,8 @@ def train(run: Run, workdir: Path, evaluator: Evaluator, signals: Signals) -> Ch
             "epoch": step * cfg.batch_rows / len(run.rows),
             "tokens_seen": progress.tokens,
             "skipped": progress.skipped,
-            "tokens_per_second": speed["tokens"] / max(speed["seconds"], 1e-9),
-            "targets_per_second": speed["targets"] / max(speed["seconds"], 1e-9),
         }
-        speed.update(tokens=0, targets=0, seconds=0.0)
+        line |= meter.take()
         log.write(step, line)
         if window:
             bar.set_postfix_str(f"loss {next(iter(line.values())):.3f}, {line['tokens_per_second']:,.0f} tokens/s")
@@ -339,7 +346,7 @@ def train(run: Run, workdir: Path, evaluator: Evaluator, signals: Signals) -> Ch
 
     with signals.deferred():
         with contextlib.ExitStack() as last:  # all of it, whatever ends training
-            for end in (checkpoints.wait, log.close, bar.close):
+            for end in (checkpoints.wait, profile.close, log.close, bar.close):
                 last.callback(end)
             while True:
                 step = progress.step
@@ -372,12 +379,18 @@ def train(run: Run, workdir: Path, evaluator: Evaluator, signals: Signals) -> Ch
                         progress.minutes, clock = progress.minutes + (now - clock) / 60, now
                         checkpoints.save(step, state, dataclasses.asdict(progress), metrics)
                         saved_step = step
-                    step_clock = time.monotonic()
+                    meter.resume()
                     if signals.stopping or ending or progress.stopped:
                         break
                 if config.softmax == "cached" and step % config.objective.refresh_steps == 0:
                     state["cache"] = refresh(state["params"], run.frozen, run.items)
-                batch = shard_batch(run.mesh, next(batches), cfg.batch_rows)
+                if profile.due(step):
+                    settle()  # the trace has whole steps
+                    profile.turn()
+                    meter.resume()
+                with meter.waiting():
+                    batch = next(batches)
+                batch = shard_batch(run.mesh, batch, cfg.batch_rows)
                 if several:
                     votes = {"stopping": signals.requested, "late": late and distributed.is_first()}
                     batch["votes"] = {name: per_process(run.mesh, np.int32(vote)) for name, vote in votes.items()}

@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import json
 import re
 from types import SimpleNamespace
 
@@ -11,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import make_config, tiny_data
+from helpers import metrics_lines as lines
 
 from iam_jax import objective
 from iam_jax import train as train_lib
@@ -99,11 +99,6 @@ def saved(run, workdir, step):
         checkpoints = Checkpoints(workdir, 2, "ndcg@10", read_only=True)
         state = checkpoints.restore(step, INITIAL(run))
     return state, {name: value for name, value in checkpoints.progress(step).items() if name != "minutes"}
-
-
-def lines(workdir):
-    every = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if not name.endswith("_per_second")} for line in every]
 
 
 def assert_same(left, right):

@@ -7,6 +7,7 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
+from iam_jax import storage
 from iam_jax.errors import InputError, some
 
 
@@ -15,7 +16,8 @@ class Checkpoints:
     when it is complete."""
 
     def __init__(self, workdir: Path, keep: int, metric: str, read_only: bool = False):
-        self.folder, self.metric = (workdir / "checkpoints").absolute(), metric
+        self.metric, folder = metric, workdir / "checkpoints"
+        self.folder = storage.teach_orbax(folder) if storage.is_remote(folder) else folder.absolute()
         logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells every step of a save
         if read_only and not self.folder.is_dir():
             raise InputError(f"{workdir}: no checkpoints there; train first")

@@ -8,7 +8,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 import sys
 import time
 from pathlib import Path
@@ -24,11 +23,12 @@ from iam_jax.config import FREE_FIELDS, Config, check_same_run, flatten
 from iam_jax.data.histories import Users, read_candidates, read_users
 from iam_jax.data.stored import add_items, read_stored
 from iam_jax.errors import InputError
-from iam_jax.files import write_atomically
+from iam_jax.files import check_writable, make_folder, to_path, write_atomically
 from iam_jax.model import Model, Params, make_model, pretrained
 from iam_jax.parameters import abstract, frozen_names, join, select
 from iam_jax.scorer import Scorer
 from iam_jax.sharding import make_mesh
+from iam_jax.storage import is_remote
 
 _NAME = "part-{:05}-of-{:05}.parquet"
 _REQUEST = "request.json"
@@ -64,10 +64,8 @@ class Request:
         for message, holds in wrong.items():
             if holds:
                 raise InputError(message)
-        output = Path(self.output)
-        existing = next(path for path in (output, *output.absolute().parents) if path.exists())
-        if not existing.is_dir() or not os.access(existing, os.W_OK):
-            raise InputError(f"--output={output}: {existing} cannot be written to")
+        output = to_path(self.output)
+        check_writable(output, "output")
         if output.is_dir() and not (output / _REQUEST).exists() and any(not path.name.startswith(".") for path in output.iterdir()):
             raise InputError(f"--output={output} is not empty and holds no {_REQUEST}: not a folder of scores")
 
@@ -92,7 +90,7 @@ def score(workdir: Path, config: Config, request: Request, saved: bool) -> None:
             users = read_candidates(request.candidates, users, stored.item_ids)
     checkpoints = Checkpoints(workdir, config.train.keep, config.selection, read_only=True)
     step = checkpoints.resolve(request.step)
-    output, rows = Path(request.output), len(stored.item_ids) if users is None else len(users)
+    output, rows = to_path(request.output), len(stored.item_ids) if users is None else len(users)
     parts = math.ceil(rows / config.score.part_users)
     _claim(output, _identity(workdir, config, request, step, checkpoints.progress(step)))
     for note in notes:
@@ -122,7 +120,7 @@ def score(workdir: Path, config: Config, request: Request, saved: bool) -> None:
             for part in missing:
                 begin = part * config.score.part_users
                 frame = _part(scorer, users, begin, begin + sizes[part], request)
-                for left in output.glob(f".{names[part]}-*"):  # of a process that was killed
+                for left in [] if is_remote(output) else output.glob(f".{names[part]}-*"):  # of a process that was killed
                     left.unlink()
                 write_atomically(output / names[part], frame.write_parquet)
                 bar.update(sizes[part])
@@ -218,7 +216,7 @@ def _claim(output: Path, identity: dict) -> None:
     path = output / _REQUEST
     try:
         if not path.exists():
-            output.mkdir(parents=True, exist_ok=True)
+            make_folder(output)
             write_atomically(path, lambda temporary: temporary.write_text(json.dumps(identity, indent=2) + "\n", encoding="utf-8"))
             return
         there = json.loads(path.read_text(encoding="utf-8"))

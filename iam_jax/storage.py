@@ -8,6 +8,7 @@ import contextlib
 import errno
 import functools
 import importlib.util
+import logging
 import os
 import re
 import tempfile
@@ -20,7 +21,7 @@ from pathlib import Path
 from iam_jax.errors import InputError
 
 _CLIENTS = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}  # fsspec's implementation, and the extra that installs it
-_PATIENCE = 60  # seconds to try; the clients would try again for minutes
+_PATIENCE, _ARRAYS_PATIENCE = 60, 20  # seconds; fsspec's clients give up in between, TensorStore would try for many minutes
 
 
 def is_remote(path: str | os.PathLike) -> bool:
@@ -45,6 +46,7 @@ def remote_folder(name: str) -> Path:
 
     # A listing that is kept would not show what TensorStore, or another process, has written since.
     fsspec.config.conf.setdefault(scheme, {}).setdefault("use_listings_cache", False)
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it tells of every request that it cannot find out the bucket's kind
     folder = epath.Path(name)
 
     def ask() -> None:
@@ -71,7 +73,12 @@ def check_writable(folder: Path) -> None:
 
         probe, token, client = f"{folder}/.writable-{uuid.uuid4().hex}", uuid.uuid4().bytes, _client(folder)
         client.pipe_file(probe, b"")  # its errors are the clearer ones
-        tensorstore.KvStore.open(kvstore(probe)).result(timeout=_PATIENCE).write("", token).result(timeout=_PATIENCE)
+        try:
+            store = tensorstore.KvStore.open(kvstore(probe)).result(timeout=_ARRAYS_PATIENCE)
+            store.write("", token).result(timeout=_ARRAYS_PATIENCE)
+        except TimeoutError as error:
+            client.rm_file(probe)
+            raise OSError(errno.ETIMEDOUT, f"TensorStore's client had no answer within {_ARRAYS_PATIENCE} seconds") from error
         if client.cat_file(probe) != token:
             raise OSError(errno.EIO, "what was written there is read otherwise")
         client.rm_file(probe)
@@ -174,8 +181,8 @@ def _as_os_error(path: Path) -> Iterator[None]:
 
 
 def _reason(error: BaseException) -> str:
-    text = re.sub(r"\s+", " ", str(error)).strip()
-    return text[:300] or type(error).__name__
+    text = re.sub(r"\s+", " ", getattr(error, "strerror", None) or str(error)).strip()[:300] or type(error).__name__
+    return f"not found: {text}" if isinstance(error, FileNotFoundError) else text
 
 
 def _within_patience(folder: Path, what: str, ask: Callable[[], None]) -> None:

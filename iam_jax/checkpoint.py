@@ -21,6 +21,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
+from iam_jax import storage
 from iam_jax.errors import DamagedError, InputError, some
 from iam_jax.files import write_atomically
 
@@ -35,7 +36,8 @@ class Checkpoints:
     when it is complete; one that was damaged afterwards is told of and passed over, in training also set aside (`STEP.damaged`)."""
 
     def __init__(self, workdir: Path, keep: int, metric: str, read_only: bool = False):
-        self.folder, self.metric = (workdir / "checkpoints").absolute(), metric
+        folder, self.metric = workdir / "checkpoints", metric
+        self.folder = storage.teach_orbax(folder) if storage.is_remote(folder) else folder.absolute()
         for name in ("absl", "asyncio"):  # Orbax tells every step of a save, and every error twice
             logging.getLogger(name).setLevel(logging.CRITICAL)
         if self.folder.exists() and not self.folder.is_dir():

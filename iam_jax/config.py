@@ -10,11 +10,11 @@ import json
 import math
 import os
 import re
-from pathlib import Path
 
 import ml_collections
 
 from iam_jax.errors import InputError
+from iam_jax.files import to_path
 from iam_jax.schedule import Schedule, parse_schedule
 
 CONFIG_FILE = "config.json"
@@ -287,7 +287,7 @@ def get_config(workdir: str) -> ml_collections.ConfigDict:
 def _read_saved(workdir: str | os.PathLike) -> dict:
     """The config of a working folder. Fields that came later take their defaults: a new field's default has to mean what the program did
     before. Raises InputError where the config is unreadable or has fields of a later version."""
-    path = Path(workdir) / CONFIG_FILE
+    path = to_path(workdir) / CONFIG_FILE
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(saved, dict):
@@ -317,7 +317,7 @@ def to_json(config: Config) -> str:
 
 def check_same_run(workdir: str | os.PathLike, config: Config) -> None:
     """Refuses a working folder that another config made; the error names the keys that differ."""
-    if not (Path(workdir) / CONFIG_FILE).exists():
+    if not (to_path(workdir) / CONFIG_FILE).exists():
         return
     saved, wanted = flatten(_read_saved(workdir)), flatten(json.loads(to_json(config)))
     differing = [

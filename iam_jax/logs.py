@@ -13,6 +13,9 @@ from iam_jax.config import LogConfig
 from iam_jax.distributed import is_first
 from iam_jax.errors import InputError
 from iam_jax.files import write_atomically
+from iam_jax.storage import Mirror, is_remote
+
+_UPLOAD_SECONDS = 30  # between two uploads to object storage that no checkpoint asks for
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -20,19 +23,27 @@ METRICS_FILE = "metrics.jsonl"
 class MetricsLog:
     """Appends to `metrics.jsonl` and to TensorBoard events, in the first process of a job. Opened at a step, it first drops lines of later
     steps, of validations after `validated`, and a half-written last one: after an interruption the file reads like that of one
-    uninterrupted run. Raises InputError where the file cannot be read or written."""
+    uninterrupted run. Raises InputError where the file cannot be read or written.
+
+    Object storage appends nothing: the files grow in a local folder there, and are put whole from time to time, before a checkpoint
+    (`upload`), and at the end."""
 
     def __init__(self, workdir: Path, step: int, config: LogConfig, validated: int | None = None):
-        self._file = self._events = None
+        self._file = self._events = self._mirror = None
         self.path = workdir / METRICS_FILE
         if not is_first():
             return
         with self._told():
-            if self.path.exists():
-                lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
+            if is_remote(workdir):
+                self._mirror = Mirror(workdir)
+                self._mirror.fetch(METRICS_FILE)
+                workdir = self._mirror.local
+            file = workdir / METRICS_FILE
+            if file.exists():
+                lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
                 kept = [line for line in lines if _step(line) <= (step if validated is None or "validation/" not in line else validated)]
-                write_atomically(self.path, lambda path: path.write_text("".join(line + "\n" for line in kept), encoding="utf-8"))
-            self._file = self.path.open("a", encoding="utf-8")
+                write_atomically(file, lambda path: path.write_text("".join(line + "\n" for line in kept), encoding="utf-8"))
+            self._file = file.open("a", encoding="utf-8")
             self._events = _Events(workdir / "tensorboard", step) if config.tensorboard else None
 
     def write(self, step: int, values: dict[str, float | list[float]]) -> None:
@@ -42,10 +53,25 @@ class MetricsLog:
                 self._file.flush()
             if self._events is not None:
                 self._events.write(step, values)
+        try:
+            self._upload(_UPLOAD_SECONDS)
+        except OSError as error:  # the next one may get through; what comes with a checkpoint must
+            print(f"{error.filename}: not uploaded yet ({error.strerror})", flush=True)
+
+    def upload(self) -> None:
+        """Before a checkpoint, so that a run resumed from it finds the lines before it."""
+        with self._told():
+            self._upload()
+
+    def _upload(self, at_most_every: float = 0) -> None:
+        if self._mirror is not None:
+            if self._events is not None:
+                self._events.flush()
+            self._mirror.upload(at_most_every)
 
     def close(self) -> None:
         with self._told():
-            for file in (self._file, self._events):
+            for file in (self._file, self._events, self._mirror):
                 if file is not None:
                     file.close()
 
@@ -78,8 +104,11 @@ class _Events:
             for tag, scalar in scalars.items():
                 self._write(step, summary=self._scalar(tag.replace("@", "_"), scalar))  # TensorBoard allows no "@"
         if time.monotonic() > self._flushed + 10:
-            self._writer.flush()
-            self._flushed = time.monotonic()
+            self.flush()
+
+    def flush(self) -> None:
+        self._writer.flush()
+        self._flushed = time.monotonic()
 
     def close(self) -> None:
         self._writer.close()

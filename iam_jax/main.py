@@ -37,8 +37,9 @@ from ml_collections import config_flags  # noqa: E402
 from iam_jax import config as config_lib  # noqa: E402
 from iam_jax import distributed  # noqa: E402
 from iam_jax.errors import InputError, JobError, NonFiniteError  # noqa: E402
-from iam_jax.files import write_atomically  # noqa: E402
+from iam_jax.files import to_path, write_atomically  # noqa: E402
 from iam_jax.interrupt import Signals  # noqa: E402
+from iam_jax.storage import is_remote  # noqa: E402
 from iam_jax.workdir import check_workdir, lock_workdir, open_workdir  # noqa: E402
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file; may be left out where --workdir holds a run's config.")
@@ -78,7 +79,7 @@ def run(signals: Signals) -> None:
     config = config_lib.resolve(_CONFIG.value)
     if _MULTIHOST.value:
         distributed.join(*(flag.value for flag in _JOB.values()), config.mesh, signals)
-    workdir = Path(_WORKDIR.value or Path("runs") / "-".join(filter(None, (Path(config_file).stem, variant))))
+    workdir = to_path(_WORKDIR.value or Path("runs") / "-".join(filter(None, (Path(config_file).stem, variant))))
     training, exporting = _MODE.value == "train", _MODE.value == "export"
     if not training and not (workdir / config_lib.CONFIG_FILE).exists():
         raise InputError(f"--workdir={workdir}: no run there to {_MODE.value}")
@@ -86,6 +87,8 @@ def run(signals: Signals) -> None:
     if exporting and not (_OUTPUT.value and (alone or config.model.pretrained)):
         what = "it needs a model that began as one (config.model.pretrained)" if _OUTPUT.value else "--output=DIR is missing"
         raise InputError(f"--mode=export makes a {'stand-alone' if alone else 'Hugging Face'} folder: {what}")
+    if exporting and is_remote(_OUTPUT.value):
+        raise InputError(f"--output={_OUTPUT.value}: an export is a local folder")
     asked = {name: flag.value for name, flag in _SCORE.items()}
     if _MODE.value == "score":
         from iam_jax.score import Request, score
@@ -199,11 +202,11 @@ def _facts(config: config_lib.Config, workdir: Path, split: str, pretrained: str
 def _compare() -> None:
     from iam_jax import compare
 
-    comparison = compare.collect(compare.named([Path(folder) for folder in _RUNS.value]))
+    comparison = compare.collect(compare.named(_RUNS.value))
     print(compare.format_text(comparison), end="")
     if _OUTPUT.value:
-        compare.write(comparison, Path(_OUTPUT.value))
-        print(f"wrote {Path(_OUTPUT.value) / 'comparison.md'}, .txt and .json")
+        compare.write(comparison, to_path(_OUTPUT.value))
+        print(f"wrote {to_path(_OUTPUT.value) / 'comparison.md'}, .txt and .json")
 
 
 def _config_file() -> str:

@@ -9,7 +9,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 import sys
 import time
 from pathlib import Path
@@ -26,12 +25,13 @@ from iam_jax.config import FREE_FIELDS, Config, check_same_run, flatten
 from iam_jax.data.histories import Users, read_candidates, read_users
 from iam_jax.data.stored import add_items, read_stored
 from iam_jax.errors import InputError
-from iam_jax.files import write_atomically
+from iam_jax.files import check_writable, make_folder, to_path, write_atomically
 from iam_jax.interrupt import Signals
 from iam_jax.model import Model, Params, make_model, pretrained
 from iam_jax.parameters import abstract, frozen_names, join, select
 from iam_jax.scorer import Scorer
 from iam_jax.sharding import make_mesh
+from iam_jax.storage import is_remote
 
 _NAME = "part-{:05}-of-{:05}.parquet"
 _REQUEST = "request.json"
@@ -67,10 +67,8 @@ class Request:
         for message, holds in wrong.items():
             if holds:
                 raise InputError(message)
-        output = Path(self.output)
-        existing = next(path for path in (output, *output.absolute().parents) if path.exists())
-        if not existing.is_dir() or not os.access(existing, os.W_OK):
-            raise InputError(f"--output={output}: {existing} cannot be written to")
+        output = to_path(self.output)
+        check_writable(output, "output")
         if output.is_dir() and not (output / _REQUEST).exists() and any(not path.name.startswith(".") for path in output.iterdir()):
             raise InputError(f"--output={output} is not empty and holds no {_REQUEST}: not a folder of scores")
 
@@ -100,7 +98,7 @@ def score(workdir: Path, config: Config, request: Request, saved: bool, signals:
     mesh = _mesh(config)
     with jax.set_mesh(mesh):  # before the folder is claimed: a damaged checkpoint has another stand in for it
         step, params = _restore(checkpoints, request.step, config, model, mesh)
-    output, rows = Path(request.output), len(stored.item_ids) if users is None else len(users)
+    output, rows = to_path(request.output), len(stored.item_ids) if users is None else len(users)
     parts = math.ceil(rows / config.score.part_users)
     identity = _identity(workdir, config, request, step, checkpoints.progress(step))
     distributed.agree(identity, signals)
@@ -135,7 +133,7 @@ def score(workdir: Path, config: Config, request: Request, saved: bool, signals:
                     for part in next_parts[jax.process_index() :][:1]:
                         begin = part * config.score.part_users
                         frame = _part(scorer, users, begin, begin + sizes[part], request)
-                        for left in output.glob(f".{names[part]}-*"):  # of a process that was killed
+                        for left in [] if is_remote(output) else output.glob(f".{names[part]}-*"):  # of a process that was killed
                             left.unlink()
                         write_atomically(output / names[part], frame.write_parquet)
                 bar.update(sum(sizes[part] for part in next_parts))
@@ -227,7 +225,7 @@ def _claim(output: Path, identity: dict) -> None:
     path = output / _REQUEST
     try:
         if not path.exists():
-            output.mkdir(parents=True, exist_ok=True)
+            make_folder(output)
             write_atomically(path, lambda temporary: temporary.write_text(json.dumps(identity, indent=2) + "\n", encoding="utf-8"))
             return
         there = json.loads(path.read_text(encoding="utf-8"))

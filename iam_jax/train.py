@@ -377,6 +377,7 @@ def train(run: Run, workdir: Path, evaluator: Evaluator, signals: Signals) -> Ch
                     if step > saved_step or validating:  # interrupted before its validation, a checkpoint gets its metrics now
                         now = time.monotonic()
                         progress.minutes, clock = progress.minutes + (now - clock) / 60, now
+                        log.upload()
                         checkpoints.save(step, state, dataclasses.asdict(progress), metrics)
                         saved_step = step
                     meter.resume()

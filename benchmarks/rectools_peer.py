@@ -32,6 +32,7 @@ for _name in ("pytorch_lightning", "pytorch_lightning.utilities.rank_zero", "lig
 warnings.filterwarnings("ignore", module="rectools|pytorch_lightning|pydantic")
 
 SESSION = 50  # events that the model reads at most
+RATES = [1e-3, 3e-3, 3.33e-4]  # learning rates tried: those of launch/reproduce.py for our SASRec
 
 
 class Told(Callback):
@@ -178,9 +179,9 @@ class Validates(Told):
 
 
 def choose_rate(config: Config, prepared: Prepared, args: argparse.Namespace, known: dict, save: Callable[[], None]) -> float:
-    """The learning rate with the best validation after args.trial_minutes, seed 0; the only one is not tried. known: {"trials"}, of before,
-    to which each is added and saved."""
-    rates = args.learning_rate or [config.optimizer.learning_rate]
+    """Of args.learning_rate, or RATES, that with the best validation after args.trial_minutes, seed 0; the only one is not tried. known:
+    {"trials"}, of before, to which each is added and saved."""
+    rates = args.learning_rate or RATES
     if len(rates) == 1:
         return rates[0]
     for rate in rates[len(known["trials"]) :]:

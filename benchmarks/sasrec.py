@@ -21,9 +21,10 @@ position that the layers compute, real or padding; RecTools computes the softmax
 that a row holds. cores: CPU seconds per second of the process.
 
 quality: RecTools trained until --minutes, --epochs or --patience ends it, validated every --eval_epochs as our runs are (validation_users,
-metric), with the best of several --learning_rate, each tried for --trial_minutes with seed 0; then the best epoch ranks all validation and
-test events by iam_jax/evaluate.py: every item a candidate, ties and seen items as ours, items without a training event scored 0. Its own
-`recommend` must give the same top 10 for --check users, or the exit code is 1.
+metric), with the best of several --learning_rate (by default those that launch/reproduce.py tries for ours), each tried for
+--trial_minutes with seed 0; then the best epoch ranks all validation and test events by iam_jax/evaluate.py: every item a candidate, ties
+and seen items as ours, items without a training event scored 0. Its own `recommend` must give the same top 10 for --check users, or the
+exit code is 1.
 FOLDER/seed<n> is like a working folder (evaluation.json, ranks.parquet, run.json), for --mode=compare too; finished seeds are kept. With
 --runs, working folders of ours (whose config, with its protocol, is then taken): means over the seeds and the difference, seed with seed,
 with the bootstrap over users. Each subcommand prints one table and writes one JSON.
@@ -94,7 +95,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     both.add_argument("--set", nargs="*", default=[], metavar="SECTION.FIELD=VALUE", help="overrides of the config")
     both.add_argument("--threads", type=int, help="cores of each side; all by default")
     both.add_argument("--dropout", type=float, help="of RecTools; the config's by default")
-    both.add_argument("--learning_rate", type=float, nargs="+", help="of RecTools; the config's by default, quality tries several")
+    both.add_argument(
+        "--learning_rate", type=float, nargs="+", help="of RecTools; speed: the config's by default; quality: the best of several"
+    )
     both.add_argument("--output", type=Path)
     commands = parser.add_subparsers(dest="command", required=True)
     one = commands.add_parser("speed", parents=[both])

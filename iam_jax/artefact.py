@@ -42,6 +42,8 @@ def check(config: Config) -> None:
     """Raises InputError for a model that has no such scorer, before any work."""
     if not config.objective.item:
         raise InputError("--format=stablehlo exports item scores: config.objective.item = 0 has none")
+    if config.eval.ranking != "item":
+        raise InputError(f"--format=stablehlo exports item scores, and config.eval.ranking = {config.eval.ranking!r} orders by others")
     if config.model.dtype == "bfloat16" and jax.default_backend() == "gpu":
         raise InputError("--format=stablehlo: bfloat16 attention of a GPU is no plain XLA; export on a CPU (JAX_PLATFORMS=cpu)")
 
@@ -142,6 +144,7 @@ def export(evaluator: Evaluator, params: Params, step: int, output: Path, top_k:
 def _facts(config: Config, catalogue: Catalogue, k: int, step: int) -> dict:
     tokens, offsets = catalogue.tokens, catalogue.offsets
     facts = {"format": FORMAT, "step": step, "top_k": k, "items": catalogue.items, "row_tokens": config.data.row_tokens}
+    facts["last_n"] = config.data.last_n  # events of a history that are read; 0: all that fit
     facts |= {"prompt": tokens[offsets[-3] : offsets[-2]].tolist(), "suffix": tokens[offsets[-2] :].tolist()}
     if catalogue.tokenizer_json:  # what makes tokens of a text
         separator = encode(Tokenizer.from_str(catalogue.tokenizer_json), [config.data.separator], special=True)[0]

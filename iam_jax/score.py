@@ -36,6 +36,7 @@ from iam_jax.storage import is_remote
 _NAME = "part-{:05}-of-{:05}.parquet"
 _REQUEST = "request.json"
 _DEFAULT_K = 100
+_PAIRS = 1 << 21  # given candidates scored at one time, at least one user's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,9 +151,12 @@ def _part(scorer: Scorer, users: Users | None, begin: int, end: int, request: Re
         h_nE = scorer.user_vectors(users.events.last(scorer.config.data.last_n))
         return pl.DataFrame([users.ids.rename("user"), pl.Series("vector", h_nE)])
     if users.candidates is None:
-        item, score = scorer.top(users, min(request.top_k or _DEFAULT_K, len(item_ids)))
-    else:
-        item, score = scorer.given(users, request.top_k or len(item_ids))
+        return _lists(item_ids, users, *scorer.top(users, min(request.top_k or _DEFAULT_K, len(item_ids))))
+    k = request.top_k or len(item_ids)
+    return pl.concat([_lists(item_ids, some, *scorer.given(some, k)) for some in users.pieces(_PAIRS)])
+
+
+def _lists(item_ids: pl.Series, users: Users, item: np.ndarray, score: np.ndarray) -> pl.DataFrame:
     user, place = np.nonzero(score > -np.inf)
     ids = users.ids.gather(user).rename("user"), item_ids.gather(item[user, place]).rename("item")
     return pl.DataFrame([*ids, pl.Series("rank", place + 1, dtype=pl.Int32), pl.Series("score", score[user, place])])

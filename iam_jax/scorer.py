@@ -139,7 +139,8 @@ class Scorer:
             return self._likeliest(users, k)
         h_nE = self.user_vectors(users.events.last(self.config.data.last_n))
         n, items = len(users), len(self.stored.item_ids)
-        X = min(_power_of_two(n), max(8, min(1024, _SCORES // self._chunks.shape[1])))
+        most = int(users.events.lengths.max(initial=1))
+        X = min(_power_of_two(n), max(8, min(1024, _SCORES // max(self._chunks.shape[1], most))))
         found = np.zeros((n, k), np.int32), np.full((n, k), -np.inf, np.float32)
         for begin in range(0, n, X):
             seen = users.events[begin : begin + X] if self.config.eval.filter_seen else Lists(np.zeros(0, np.int32), np.zeros(1, np.int64))

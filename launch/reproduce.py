@@ -7,6 +7,8 @@ Every model gets the same time: --minutes of training steps for every seed, and 
 that times and divided by 3, 9, …), each for --trial_minutes with seed 0 and judged on validation alone. Minutes become steps by a
 calibration at the start, in which the models take turns; from then on a run is a number of steps, the same on a busy machine, with the
 learning rate's warm-up and decay, and the validations, at the same shares of it for every model. Compilation and validations do not count.
+Text vectors come after the leading intra layers where a schedule has them, else after all layers: a step of ordinary attention and of
+"without intra" costs more, and they take fewer in the same time (`-- --config.objective.text_layers=all` makes all models alike).
 The best step by validation is evaluated. Calibration and trials are recorded in the table's JSON. Baselines need no training and come with
 the first finished run.
 
@@ -46,6 +48,8 @@ SHARED = (
     *(f"data.{field}" for field in ("source", "category", "untitled", "k_core", "last_n", "split", "t1", "t2", "text", "context_items")),
     "model.width", "train.batch_rows", "eval.validation_users", "eval.batch_rows",
 )  # fmt: skip
+# SASRec's dropout where the published one is not the config's
+SASREC = {"ml1m": {"model.dropout": 0.2}}
 TRIAL_SEED = 0
 CALIBRATION, CALIBRATIONS, LINE = 40, 2, 5  # steps of a calibration, how many there are, steps of a line of metrics.jsonl
 FEW = ("--config.eval.test=false", "--config.eval.baselines=false", "--config.eval.resamples=1")  # of runs that only choose a setting
@@ -109,6 +113,7 @@ def model_flags(args: argparse.Namespace, data: str, model: str) -> tuple[str, l
     if schedule is None:
         own = flatten(_config(file).to_dict())
         changes = {name: own[name] for name in SHARED} | {"data.row_tokens": row_tokens, "model.mlp_width": own["model.width"]}
+        changes |= SASREC.get(data, {})
         file = "amazon_toys_sasrec.py"
     else:
         relations = schedule(repeats)
@@ -129,6 +134,7 @@ def calibrations(args: argparse.Namespace, data: str, model: str) -> list[tuple[
     """(working folder, flags) of the short runs that tell how long a step takes."""
     file, flags, rate = model_flags(args, data, model)
     own = _steps(CALIBRATION) | {"log.every": LINE, "optimizer.learning_rate": rate, "train.seed": TRIAL_SEED}
+    own |= {"train.eval_every": CALIBRATION, "train.save_every": CALIBRATION}  # nobody reads its validations
     flags = [*flags, *FEW, *args.rest, *_overrides(own)]
     folders = [args.folder / data / model / f"calibration{number}" for number in range(CALIBRATIONS)]
     return [(folder, commands.command(folder, file, flags)) for folder in folders]
@@ -136,11 +142,13 @@ def calibrations(args: argparse.Namespace, data: str, model: str) -> list[tuple[
 
 def step_seconds(args: argparse.Namespace, data: str, model: str) -> float | None:
     """Seconds of a training step: of the calibrations' medians the least, since other work only adds; None before they are finished
-    (in a dry run 1)."""
+    (in a dry run 1), and where one diverged."""
     medians = []
     for workdir, flags in calibrations(args, data, model):
         if not commands.finished(workdir, flags):
             return 1.0 if args.dry_run else None
+        if commands.diverged(workdir):
+            return None
         lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
         lines = [line for line in lines if "tokens_per_second" in line]
         seconds = [
@@ -240,11 +248,12 @@ def run_all(args: argparse.Namespace) -> int:
         for data, model in runs:
             rate = chosen(args, data, model)
             if rate is None:
-                if not args.dry_run:
-                    print(f"== {data}, {model}, seed {seed}: not run, every trial diverged")
+                tried = trial_runs(args, data, model)
+                if not (args.dry_run and tried):
+                    print(f"== {data}, {model}, seed {seed}: not run, {'every trial' if tried else 'a calibration'} diverged", flush=True)
                     continue
                 print(f"== {data}, {model}, seed {seed}: with the learning rate of the best trial, here the config's")
-                rate = next(iter(trial_runs(args, data, model)))
+                rate = next(iter(tried))
             if code := _finish(args, *seed_runs(args, data, model, rate, [seed])[seed]):
                 return code
     return 0
@@ -344,6 +353,8 @@ def format_markdown(args: argparse.Namespace, table: dict) -> str:
 
 def _cells(row: dict | None) -> list[str]:
     lost = f"{', '.join(map(str, row['diverged']))} diverged" if row and row.get("diverged") else ""
+    if row and row.get("trials") and all(trial[f"validation_{METRICS[0]}"] is None for trial in row["trials"]):
+        lost = "every trial diverged"
     if not row or "mean" not in row:
         return ["", lost, *[""] * (1 + len(METRICS) + len(COST))]
     delta, between = row["difference"], ""

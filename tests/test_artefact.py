@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -191,3 +192,16 @@ def test_what_is_exported_on_a_mesh_runs_on_one_device():
     env["PYTHONPATH"] = os.pathsep.join([*map(str, (Path(__file__).parents[1], Path(__file__).parent)), env.get("PYTHONPATH", "")])
     done = subprocess.run([sys.executable, "-c", ON_EIGHT], capture_output=True, text=True, env=env, timeout=200)
     assert done.stdout == "1\n", done.stderr[-3000:]
+
+
+def test_a_service_reads_as_many_events_as_the_scorer(trained, evaluator):
+    """data.last_n: the model reads the last events, all of them are seen."""
+    facts = json.loads((trained / "out" / "artefact.json").read_text())
+    assert facts["last_n"] == evaluator[0].config.data.last_n == 0
+    shutil.copytree(trained / "out", trained / "short")
+    (trained / "short" / "artefact.json").write_text(json.dumps(facts | {"last_n": 2}))
+    history = evaluator[0].prepared.events.item_ids.tolist()[:5]
+    (found,), (expected,) = service(trained / "short", [[history]])[0], service(trained / "out", [[history[-2:]]])[0]
+    expected = [pair for pair in expected if pair[0] not in history]
+    assert [item for item, _ in found] == [item for item, _ in expected] and len(found) == 45
+    np.testing.assert_allclose([x for _, x in found], [x for _, x in expected], rtol=1e-5, atol=1e-6)

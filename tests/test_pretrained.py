@@ -28,6 +28,7 @@ from pretrained_models import (
     write_model,
 )
 
+from iam_jax.errors import InputError
 from iam_jax.model import pretrained
 from iam_jax.model.pretrained import importing, table
 from iam_jax.sharding import param_sharding
@@ -244,6 +245,8 @@ def test_names_that_differ_between_versions(tmp_path):
     more["lm_head.weight"] = more["lm_head.weight"] + np.float32(1e-3)
     folder = write_model(tmp_path / "other", MODELS["llama3-tied"], tensors | more)
     refused("{folder}/model.safetensors: config.json ties 'lm_head.weight' to 'model.embed_tokens.weight', but it is another", folder)
+    with pytest.raises(InputError, match="but it is another"):  # before the data are prepared
+        pretrained.fingerprint(configured(folder))
     both = tensors | {"norm.weight": tensors["model.norm.weight"]}
     refused("{folder}/model.safetensors: tensor ", write_model(tmp_path / "twice", MODELS["llama3-tied"], both))
 

@@ -121,6 +121,11 @@ def test_folders_that_are_none(tmp_path, folders):
         assert str(caught.value).startswith(
             f"config.model.pretrained = '{path}': no such folder (a model folder on this machine; nothing is"
         )
+    for path, why in (("~nobody-of-that-name/m", "home directory"), (tmp_path / ("a" * 300), "File name too long")):
+        with pytest.raises(InputError, match=why):
+            pretrained.configure(at(path))
+        with pytest.raises(InputError, match=why):
+            pretrained.check_output(path)
     with pytest.raises(InputError, match=r"config\.json: no such file in the model folder$"):
         pretrained.configure(at(tmp_path))
     for text, why in (("{", "Expecting property name"), ("[]", "not a JSON object"), ('"\xff"', "'utf-8' codec can't decode")):

@@ -216,6 +216,7 @@ def test_every_models_config_resolves_and_shares_the_protocol(reproduce, tmp_pat
             made = resolve(config)
             shared.append({name: value for name, value in flatten(config.to_dict()).items() if name in reproduce.SHARED})
             assert len(shared[-1]) == len(reproduce.SHARED)
+            assert model != "sasrec" or made.model.dropout == (0.2 if data == "ml1m" else 0.4)  # as published
             layers = len(made.schedule.relations)
             assert model == "sasrec" or layers == 2 * repeats or (model, layers) == ("hatllm", 3)
         assert all(fields == shared[0] for fields in shared), data
@@ -268,3 +269,25 @@ def test_end_to_end(tmp_path, tiny):
     rows = rows_of(tmp_path)
     assert rows["SASRec"][:2] == ["0.001", "0"] and float(rows["SASRec"][2]) > 0 and float(rows["SASRec"][8]) >= 0
     assert rows["popularity"][2] and rows["last_item"][2] and rows["ordinary attention"] == [""] * 9
+
+
+def test_calibrations_and_trials_that_diverge(reproduce, ran, tmp_path, capsys, monkeypatch):
+    run, commands = reproduce.commands.run, reproduce.commands
+
+    def some_diverge(workdir, flags):
+        if (workdir.parent.name, workdir.name[:5]) in (("iam", "calib"), ("no_intra", "trial")):
+            workdir.parent.mkdir(parents=True, exist_ok=True)
+            commands.mark(workdir, flags, diverged=True)
+            return commands.NON_FINITE
+        return run(workdir, flags)
+
+    monkeypatch.setattr(commands, "run", some_diverge)
+    command = ["demo", "--models", "ordinary", "iam", "no_intra", "--minutes=8", "--trials=2", "--seeds", "0"]
+    for more in ([], ["--table"], ["--dry-run"]):
+        assert reproduce.main([*command, f"--folder={tmp_path / 'runs'}", *more]) == 0
+    told = capsys.readouterr().out
+    assert "demo, iam, seed 0: not run, a calibration diverged" in told
+    assert "demo, no_intra, seed 0: not run, every trial diverged" in told
+    rows = rows_of(tmp_path)
+    assert rows["ordinary attention"][1] == "0" and rows["item-aware attention"] == [""] * 9
+    assert rows["without intra"] == ["", "every trial diverged", *[""] * 7]

@@ -169,6 +169,26 @@ def test_candidates(folder, users, shop, tmp_path):
     assert top.equals(frame.filter(pl.col("rank") <= 2))
 
 
+def test_uneven_candidates_are_scored_in_pieces(folder, users, shop, tmp_path, monkeypatch):
+    every = sorted(pl.read_csv(users, infer_schema=False)["user"].unique())
+    items = shop.items["item"].to_list()
+    pairs = [(user, item) for n, user in enumerate(every) for item in (items if n == 20 else items[n % 7 : n % 7 + 2])]
+    pl.DataFrame(pairs, schema=["user", "item"], orient="row").write_parquet(tmp_path / "pairs.parquet")
+    whole = scored(folder, tmp_path / "whole", users=users, candidates=tmp_path / "pairs.parquet")
+    given, sizes = score_lib.Scorer.given, []
+
+    def told(self, users, k):
+        sizes.append((len(users), int(users.candidates.lengths.max())))
+        return given(self, users, k)
+
+    monkeypatch.setattr(score_lib.Scorer, "given", told)
+    monkeypatch.setattr(score_lib, "_PAIRS", 30)
+    pieces = scored(folder, tmp_path / "pieces", users=users, candidates=tmp_path / "pairs.parquet")
+    assert (1, 50) in sizes and all(count * most <= 30 for count, most in sizes if count > 1) and sum(n for n, _ in sizes) == len(every)
+    assert pieces["user"].equals(whole["user"]) and pieces["item"].equals(whole["item"])
+    np.testing.assert_allclose(pieces["score"], whole["score"], rtol=1e-5, atol=1e-6)
+
+
 def test_new_items_are_scored_from_their_text(folder, tiny, shop, users, tmp_path):
     """As if they had been in the catalogue of the training, which has no event of them."""
     tables = tmp_path / "tables"

@@ -2,6 +2,7 @@
 takes eight bytes an event."""
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -68,6 +69,16 @@ class Users:
     def part(self, begin: int, end: int) -> "Users":
         some = slice(begin, end)
         return Users(self.ids[some], self.events[some], None if self.candidates is None else self.candidates[some])
+
+    def pieces(self, most: int) -> Iterator["Users"]:
+        """One after another, so many that their candidates, of all as many as of the one who has most, are at most `most`; or one user."""
+        begin = width = 0
+        for end, length in enumerate(self.candidates.lengths.tolist()):
+            width = max(width, length)
+            if end > begin and (end + 1 - begin) * width > most:
+                yield self.part(begin, end)
+                begin, width = end, length
+        yield self.part(begin, len(self))
 
 
 def read_users(path: str | Path, item_ids: pl.Series, drop: bool) -> tuple[Users, list[str]]:

@@ -118,8 +118,8 @@ class Block(nnx.Module):
         rate = self.config.dropout
         keys = (None, None) if key is None else jax.random.split(key)
         y_BTD, cache = self.attention(self.attention_norm(x_BTD), ranges, position_BT, reach, include_self, key, cache)
-        x_BTD = x_BTD + dropout(y_BTD, rate, keys[0])
-        return x_BTD + dropout(self.mlp(self.mlp_norm(x_BTD), key), rate, keys[1]), cache
+        x_BTD = _rounded(x_BTD + dropout(y_BTD, rate, keys[0]))
+        return _rounded(x_BTD + dropout(self.mlp(self.mlp_norm(x_BTD), key), rate, keys[1])), cache
 
 
 class Decoder(nnx.Module):
@@ -248,13 +248,20 @@ class Decoder(nnx.Module):
             x_BTD = x_BTD * config.width**0.5
         if self.position_PD is not None:
             x_BTD = x_BTD + self.position_PD[...][position_BT]
-        return dropout(x_BTD.astype(config.dtype), config.dropout, key)
+        return _rounded(dropout(x_BTD.astype(config.dtype), config.dropout, key))
 
     def _reach(self, relation: str) -> tuple[int, int] | None:
         """How many slots before and behind a token its keys may lie."""
         if self.longest is None or not relation.startswith("intra"):
             return None
         return self.longest - 1, self.longest - 1 if relation == "intra_both" else 0
+
+
+def _rounded(x: jax.Array) -> jax.Array:
+    """x, in its own type for certain. XLA may leave out the rounding of what it fuses ("excess precision"): then the states between two
+    layers depend on what else is in the program, and inserted layers that add nothing change the logits."""
+    info = jnp.finfo(x.dtype)
+    return x if x.dtype == jnp.float32 else jax.lax.reduce_precision(x, info.nexp, info.nmant)
 
 
 def _take(stacked, r: int):

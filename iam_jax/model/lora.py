@@ -70,7 +70,8 @@ def add_adapters(config: LoraConfig, rngs: nnx.Rngs, **modules: nnx.Module) -> N
 
 
 def merge(params: dict, config: LoraConfig) -> dict:
-    """The parameters with every adapter added to its matrix, in the matrix' type, and no adapters."""
+    """The parameters with every adapter added to its matrix, in the wider of their types (in bfloat16 most of a small adapter would be
+    rounded away), and no adapters."""
     merged = {name: merge(x, config) if isinstance(x, dict) else x for name, x in params.items() if "_lora_" not in name}
     return _add(merged, params, config.alpha / max(config.rank, 1))
 
@@ -92,5 +93,5 @@ def _add(matrices: dict, adapters: dict, scale: float) -> dict:
             outputs = up_name.rsplit("_", 1)[1][1:]
             matrix = matrices[f"{stem}_{inputs}{outputs}"]
             product = jnp.einsum(f"...{inputs}L,...L{outputs}->...{inputs}{outputs}", down, adapters[up_name])
-            matrices = matrices | {f"{stem}_{inputs}{outputs}": (matrix + scale * product).astype(matrix.dtype)}
+            matrices = matrices | {f"{stem}_{inputs}{outputs}": matrix + scale * product}
     return matrices

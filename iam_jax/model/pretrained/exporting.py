@@ -28,8 +28,12 @@ _TAGS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "int32": "I32",
 
 def check_output(output: str | Path) -> Path:
     """Raises InputError where an export to `output` cannot be made."""
-    output = Path(output).expanduser()
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    try:
+        output = Path(output).expanduser()
+        taken = output.exists() and (not output.is_dir() or any(output.iterdir()))
+    except (OSError, RuntimeError) as error:
+        raise InputError(f"--output={output}: {getattr(error, 'strerror', None) or error}") from error
+    if taken:
         raise InputError(f"{output}: exists already, and an export does not overwrite")
     existing = next(path for path in output.absolute().parents if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):

@@ -18,8 +18,12 @@ _ROPES = {"default": "none", "linear": "linear", "llama3": "llama3"}
 
 
 def find_folder(path: str) -> Path:
-    folder = Path(path).expanduser()
-    if not folder.is_dir():
+    try:
+        folder = Path(path).expanduser()
+        there = folder.is_dir()
+    except (OSError, RuntimeError) as error:  # a name too long, a parent that cannot be read; "~" of a user that there is not
+        raise InputError(f"config.model.pretrained = {path!r}: {getattr(error, 'strerror', None) or error}") from error
+    if not there:
         raise InputError(f"config.model.pretrained = {path!r}: no such folder (a model folder on this machine; nothing is downloaded)")
     return folder
 
@@ -131,6 +135,7 @@ class Header(NamedTuple):
 def read_header(file: Path) -> dict[str, Header]:
     """By name. Raises InputError where the file is missing, truncated or no safetensors file."""
     try:
+        file.open("rb").close()  # safe_open says of a file that may not be read that there is none
         with safe_open(file, framework="np"):  # checks the header against the file's length
             pass
         with file.open("rb") as stream:

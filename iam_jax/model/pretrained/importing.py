@@ -138,7 +138,9 @@ def fingerprint(config: Config) -> str:
     Raises InputError for tensors that are missing, unused, misshapen or of an unsupported type.
     """
     source = read_pretrained(config)
-    headers = source.tensors().headers
+    tensors = source.tensors()
+    _check_tied(source, tensors)
+    headers = tensors.headers
     described = [source.fields, source.layers, [[name, headers[name].dtype, headers[name].shape] for name in sorted(source.shapes())]]
     digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
     for name in sorted(source.shapes()):

@@ -274,11 +274,11 @@ def _fail(error: Exception | str, code: int) -> NoReturn:
 
 
 def _fail_job(error: Exception) -> NoReturn:
-    """A process of several met what no one expected, or (then a collective fails) another one is gone."""
+    """A process of several met what no one expected, or another one is gone: then a collective fails."""
     import jax
 
     if isinstance(error, jax.errors.JaxRuntimeError):
-        told = f"another process of the job is gone, or cannot be reached: {' '.join(str(error).split())}"
+        told = f"the devices' program failed, another process of the job may be gone: {' '.join(str(error).split())}"
         print(f"error: process {jax.process_index()}: {told}", file=sys.stderr)
         distributed.leave(distributed.FAILED, with_others=False)
     traceback.print_exception(error)

@@ -11,8 +11,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from iam_jax.config import MeshConfig
 from iam_jax.errors import InputError
 
-# D model: sharded by fsdp. N heads, F feed-forward, V vocabulary, I items: by tensor. K key-value heads may be too few.
-AXES = {"D": "fsdp", "N": "tensor", "F": "tensor", "V": "tensor", "I": "tensor"}
+# D model: sharded by fsdp. N heads, K key-value heads (which may be too few), F feed-forward, V vocabulary, I items: by tensor.
+AXES = {"D": "fsdp", "N": "tensor", "K": "tensor", "F": "tensor", "V": "tensor", "I": "tensor"}
 BATCH_AXES, HEADS_AXIS = ("data", "fsdp"), AXES["N"]
 BATCH = PartitionSpec(BATCH_AXES)
 
@@ -86,6 +86,16 @@ def at_block_boundary(x_BTD: jax.Array) -> jax.Array:
     if mesh.empty or mesh.size == 1 or not set(BATCH_AXES) <= set(mesh.axis_names) or len(x_BTD) % batch_shards(mesh):
         return x_BTD
     return jax.lax.with_sharding_constraint(x_BTD, BATCH)
+
+
+def looked_up(table_VD: jax.Array) -> jax.Array:
+    """Inside jit: a table whose rows are looked up, whole along D. Left to XLA, what is looked up would be split along D like the table,
+    and to split it by rows every device would need all of it."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.shape.get(AXES["D"], 1) == 1:
+        return table_VD
+    name = AXES["V"] if len(table_VD) % mesh.shape[AXES["V"]] == 0 else None
+    return jax.lax.with_sharding_constraint(table_VD, PartitionSpec(name, None))
 
 
 def spread_rows(mesh: Mesh, x: jax.Array) -> jax.Array:

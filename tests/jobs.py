@@ -31,7 +31,7 @@ def start_job(folder: Path, processes: int, *flags: str, devices: int = 1) -> su
     return subprocess.Popen(command, cwd=folder, env=_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def run_job(folder: Path, processes: int, *flags: str, devices: int = 1, code: int = 0, timeout: float = 300) -> str:
+def run_job(folder: Path, processes: int, *flags: str, devices: int = 1, code: int = 0, timeout: float = 900) -> str:
     """What a whole job told."""
     job = start_job(folder, processes, *flags, devices=devices)
     try:
@@ -56,7 +56,7 @@ def two_processes(command: list[str], devices: int = 1, cwd: Path | None = None,
     commands = load_launcher().job(command, 2, devices, {"JAX_PLATFORMS": "cpu"})
     both = [subprocess.Popen(own, env=_environment() | more, **options) for more, own in commands]
     try:
-        told = [process.communicate(timeout=300)[0] for process in both]
+        told = [process.communicate(timeout=900)[0] for process in both]
     finally:
         for process in both:
             process.kill()

@@ -89,7 +89,7 @@ def test_every_row_once_an_epoch(two, settings):
 
 
 def wait_for(job, condition):
-    end = time.monotonic() + 200
+    end = time.monotonic() + 600
     while not condition():
         assert job.poll() is None and time.monotonic() < end, job.communicate()[0]
         time.sleep(0.02)

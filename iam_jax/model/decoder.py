@@ -16,7 +16,7 @@ from iam_jax.kernels.range_attention import range_attention
 from iam_jax.model.attention import Ranges, key_ranges, rotary
 from iam_jax.model.lora import add_adapters, dropout, linear, weight
 from iam_jax.schedule import Schedule
-from iam_jax.sharding import at_block_boundary
+from iam_jax.sharding import at_block_boundary, looked_up
 
 _ACTIVATIONS = {"silu": jax.nn.silu, "gelu": jax.nn.gelu, "relu": jax.nn.relu}
 
@@ -239,10 +239,10 @@ class Decoder(nnx.Module):
     def _embed(self, token_BT, position_BT, key: jax.Array | None) -> jax.Array:
         config = self.config
         if self.boundary_D is None:
-            x_BTD = self.embedding_VD[...][token_BT]
+            x_BTD = looked_up(self.embedding_VD[...])[token_BT]
         else:
             V = len(self.embedding_VD[...])
-            x_BTD = self.embedding_VD[...][jnp.minimum(token_BT, V - 1)]
+            x_BTD = looked_up(self.embedding_VD[...])[jnp.minimum(token_BT, V - 1)]
             x_BTD = jnp.where((token_BT == V)[..., None], self.boundary_D[...], x_BTD)
         if config.scale_embedding:
             x_BTD = x_BTD * config.width**0.5

@@ -23,6 +23,7 @@ from iam_jax.logs import MetricsLog
 
 TESTS = Path(__file__).parent
 STEPS = 12
+FLAGS = "--xla_backend_optimization_level=0"  # compiles faster
 
 
 class Forks:
@@ -31,6 +32,7 @@ class Forks:
     def __init__(self, folder):
         self.folder = folder
         env = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS.parent), *filter(None, [os.environ.get("PYTHONPATH")])])}
+        env["XLA_FLAGS"] = FLAGS
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
         self.process = subprocess.Popen([sys.executable, str(TESTS / "faults_driver.py")], env=env, **pipes)
 
@@ -143,7 +145,7 @@ def test_the_newest_checkpoint_damaged_the_one_before_it_is_used(forks, whole):
 
 
 def test_on_another_mesh_no_example_is_repeated_or_skipped(forks, whole):
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    flags = {"XLA_FLAGS": f"{FLAGS} --xla_force_host_platform_device_count=4"}
     forks.run("--config=tiny.py", "--workdir=meshes", kill=["batch", 7, 0.0])
     forks.run("--config=tiny.py", "--workdir=meshes", "--config.mesh.fsdp=2", **flags)
     there, here = progress(forks.folder / "meshes"), progress(whole)

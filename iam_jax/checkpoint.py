@@ -7,6 +7,7 @@ import contextlib
 import gc
 import json
 import logging
+import os
 import re
 import sys
 import warnings
@@ -114,8 +115,11 @@ class Checkpoints:
     def wait(self) -> None:
         """Until the save that was begun last is complete. Raises InputError where the disk refused it."""
         if self._manager is not None:
-            with self._told_of("cannot be saved"):
-                self._manager.wait_until_finished()
+            try:
+                with self._told_of("cannot be saved"):
+                    self._manager.wait_until_finished()
+            finally:
+                self._steps = set(self._manager.all_steps())
 
     def close(self) -> None:
         if self._manager is not None:
@@ -302,7 +306,7 @@ def _of_the_system(error: BaseException | None) -> str | None:
     while error is not None:
         if isinstance(error, OSError) and error.strerror:
             return error.strerror
-        if found := re.search(r"\[OS error \d+: (?:E[A-Z]+ )?([^\]]+)\]", str(error)):
-            return found[1]
+        if code := re.search(r"os_error_code='(\d+)'", str(error)):  # tensorstore's way
+            return os.strerror(int(code[1]))
         error = error.__cause__ or error.__context__
     return None

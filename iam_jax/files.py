@@ -5,7 +5,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from iam_jax.errors import InputError
+from iam_jax.errors import InputError, of_the_system
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -19,5 +19,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
             os.replace(name, path)
         finally:
             Path(name).unlink(missing_ok=True)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror or error})") from error
+    except Exception as error:
+        if (reason := of_the_system(error)) is None:
+            raise
+        raise InputError(f"{path}: cannot be written ({reason})") from error

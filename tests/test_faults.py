@@ -92,7 +92,8 @@ def trial(forks, whole, seed):
         if (seed + attempt) % 2:
             kill = ["batch", draw.randrange(STEPS), draw.uniform(0, 0.2)]
         else:
-            kill = ["save", draw.randint(1, 5), draw.choice(["before", "after", "deleted"])]
+            moment = draw.choice(["before", "after", "deleted"])
+            kill = ["save", draw.randint(1, 9 if moment == "deleted" else 50), moment]  # a save names several folders
         print(f"seed {seed}: {kill}")
         forks.run("--config=tiny.py", f"--workdir={name}", kill=kill)
     forks.run("--config=tiny.py", f"--workdir={name}")

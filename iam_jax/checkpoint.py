@@ -7,7 +7,6 @@ import contextlib
 import gc
 import json
 import logging
-import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -22,7 +21,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from iam_jax import storage
-from iam_jax.errors import DamagedError, InputError, some
+from iam_jax.errors import DamagedError, InputError, of_the_system, some
 from iam_jax.files import write_atomically
 
 _PROGRESS, _METRICS = "progress/metadata", "metrics/metrics"  # where Orbax puts the two JSON items of a step
@@ -116,8 +115,11 @@ class Checkpoints:
     def wait(self) -> None:
         """Until the save that was begun last is complete. Raises InputError where the disk refused it."""
         if self._manager is not None:
-            with self._told_of("cannot be saved"):
-                self._manager.wait_until_finished()
+            try:
+                with self._told_of("cannot be saved"):
+                    self._manager.wait_until_finished()
+            finally:
+                self._steps = set(self._manager.all_steps())
 
     def close(self) -> None:
         if self._manager is not None:
@@ -129,7 +131,7 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
-            if (reason := _of_the_system(error)) is None:
+            if (reason := of_the_system(error)) is None:
                 raise
             where = f"{self.folder}/{self._saving}" if self._saving >= 0 else self.folder
             raise InputError(f"{where} {what}: {reason}") from error
@@ -273,7 +275,7 @@ class Checkpoints:
     def _damage(self, step: int, name: str, error: Exception) -> DamagedError:
         while type(error) is Exception and error.__cause__ is not None:
             error = error.__cause__  # Orbax's own says which array it was, its cause what is wrong
-        reason = _of_the_system(error) or " ".join(str(error).partition(" [tensorstore_spec=")[0].split())
+        reason = of_the_system(error) or " ".join(str(error).partition(" [tensorstore_spec=")[0].split())
         return DamagedError(f"{self.folder}/{step} is damaged ({name}: {reason[:160]}{'…' * (len(reason) > 160)})")
 
 
@@ -297,14 +299,3 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
 def _anywhere(flag: bool) -> bool:
     """Whether the flag is set in any of the processes."""
     return flag if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.int32(flag)).any())
-
-
-def _of_the_system(error: BaseException | None) -> str | None:
-    """What the operating system said, if it is behind an error."""
-    while error is not None:
-        if isinstance(error, OSError) and error.strerror:
-            return error.strerror
-        if found := re.search(r"\[OS error \d+: (?:E[A-Z]+ )?([^\]]+)\]", str(error)):
-            return found[1]
-        error = error.__cause__ or error.__context__
-    return None

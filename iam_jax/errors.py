@@ -1,5 +1,7 @@
 """What goes wrong on the user's side, told in one line."""
 
+import os
+import re
 from collections.abc import Iterable
 
 
@@ -24,3 +26,14 @@ def some(values: Iterable, limit: int = 3) -> str:
     values = list(values)
     more = f" and {len(values) - limit:,} more" if len(values) > limit else ""
     return ", ".join(repr(value) for value in values[:limit]) + more
+
+
+def of_the_system(error: BaseException | None) -> str | None:
+    """What the operating system said ("No space left on device"), if it is behind an error; libraries quote it in their own."""
+    while error is not None:
+        if isinstance(error, OSError) and error.strerror:
+            return error.strerror
+        if code := re.search(r"os_error_code='(\d+)'|\(os error (\d+)\)", str(error)):  # tensorstore; polars
+            return os.strerror(int(code[1] or code[2]))
+        error = error.__cause__ or error.__context__
+    return None

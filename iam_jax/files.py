@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from iam_jax import storage
-from iam_jax.errors import InputError
+from iam_jax.errors import InputError, of_the_system
 
 
 def to_path(name: str | os.PathLike) -> Path:
@@ -48,8 +48,10 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
             os.replace(name, path)
         finally:
             Path(name).unlink(missing_ok=True)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror or error})") from error
+    except Exception as error:
+        if (reason := of_the_system(error)) is None:
+            raise
+        raise InputError(f"{path}: cannot be written ({reason})") from error
 
 
 def parquet(path: Path) -> Path | io.BytesIO:

@@ -2,7 +2,7 @@
 
 A job is a line of JSON on stdin: {"folder": working directory, "arguments": [...], "env": {...}, "kill": ...}, answered by a line with its
 exit code (-9: killed), stdout and stderr. kill: null; ["batch", n, seconds]: so long after batch n was asked for; ["save", n, moment]: in
-the n-th save of a checkpoint, "before" or "after" it takes its name, or while an older one is "deleted".
+a save, "before" or "after" the n-th folder takes its name, or while the n-th older checkpoint is "deleted".
 """
 
 import json

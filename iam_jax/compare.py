@@ -16,7 +16,8 @@ import polars as pl
 
 from iam_jax import metrics
 from iam_jax.errors import InputError
-from iam_jax.files import write_atomically
+from iam_jax.files import make_folder, parquet, to_path, write_atomically
+from iam_jax.storage import is_remote
 
 _EVENT = ["split", "user", "timestamp", "target"]
 _LOSSES = ("token_loss", "text_loss")  # of the validation, where a run has the token objective
@@ -77,9 +78,10 @@ def read(folder: Path) -> Finished:
         evaluation["split_sha256"], evaluation["protocol"]["ks"], evaluation["step"], evaluation["results"]["model"]
         told = (folder / name for name in ("run.json", "data.json"))
         cost, data = (json.loads(path.read_text(encoding="utf-8")) if path.exists() else {} for path in told)
-        ranks = pl.read_parquet(folder / "ranks.parquet")
+        ranks = pl.read_parquet(parquet(folder / "ranks.parquet"))
         ranks.select(*_EVENT, "rank", "ties")
-        baselines = pl.read_parquet(folder / "baselines.parquet") if (folder / "baselines.parquet").exists() else None
+        baselines = folder / "baselines.parquet"
+        baselines = pl.read_parquet(parquet(baselines)) if baselines.exists() else None
         if baselines is not None:
             baselines.select("name", "rank", "ties")
         run = Finished(evaluation, ranks, cost, baselines, data.get("items_sha256"))
@@ -92,16 +94,17 @@ def read(folder: Path) -> Finished:
     return run
 
 
-def named(folders: Sequence[Path]) -> dict[str, Path]:
+def named(folders: Sequence[str | Path]) -> dict[str, Path]:
     """The folders under the ends of their paths that tell them apart. Raises InputError for fewer than two, and for the same one twice."""
     if len(folders) < 2:
         raise InputError(f"--runs={','.join(map(str, folders))}: a comparison needs two working folders or more")
-    parts = [Path(os.path.abspath(folder)).parts for folder in folders]
+    folders = [to_path(folder) for folder in folders]
+    parts = [(folder if is_remote(folder) else Path(os.path.abspath(folder))).parts for folder in folders]
     if len(set(parts)) < len(parts):
         twice = next(folder for k, folder in enumerate(folders) if parts[k] in parts[:k])
         raise InputError(f"--runs: {twice} is given twice")
     length = next(n for n in range(1, max(map(len, parts)) + 1) if len({part[-n:] for part in parts}) == len(parts))
-    return {"/".join(part[-length:]): Path(folder) for part, folder in zip(parts, folders, strict=True)}
+    return {"/".join(part[-length:]): folder for part, folder in zip(parts, folders, strict=True)}
 
 
 def collect(runs: Mapping[str, Path]) -> dict:
@@ -114,7 +117,7 @@ def collect(runs: Mapping[str, Path]) -> dict:
 
     Raises InputError for a folder without an evaluation, and for runs of different splits or protocols: it names what differs.
     """
-    finished = {name: read(Path(folder)) for name, folder in runs.items()}
+    finished = {name: read(to_path(folder)) for name, folder in runs.items()}
     first_name, first = next(iter(finished.items()))
     for name, run in finished.items():
         if what := differing(first, run, (first_name, name)):
@@ -217,7 +220,7 @@ def write(comparison: dict, folder: Path) -> None:
     """comparison.json, comparison.md and comparison.txt."""
     texts = {"json": json.dumps(comparison, indent=2) + "\n", "md": format_markdown(comparison), "txt": format_text(comparison)}
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         for ending, text in texts.items():
             write_atomically(folder / f"comparison.{ending}", lambda path, text=text: path.write_text(text, encoding="utf-8"))
     except OSError as error:

@@ -8,10 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import jax
-import numpy as np
-from jax.experimental.multihost_utils import process_allgather
 
 from iam_jax.chips import Chip
+from iam_jax.distributed import gather
 from iam_jax.flops import Flops, seconds_at_peak
 
 # Fields of metrics.jsonl that depend on the machine and the moment: two runs of one command differ in these and in no others.
@@ -65,21 +64,13 @@ class Meter:
             figures["mfu"] = self._peak_seconds * self._steps / seconds
         own = {"step_seconds": figures["step_seconds"], "data_wait": min(self._waited / seconds, 1.0)} | memory()
         self._clear()
-        every = _gather(own)
+        every = gather(own)
         for name in own:
             if name in OF_A_PROCESS:
                 figures[name] = max(one[name] for one in every)
             if len(every) > 1:
                 figures[f"{name}_by_process"] = [one[name] for one in every]
         return figures
-
-
-def _gather(own: dict[str, float]) -> list[dict[str, float]]:
-    """Every process's figures, by one small collective."""
-    if jax.process_count() == 1:
-        return [own]
-    table = process_allgather(np.array(list(own.values()), np.float32))
-    return [dict(zip(own, (float(str(value)) for value in row), strict=True)) for row in table]
 
 
 def memory() -> dict[str, int]:

@@ -1,16 +1,16 @@
 """The working folder of a run: which config and which data made it."""
 
+import contextlib
 import fcntl
 import json
-import os
 from pathlib import Path
-from typing import TextIO
 
+from iam_jax import storage
 from iam_jax.config import CONFIG_FILE, Config, check_same_run, to_json
 from iam_jax.data.prepare import Prepared
 from iam_jax.data.stored import ITEMS_FILE, identity, items_frame
 from iam_jax.errors import InputError
-from iam_jax.files import write_atomically
+from iam_jax.files import check_writable, make_folder, write_atomically
 
 _FIRST_FILES = {"data.json", "tokenizer.json", ITEMS_FILE}  # written before the config, which marks the folder as complete
 
@@ -19,18 +19,22 @@ def check_workdir(workdir: Path, config: Config) -> None:
     """Refuses, before any work, a folder of another config, one that is no working folder, and one that cannot be written."""
     if (workdir / CONFIG_FILE).exists():
         check_same_run(workdir, config)
-    elif workdir.is_dir() and any(path.name not in _FIRST_FILES and not path.name.startswith(".") for path in workdir.iterdir()):
+    elif workdir.is_dir() and any(
+        path.name not in _FIRST_FILES and not path.name.startswith(".")
+        for path in workdir.iterdir()
+        if path != workdir  # an S3 folder
+    ):
         raise InputError(f"--workdir={workdir} is not empty and holds no {CONFIG_FILE}: not a working folder of a run")
     elif workdir.exists() and not workdir.is_dir():
         raise InputError(f"--workdir={workdir} is not a folder")
-    existing = next(path for path in (workdir, *workdir.absolute().parents) if path.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise InputError(f"--workdir={workdir}: {existing} cannot be written to")
+    check_writable(workdir, "workdir")
 
 
-def lock_workdir(workdir: Path) -> TextIO:
+def lock_workdir(workdir: Path) -> contextlib.AbstractContextManager:
     """A file whose lock says that a run trains there: held until it is closed or the process ends, however it ends. Raises InputError where
-    another process holds it: two runs in one folder would mix their files."""
+    another process holds it: two runs in one folder would mix their files. Object storage has no locks."""
+    if storage.is_remote(workdir):
+        return contextlib.nullcontext()
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         file = (workdir / ".lock").open("a")
@@ -46,10 +50,14 @@ def lock_workdir(workdir: Path) -> TextIO:
     return file
 
 
-def open_workdir(workdir: Path, config: Config, prepared: Prepared, pretrained_sha256: str | None = None, create: bool = False) -> None:
+def open_workdir(
+    workdir: Path, config: Config, prepared: Prepared, pretrained_sha256: str | None = None, create: bool = False, shared: bool = False
+) -> None:
     """Checks that this config, this data and this pretrained model made the folder; with `create`, makes it or notes what of the config
-    may change."""
+    may change. shared: another process has made it, and this one must see it."""
     check_workdir(workdir, config)
+    if shared and not (workdir / CONFIG_FILE).exists():
+        raise InputError(f"--workdir={workdir}: this process does not see what the first one wrote; all need the same disk")
     made_from = {"split_sha256": prepared.split.sha256, **identity(prepared.events.item_ids.tolist(), prepared.catalogue)}
     if pretrained_sha256 is not None:
         made_from["pretrained_sha256"] = pretrained_sha256
@@ -72,7 +80,7 @@ def open_workdir(workdir: Path, config: Config, prepared: Prepared, pretrained_s
         checkpoints.close()
     texts = {"data.json": json.dumps(made_from, indent=2) + "\n", "tokenizer.json": prepared.catalogue.tokenizer_json}
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
+        make_folder(workdir)
         for name, text in texts.items():
             if text:
                 _write(workdir / name, text)

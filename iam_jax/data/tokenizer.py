@@ -7,6 +7,7 @@ from typing import NamedTuple
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from iam_jax.errors import InputError
+from iam_jax.files import to_path
 
 
 class Vocabulary(NamedTuple):
@@ -29,12 +30,13 @@ def train_bpe(texts: list[str], vocabulary: int) -> Tokenizer:
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    path = Path(path)
+    path = to_path(path)
     if not path.is_file():
         raise InputError(f"config.data.tokenizer = {str(path)!r}: no such file (bpe, id, or the path of a tokenizer.json)")
     try:
-        json.loads(path.read_text(encoding="utf-8"))
-        return Tokenizer.from_file(str(path))
+        text = path.read_text(encoding="utf-8")
+        json.loads(text)
+        return Tokenizer.from_str(text)
     except Exception as error:  # the library raises bare Exceptions
         raise InputError(f"{path}: not a tokenizer.json ({error})") from error
 

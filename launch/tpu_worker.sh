@@ -25,7 +25,7 @@ install() {
     # The images' own Python is older than this project's; uv brings one.
     python3 -m pip install -q --user uv
     python3 -m uv venv -q --allow-existing --python 3.12 "$here/venv"
-    python3 -m uv pip install -q --python "$here/venv/bin/python" "$here/source[tpu]"
+    python3 -m uv pip install -q --python "$here/venv/bin/python" "$here/source[tpu,gcs]"
     if [[ $# -gt 0 ]]; then
         (cd "$here/source" && bash -c "$1")
     fi

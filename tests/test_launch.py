@@ -199,7 +199,7 @@ def test_tpu_worker(tmp_path, monkeypatch):
 
     worker("install", "ls > listed")
     assert (home / "source" / "listed").read_text().split() == ["configs", "listed", "setup.py"]
-    assert (tmp_path / "installed").read_text().endswith(f"pip install -q --python {home}/venv/bin/python {home}/source[tpu]\n")
+    assert (tmp_path / "installed").read_text().endswith(f"pip install -q --python {home}/venv/bin/python {home}/source[tpu,gcs]\n")
     assert worker("code") == "exit-code none\n"
     worker("start", "--multihost", *RUN)
     assert worker("start", "--multihost", *RUN) == "running already\n"

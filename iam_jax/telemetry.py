@@ -11,6 +11,7 @@ import jax
 
 from iam_jax.chips import Chip
 from iam_jax.distributed import gather
+from iam_jax.errors import InputError
 from iam_jax.flops import Flops, seconds_at_peak
 
 # Fields of metrics.jsonl that depend on the machine and the moment: two runs of one command differ in these and in no others.
@@ -106,15 +107,17 @@ class Profile:
         jax.profiler.start_trace(self._folder.name)
 
     def close(self) -> None:
-        """Ends a trace that goes on and writes it; later ones are none."""
+        """Ends a trace that goes on and writes it; later ones are none. Raises InputError where it cannot be written."""
         if self._folder is None:
             return
         folder, self._folder, self._steps = self._folder, None, range(0)
         with folder:
             jax.profiler.stop_trace()
             # The profiler knows local disks only; the working folder may be elsewhere.
-            for path in sorted(Path(folder.name).rglob("*")):
-                if path.is_file():
-                    target = self._target / path.relative_to(folder.name)
+            for path in (path for path in Path(folder.name).rglob("*") if path.is_file()):
+                target = self._target / path.relative_to(folder.name)
+                try:
                     target.parent.mkdir(parents=True, exist_ok=True)
                     target.write_bytes(path.read_bytes())
+                except OSError as error:
+                    raise InputError(f"{target}: cannot be written ({error.strerror})") from error

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # One worker of a Cloud TPU VM slice. launch/tpu_vm.py copies this file there, beside source.tar.gz, and calls it on all of them:
-#   install [COMMAND]   unpacks and installs the source, then runs COMMAND
+#   install [COMMAND]   unpacks and installs the source, then runs COMMAND in its folder, where the program will run
 #   start FLAGS         begins python -m iam_jax.main FLAGS in the background, unless it is running
 #   follow              prints what it tells until it ends
 #   code                waits until it has ended and prints "exit-code N" (stopped: by `stop`; none: it never ended by itself)
@@ -25,9 +25,9 @@ install() {
     # The images' own Python is older than this project's; uv brings one.
     python3 -m pip install -q --user uv
     python3 -m uv venv -q --allow-existing --python 3.12 "$here/venv"
-    python3 -m uv pip install -q --python "$here/venv/bin/python" "$here/source[tpu]"
+    python3 -m uv pip install -q --python "$here/venv/bin/python" "$here/source[tpu,gcs]"
     if [[ $# -gt 0 ]]; then
-        (cd "$here" && bash -c "$1")
+        (cd "$here/source" && bash -c "$1")
     fi
 }
 

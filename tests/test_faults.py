@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
+from helpers import metrics_lines
 from test_main import assert_same, checkpoint, config_text, contents, start, wait_for
 
 from iam_jax.config import LogConfig
@@ -63,12 +64,6 @@ def whole(forks):
     return forks.folder / "whole"
 
 
-def told(workdir):
-    """metrics.jsonl without speeds."""
-    every = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if not name.endswith("_per_second")} for line in every]
-
-
 def progress(workdir, step=STEPS):
     saved = json.loads((workdir / "checkpoints" / str(step) / "progress" / "metadata").read_text())
     return {name: value for name, value in saved.items() if name != "minutes"}
@@ -77,7 +72,7 @@ def progress(workdir, step=STEPS):
 def assert_as_uninterrupted(workdir, whole):
     assert_same(checkpoint(workdir, STEPS), checkpoint(whole, STEPS))
     assert progress(workdir) == progress(whole)
-    assert told(workdir) == told(whole)
+    assert metrics_lines(workdir) == metrics_lines(whole)
     assert (workdir / "evaluation.json").read_bytes() == (whole / "evaluation.json").read_bytes()
 
 
@@ -151,7 +146,7 @@ def test_on_another_mesh_no_example_is_repeated_or_skipped(forks, whole):
     forks.run("--config=tiny.py", "--workdir=meshes", "--config.mesh.fsdp=2", **flags)
     there, here = progress(forks.folder / "meshes"), progress(whole)
     assert [there[name] for name in ("step", "next_batch", "tokens")] == [here[name] for name in ("step", "next_batch", "tokens")]
-    for one, other in zip(told(forks.folder / "meshes"), told(whole), strict=True):
+    for one, other in zip(metrics_lines(forks.folder / "meshes"), metrics_lines(whole), strict=True):
         assert one.keys() == other.keys() and one["step"] == other["step"]
         for name in one.keys() & {"item_loss", "token_loss", "gradient_norm"}:
             assert one[name] == pytest.approx(other[name], rel=1e-4)
@@ -255,5 +250,5 @@ def test_a_working_folder_of_an_earlier_version(forks):
 
     out, err = forks.run("--workdir=old", "--config.train.steps=44")  # and training goes on
     assert "continuing from step 40\n" in out
-    assert [line["step"] for line in told(workdir) if "item_loss" in line] == [20, 40, 44]
+    assert [line["step"] for line in metrics_lines(workdir) if "item_loss" in line] == [20, 40, 44]
     assert progress(workdir, 44)["skipped"] == 0 and "skip_limit" in (workdir / "config.json").read_text()

@@ -179,11 +179,16 @@ exit "$(<"$END")"
 
 
 def test_tpu_worker(tmp_path, monkeypatch):
-    """The script of a worker, with another program in place of iam_jax."""
+    """The script of a worker, with another program in place of iam_jax, and nothing installed."""
     home, end = tmp_path / "iam_jax", tmp_path / "end"
-    (home / "source").mkdir(parents=True)
-    (home / "tpu_worker.sh").write_text((LAUNCH / "tpu_worker.sh").read_text())
+    home.mkdir()
+    shutil.copy(LAUNCH / "tpu_worker.sh", home)
+    archive = ["git", "-C", ROOT, "archive", "--format=tar.gz", f"--output={home / tpu_vm.ARCHIVE}", "HEAD", "configs", "setup.py"]
+    subprocess.run(archive, check=True)
     stand_in(tmp_path / "bin", "python", PROGRAM)
+    stand_in(tmp_path / "bin", "python3", 'echo "$@" >> "$FAKE"\n')
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    monkeypatch.setenv("FAKE", str(tmp_path / "installed"))
     monkeypatch.setenv("PYTHON", str(tmp_path / "bin" / "python"))
     monkeypatch.setenv("END", str(end))
 
@@ -192,6 +197,9 @@ def test_tpu_worker(tmp_path, monkeypatch):
         assert done.returncode == 0
         return done.stdout
 
+    worker("install", "ls > listed")
+    assert (home / "source" / "listed").read_text().split() == ["configs", "listed", "setup.py"]
+    assert (tmp_path / "installed").read_text().endswith(f"pip install -q --python {home}/venv/bin/python {home}/source[tpu,gcs]\n")
     assert worker("code") == "exit-code none\n"
     worker("start", "--multihost", *RUN)
     assert worker("start", "--multihost", *RUN) == "running already\n"

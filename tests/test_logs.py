@@ -41,6 +41,14 @@ def test_lines_and_events(tmp_path, caplog, capfd):
     assert not caplog.records and capfd.readouterr() == ("", "")
 
 
+def test_lists_are_scalars_in_events(tmp_path):
+    log = MetricsLog(tmp_path, 0, LogConfig())
+    log.write(2, {"data_wait_by_process": [0.5, 0.25]})
+    log.close()
+    assert lines(tmp_path) == [{"step": 2, "data_wait_by_process": [0.5, 0.25]}]
+    assert events(tmp_path)[0] == [(2, "data_wait_by_process/0", 0.5), (2, "data_wait_by_process/1", 0.25)]
+
+
 def test_without_tensorboard(tmp_path):
     log = MetricsLog(tmp_path, 0, LogConfig(tensorboard=False))
     log.write(1, {"item_loss": 0.5})

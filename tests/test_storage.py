@@ -17,7 +17,7 @@ import orbax.checkpoint as ocp
 import polars as pl
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
-from helpers import make_config, tiny_data
+from helpers import make_config, metrics_lines, tiny_data
 
 from iam_jax import storage
 from iam_jax.config import LogConfig, get_config
@@ -25,6 +25,7 @@ from iam_jax.data.stored import read_stored
 from iam_jax.errors import InputError
 from iam_jax.files import to_path, write_atomically
 from iam_jax.logs import MetricsLog
+from iam_jax.telemetry import Profile
 from iam_jax.workdir import check_workdir, lock_workdir, open_workdir
 
 # ---- on a store in memory
@@ -94,6 +95,14 @@ def test_what_the_storage_refuses_is_one_line(bucket, monkeypatch):
         with pytest.raises(InputError, match=r"cannot be read \(no answer within 0.1 seconds\)$"):
             to_path(f"{bucket}/other")
     assert objects() == {}
+
+
+def test_a_profile(bucket):
+    profile = Profile(to_path(f"{bucket}/run"), "0:1")
+    profile.turn()
+    profile.close()
+    (trace,) = [name for name in objects() if name.endswith(".xplane.pb")]
+    assert trace.startswith("/bucket/run/profile/process-0/") and objects()[trace]
 
 
 def test_a_working_folder_is_what_it_is_on_a_disk(bucket, tmp_path):
@@ -266,11 +275,6 @@ def fetched(client, url, to):
     return to
 
 
-def told(workdir):
-    every = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if not name.endswith("_per_second")} for line in every]
-
-
 def trained(workdir):
     return [ocp.StandardCheckpointer().restore(workdir / "checkpoints" / "300" / item) for item in ("params", "rest")]
 
@@ -299,7 +303,7 @@ def test_a_run_stopped_and_resumed_ends_where_it_would_have_on_a_disk(folder, cl
     here, whole = fetched(client, url, tmp_path / "here"), folder / "whole"
     for name in ("config.json", "data.json", "items.parquet", "evaluation.json", "ranks.parquet", "baselines.parquet"):
         assert (here / name).read_bytes() == (whole / name).read_bytes(), name
-    assert told(here) == told(whole)
+    assert metrics_lines(here) == metrics_lines(whole)
     for ours, theirs in zip(trained(here), trained(whole), strict=True):
         ours, theirs = (dict(sorted(_flat(tree))) for tree in (ours, theirs))
         assert ours.keys() == theirs.keys() and ours

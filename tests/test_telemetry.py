@@ -15,7 +15,7 @@ from iam_jax import chips, telemetry
 from iam_jax import train as train_lib
 from iam_jax.config import default_config, resolve
 from iam_jax.data.prepare import prepare
-from iam_jax.errors import NonFiniteError
+from iam_jax.errors import InputError, NonFiniteError
 from iam_jax.flops import StepFlops
 from iam_jax.interrupt import Signals, Stop
 from iam_jax.telemetry import Meter, Profile, is_timing, memory
@@ -77,7 +77,7 @@ import json, sys
 from types import SimpleNamespace
 from jobs import join_job
 
-join_job(*sys.argv[1:])
+join_job(sys.argv[1:])
 import jax
 from iam_jax import telemetry
 
@@ -89,12 +89,13 @@ with meter.waiting():
     now[0] += 3 * process
 now[0] += 1
 meter.step(70, 7)
-print(json.dumps(meter.take()))
+print(json.dumps(meter.take()), file=sys.stderr)
 """
 
 
 def test_every_process_is_told():
-    first, second = (json.loads(out.splitlines()[-1]) for out in two_processes([sys.executable, "-c", TWO]))
+    told = two_processes([sys.executable, "-c", TWO])
+    first, second = (json.loads(next(line for line in out.splitlines() if line.startswith("{"))) for out in told)
     every = {
         "step_seconds_by_process": [1, 4],
         "data_wait": 0.75,
@@ -166,7 +167,7 @@ def test_a_profile_of_some_steps(make, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize(("ending", "error"), [("signal", Stop), ("loss", NonFiniteError)])
 def test_a_profile_ends_with_the_run(make, monkeypatch, tmp_path, ending, error):
-    run, step, initial = make(log__profile="1:100")
+    run, step, initial = make(log__profile="1:100", train__skip_limit=0)
     signals = Signals()
 
     def last(state, batch, items, number, frozen):
@@ -179,6 +180,16 @@ def test_a_profile_ends_with_the_run(make, monkeypatch, tmp_path, ending, error)
     assert len(traces(tmp_path)) == 1
     jax.profiler.start_trace(str(tmp_path / "another"))  # none goes on
     jax.profiler.stop_trace()
+
+
+def test_a_profile_that_cannot_be_written(tmp_path):
+    (tmp_path / "profile").write_text("no folder")
+    profile = Profile(tmp_path, "0:2")
+    assert profile.due(0) and not profile.due(2)
+    profile.turn()
+    with pytest.raises(InputError, match=r"profile/process-0/.*: cannot be written \(Not a directory\)"):
+        profile.close()
+    assert not profile.due(1)
 
 
 def test_utilisation_where_the_chip_is_known(make, monkeypatch, tmp_path, capsys):

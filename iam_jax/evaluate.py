@@ -2,7 +2,8 @@
 
 Axes: X targets scored at one time, C items of a chunk, J chunks, I items, E item vectors, S seen items. On a mesh every device ranks all
 targets among its own part of the items, and the counts are added up. On a mesh of several processes all of them evaluate together, from
-the same data and parameters: each ends with all results, and the first one writes them.
+the same parameters and all of the data (every process assembles every batch, and gives its devices their rows): each ends with all results,
+and the first one writes them. `poll`, called between batches, is where they agree to stop.
 """
 
 import functools

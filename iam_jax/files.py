@@ -32,20 +32,24 @@ def check_writable(folder: Path, flag: str) -> None:
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """`write` fills a temporary neighbour of `path`, or for object storage a local file, which then takes its place. Raises OSError."""
-    if storage.is_remote(path):
-        with tempfile.TemporaryDirectory(prefix="iam_jax-") as local:
-            write(Path(local) / path.name)
-            storage.put(path, (Path(local) / path.name).read_bytes())
-        return
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    os.close(handle)
+    """`write` fills a temporary neighbour of `path`, or for object storage a local file, which then takes its place. Raises InputError
+    where the system does not allow it."""
     try:
-        write(Path(name))
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    finally:
-        Path(name).unlink(missing_ok=True)
+        if storage.is_remote(path):
+            with tempfile.TemporaryDirectory(prefix="iam_jax-") as local:
+                write(Path(local) / path.name)
+                storage.put(path, (Path(local) / path.name).read_bytes())
+            return
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+        os.close(handle)
+        try:
+            write(Path(name))
+            os.chmod(name, 0o644)
+            os.replace(name, path)
+        finally:
+            Path(name).unlink(missing_ok=True)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror or error})") from error
 
 
 def parquet(path: Path) -> Path | io.BytesIO:

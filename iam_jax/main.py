@@ -6,7 +6,10 @@
     python -m iam_jax.main --mode=score --workdir=DIR --vectors [--users=TABLE] [--items=TABLE] --output=DIR
     python -m iam_jax.main --mode=compare --runs=DIR,DIR[,DIR...] [--output=DIR]
 
-Exit codes: 0 done; 2 bad input, flag or config; 4 stopped on non-finite training; 75 stopped by Ctrl-C or SIGTERM with everything saved.
+Every process of a job on several hosts: the same flags and --multihost [--coordinator=HOST:PORT --processes=N --process_id=K].
+
+Exit codes: 0 done; 2 bad input, flag or config; 4 stopped on non-finite training; 5 the job's other processes failed; 75 stopped by Ctrl-C
+or SIGTERM with everything saved.
 """
 
 import time
@@ -20,6 +23,7 @@ import os  # noqa: E402
 import re  # noqa: E402
 import signal  # noqa: E402
 import sys  # noqa: E402
+import traceback  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import NoReturn  # noqa: E402
 
@@ -31,7 +35,8 @@ from absl import app, flags, logging  # noqa: E402
 from ml_collections import config_flags  # noqa: E402
 
 from iam_jax import config as config_lib  # noqa: E402
-from iam_jax.errors import InputError, NonFiniteError  # noqa: E402
+from iam_jax import distributed  # noqa: E402
+from iam_jax.errors import InputError, JobError, NonFiniteError  # noqa: E402
 from iam_jax.files import to_path, write_atomically  # noqa: E402
 from iam_jax.interrupt import Signals  # noqa: E402
 from iam_jax.storage import is_remote  # noqa: E402
@@ -58,13 +63,22 @@ _SCORE = {
     "top_k": flags.DEFINE_integer("top_k", None, "Score: items of a list at most; 100 by default, with --candidates all of them."),
     "vectors": flags.DEFINE_bool("vectors", False, "Score: writes vectors instead of lists: the items', or with --users the users'."),
 }
+_MULTIHOST = flags.DEFINE_bool("multihost", False, "One of a job's processes, which JAX finds on Cloud TPU, GKE and Slurm; elsewhere give:")
+_JOB = {
+    "coordinator": flags.DEFINE_string("coordinator", "", "With --multihost: HOST:PORT of the first process."),
+    "processes": flags.DEFINE_integer("processes", None, "With --multihost: how many there are."),
+    "process_id": flags.DEFINE_integer("process_id", None, "With --multihost: which one this is, from 0."),
+}
 
 
 def run(signals: Signals) -> None:
+    _check_job()
     if _MODE.value == "compare":
         return _compare()
     config_file, _, variant = _config_file().partition(":")
     config = config_lib.resolve(_CONFIG.value)
+    if _MULTIHOST.value:
+        distributed.join(*(flag.value for flag in _JOB.values()), config.mesh, signals)
     workdir = to_path(_WORKDIR.value or Path("runs") / "-".join(filter(None, (Path(config_file).stem, variant))))
     training, exporting = _MODE.value == "train", _MODE.value == "export"
     if not training and not (workdir / config_lib.CONFIG_FILE).exists():
@@ -80,7 +94,7 @@ def run(signals: Signals) -> None:
         from iam_jax.score import Request, score
 
         asked |= {"output": _OUTPUT.value, "step": _STEP.value}
-        return score(workdir, config, Request(**asked), saved=config_file == config_lib.__file__)
+        return score(workdir, config, Request(**asked), saved=config_file == config_lib.__file__, signals=signals)
     for name, value in asked.items():
         if value not in ("", None, False):
             raise InputError(f"--{name} is for --mode=score")
@@ -109,6 +123,7 @@ def run(signals: Signals) -> None:
     if prepared.catalogue.truncated:
         print(f"{prepared.catalogue.truncated:,} items have more than {config.data.item_tokens} text tokens and are truncated")
     print(f"data ready in {time.time() - _START:.1f} s", flush=True)
+    distributed.agree(_facts(config, workdir, prepared.split.sha256, fingerprint), signals)
 
     import jax
 
@@ -119,9 +134,14 @@ def run(signals: Signals) -> None:
     from iam_jax.train import make_run, train
 
     this = make_run(config, prepared)
-    lock = lock_workdir(workdir) if training and not jax.process_index() else contextlib.nullcontext()
-    with signals.deferred():  # a folder with some of its files would be refused afterwards
-        open_workdir(workdir, config, prepared, fingerprint, create=training)
+    lock = contextlib.nullcontext()
+    with distributed.together(signals), signals.deferred():  # a folder with some of its files would be refused afterwards
+        if distributed.is_first():
+            lock = lock_workdir(workdir) if training else lock
+            open_workdir(workdir, config, prepared, fingerprint, create=training)
+    with distributed.together(signals):
+        if not distributed.is_first():
+            open_workdir(workdir, config, prepared, fingerprint, shared=True)
     signals.poll()
     with lock, jax.set_mesh(this.mesh):
         evaluator = Evaluator(this.model, config, prepared, this.items, this.mesh)
@@ -129,9 +149,8 @@ def run(signals: Signals) -> None:
             checkpoints = train(this, workdir, evaluator, signals)
         else:
             checkpoints = Checkpoints(workdir, config.train.keep, config.selection, read_only=True)
-        step = checkpoints.resolve("best" if training else _STEP.value)
-        cost = this.cost(checkpoints.progress(checkpoints.steps()[-1]))
-        params = join(checkpoints.restore_params(step, this.abstract_trained), this.frozen)
+        step, params = checkpoints.load_params("best" if training else _STEP.value, this.abstract_trained)
+        params, cost = join(params, this.frozen), this.cost(checkpoints.last_progress())
         checkpoints.close()
         if exporting:
             if alone:
@@ -148,10 +167,36 @@ def run(signals: Signals) -> None:
 
             oracle = synthetic.from_config(config.data.synthetic).oracle().scores
         evaluate_all(evaluator, params, step, workdir, oracle, signals.poll)
-        if jax.process_index():  # the first process writes and tells
-            return
-        write_atomically(workdir / "run.json", lambda path: path.write_text(json.dumps(cost, indent=2) + "\n"))
+        with distributed.together(signals):
+            if distributed.is_first():
+                write_atomically(workdir / "run.json", lambda path: path.write_text(json.dumps(cost, indent=2) + "\n"))
     print(f"wrote {workdir / 'evaluation.json'}")
+
+
+def _check_job() -> None:
+    """Raises InputError for flags of a job that do not go together."""
+    given = [name for name, flag in _JOB.items() if flag.value not in ("", None)]
+    missing = [name for name in _JOB if name not in given]
+    if given and not _MULTIHOST.value:
+        raise InputError(f"--{given[0]} is for --multihost")
+    if given and missing:
+        raise InputError(f"--{missing[0]} is missing: --coordinator, --processes and --process_id go together")
+    processes, process = _JOB["processes"].value, _JOB["process_id"].value
+    if given and not 0 <= process < processes:
+        raise InputError(f"--process_id={process}: must be from 0 to --processes - 1 = {processes - 1}")
+    if _MULTIHOST.value and _MODE.value not in ("train", "evaluate", "score"):
+        raise InputError(f"--multihost: --mode={_MODE.value} is work for one process")
+
+
+def _facts(config: config_lib.Config, workdir: Path, split: str, pretrained: str | None) -> dict[str, object]:
+    """What must be the same in all processes of a job, by names: the config but for what is one host's own, and the data."""
+    import jax
+
+    own = "data.path", "data.cache", "model.pretrained", "log."
+    fields = config_lib.flatten(json.loads(config_lib.to_json(config)))
+    facts = {f"config.{name}": value for name, value in fields.items() if not name.startswith(own)}
+    flags_given = {"--mode": _MODE.value, "--step": _STEP.value, "--workdir": str(workdir)}
+    return facts | flags_given | {"split_sha256": split, "pretrained_sha256": pretrained, "the version of JAX": jax.__version__}
 
 
 def _compare() -> None:
@@ -223,7 +268,21 @@ def _check_names(argv: list[str]) -> None:
 
 def _fail(error: Exception | str, code: int) -> NoReturn:
     print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    if distributed.processes() > 1:
+        distributed.leave(code)
     sys.exit(code)
+
+
+def _fail_job(error: Exception) -> NoReturn:
+    """A process of several met what no one expected, or (then a collective fails) another one is gone."""
+    import jax
+
+    if isinstance(error, jax.errors.JaxRuntimeError):
+        told = f"another process of the job is gone, or cannot be reached: {' '.join(str(error).split())}"
+        print(f"error: process {jax.process_index()}: {told}", file=sys.stderr)
+        distributed.leave(distributed.FAILED, with_others=False)
+    traceback.print_exception(error)
+    distributed.leave(1, with_others=False)
 
 
 def _main(_: list[str]) -> None:
@@ -232,22 +291,25 @@ def _main(_: list[str]) -> None:
     try:
         try:
             run(signals)
-        finally:
+        except BaseException as error:
             signals.ignore()
+            distributed.tell(error)
+            raise
+        signals.ignore()
     except InputError as error:
         _fail(error, 2)
     except (NonFiniteError, FloatingPointError) as error:
         _fail(error, 4)
+    except JobError as error:
+        _fail(error, distributed.FAILED)
     except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
-        _leave(75)
-
-
-def _leave(code: int) -> NoReturn:
-    """Ends the process without waiting for its threads: one that a library was starting when Stop was raised may never end."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+        if distributed.is_first():
+            print("stopped; the same command goes on from here", file=sys.stderr)
+        distributed.leave(75)
+    except Exception as error:
+        if distributed.processes() == 1:
+            raise
+        _fail_job(error)
 
 
 if __name__ == "__main__":

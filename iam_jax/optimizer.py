@@ -21,6 +21,11 @@ def learning_rate(config: OptimizerConfig) -> optax.Schedule:
     )
 
 
+def updates_made(state: optax.OptState) -> jax.Array:
+    """int32, the count that the learning rate follows: steps of the run less those that were skipped."""
+    return optax.tree.get(state, "ScaleByScheduleState").count
+
+
 def decayed(params: dict) -> dict:
     """Which parameters are decayed: matrices from or to the model's width or an adapter's rank; not biases and norm scales."""
 

@@ -1,7 +1,8 @@
 """Offline scoring: from a working folder and the user's own tables to top-K lists, scored candidates, or vectors.
 
 Users are scored a part at a time, each part a file that is complete or absent. What a part holds depends on the request alone, so an
-interrupted request goes on with the parts that are missing, and any number of processes may share them.
+interrupted request goes on with the parts that are missing, and any number of processes may share them: each takes one of the next missing
+parts and scores it with its own devices, and they go on together, so that all learn of a signal or an error within a part.
 """
 
 import dataclasses
@@ -18,12 +19,14 @@ import polars as pl
 from jax.sharding import AxisType
 from tqdm import tqdm
 
+from iam_jax import distributed
 from iam_jax.checkpoint import Checkpoints
 from iam_jax.config import FREE_FIELDS, Config, check_same_run, flatten
 from iam_jax.data.histories import Users, read_candidates, read_users
 from iam_jax.data.stored import add_items, read_stored
 from iam_jax.errors import InputError
 from iam_jax.files import check_writable, make_folder, to_path, write_atomically
+from iam_jax.interrupt import Signals
 from iam_jax.model import Model, Params, make_model, pretrained
 from iam_jax.parameters import abstract, frozen_names, join, select
 from iam_jax.scorer import Scorer
@@ -70,9 +73,10 @@ class Request:
             raise InputError(f"--output={output} is not empty and holds no {_REQUEST}: not a folder of scores")
 
 
-def score(workdir: Path, config: Config, request: Request, saved: bool) -> None:
+def score(workdir: Path, config: Config, request: Request, saved: bool, signals: Signals | None = None) -> None:
     """Writes the parts of a request that are not there yet. saved: the config is the working folder's own. Raises InputError for whatever
-    is wrong with the request, the tables, or the working folder, before any part is written."""
+    is wrong with the request, the tables, or the working folder, before any part is written. signals: of a job of several processes."""
+    signals = signals or Signals()
     request.check(config)
     config = _pretrained(workdir, config, saved)
     check_same_run(workdir, config)
@@ -88,42 +92,51 @@ def score(workdir: Path, config: Config, request: Request, saved: bool) -> None:
         notes += more
         if request.candidates:
             users = read_candidates(request.candidates, users, stored.item_ids)
+    distributed.agree({"--workdir": str(workdir), **{f"--{name}": value for name, value in vars(request).items()}}, signals)
     checkpoints = Checkpoints(workdir, config.train.keep, config.selection, read_only=True)
-    step = checkpoints.resolve(request.step)
+    model = make_model(config, catalogue.vocabulary, stored.known, int(catalogue.lengths.max()))
+    mesh = _mesh(config)
+    with jax.set_mesh(mesh):  # before the folder is claimed: a damaged checkpoint has another stand in for it
+        step, params = _restore(checkpoints, request.step, config, model, mesh)
     output, rows = to_path(request.output), len(stored.item_ids) if users is None else len(users)
     parts = math.ceil(rows / config.score.part_users)
-    _claim(output, _identity(workdir, config, request, step, checkpoints.progress(step)))
+    identity = _identity(workdir, config, request, step, checkpoints.progress(step))
+    distributed.agree(identity, signals)
+    with distributed.together(signals):
+        if distributed.is_first():
+            _claim(output, identity)
+    with distributed.together(signals):
+        if not (output / _REQUEST).exists():
+            raise InputError(f"--output={output}: this process does not see what the first one wrote; all need the same disk")
     for note in notes:
         print(note)
 
-    process, processes = _processes()
-    mine = range(process, parts, processes)
-    names = {part: _NAME.format(part, parts) for part in mine}
-    sizes = {part: min(config.score.part_users, rows - part * config.score.part_users) for part in mine}
-    missing = [part for part in mine if not (output / names[part]).exists()]
-    print(f"step {step:,}; {parts:,} parts" + (f", {len(mine) - len(missing):,} are there" if len(mine) > len(missing) else ""), flush=True)
+    names = [_NAME.format(part, parts) for part in range(parts)]
+    sizes = [min(config.score.part_users, rows - part * config.score.part_users) for part in range(parts)]
+    missing = distributed.gather([part for part in range(parts) if not (output / names[part]).exists()])[0]
+    print(f"step {step:,}; {parts:,} parts" + (f", {parts - len(missing):,} are there" if parts > len(missing) else ""), flush=True)
     if not missing:
         print(f"wrote {output}")
         return
-    model = make_model(config, catalogue.vocabulary, stored.known, int(catalogue.lengths.max()))
-    mesh = _mesh(config)
     with jax.set_mesh(mesh):
-        params = _restore(checkpoints, step, config, model, mesh)
-        checkpoints.close()
         tokens = 0 if users is None else int(catalogue.lengths[users.events.item].sum())
         scorer = Scorer(config, stored, model, params, mesh, tokens)
         unit, begun = "item" if users is None else "user", time.monotonic()
         interval = 0.2 if sys.stderr.isatty() else 10
         interval = {"mininterval": interval, "maxinterval": interval}
-        total, done = sum(sizes.values()), sum(sizes[part] for part in mine if part not in missing)
-        with tqdm(total=total, initial=done, desc="scoring", unit=unit, disable=not config.log.progress, **interval) as bar:
-            for part in missing:
-                begin = part * config.score.part_users
-                frame = _part(scorer, users, begin, begin + sizes[part], request)
-                for left in [] if is_remote(output) else output.glob(f".{names[part]}-*"):  # of a process that was killed
-                    left.unlink()
-                write_atomically(output / names[part], frame.write_parquet)
-                bar.update(sizes[part])
+        total, done, processes = rows, rows - sum(sizes[part] for part in missing), jax.process_count()
+        shown = config.log.progress and distributed.is_first()
+        with tqdm(total=total, initial=done, desc="scoring", unit=unit, disable=not shown, **interval) as bar:
+            for first in range(0, len(missing), processes):
+                next_parts = missing[first : first + processes]
+                with distributed.together(signals):
+                    for part in next_parts[jax.process_index() :][:1]:
+                        begin = part * config.score.part_users
+                        frame = _part(scorer, users, begin, begin + sizes[part], request)
+                        for left in [] if is_remote(output) else output.glob(f".{names[part]}-*"):  # of a process that was killed
+                            left.unlink()
+                        write_atomically(output / names[part], frame.write_parquet)
+                bar.update(sum(sizes[part] for part in next_parts))
     seconds = time.monotonic() - begun
     print(f"wrote {output}: {total - done:,} {unit}s in {seconds:.1f} s, {(total - done) / seconds:,.0f} {unit}s/s")
 
@@ -173,10 +186,6 @@ def _data(workdir: Path) -> dict:
         raise InputError(f"{workdir / 'data.json'}: cannot be read ({error})") from error
 
 
-def _processes() -> tuple[int, int]:
-    return jax.process_index(), jax.process_count()
-
-
 def _mesh(config: Config) -> jax.sharding.Mesh:
     """Of this process alone: processes share parts, not arrays."""
     if jax.process_count() == 1:
@@ -185,14 +194,14 @@ def _mesh(config: Config) -> jax.sharding.Mesh:
     return jax.make_mesh((len(devices), 1, 1), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
-def _restore(checkpoints: Checkpoints, step: int, config: Config, model: Model, mesh: jax.sharding.Mesh) -> Params:
+def _restore(checkpoints: Checkpoints, step: str, config: Config, model: Model, mesh: jax.sharding.Mesh) -> tuple[int, Params]:
     shapes = model.shapes()
     names = frozen_names(config, shapes) if _freezes(config) else set()
-    params = checkpoints.restore_params(step, abstract(mesh, select(shapes, lambda name: name not in names)))
+    found, params = checkpoints.load_params(step, abstract(mesh, select(shapes, lambda name: name not in names)))
     if names:
         frozen = select(shapes, lambda name: name in names)
         params = join(params, pretrained.load(config, abstract(mesh, frozen, config.model.frozen_dtype)))
-    return params
+    return found, params
 
 
 def _identity(workdir: Path, config: Config, request: Request, step: int, progress: dict) -> dict:

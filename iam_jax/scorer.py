@@ -19,6 +19,7 @@ from iam_jax.data.candidates import candidate_rows
 from iam_jax.data.histories import Lists, Users, with_targets
 from iam_jax.data.item_rows import CatalogueItems, without_items
 from iam_jax.data.stored import Stored
+from iam_jax.distributed import alive
 from iam_jax.likelihood import log_likelihoods
 from iam_jax.model import Model, Params
 from iam_jax.objective import Items, item_vectors
@@ -126,6 +127,7 @@ class Scorer:
 
         h_nE = np.zeros((len(targets), self.config.model.width), np.float32)
         for batch in evaluation_batches(rows, self.config.score.batch_rows, finish):
+            alive("a batch of histories")
             segment = batch.pop("segment")
             h = np.asarray(self._states(self.params, shard_batch(self.mesh, batch), self._leading))
             h_nE[segment[segment >= 0]] = h[segment >= 0]
@@ -196,6 +198,7 @@ class Scorer:
         histories, seen = self._histories(users), users.events.split()
         found = np.zeros((len(users), k), np.int32), np.full((len(users), k), -np.inf, np.float32)
         for begin in range(0, len(users), B):
+            alive("a beam search")
             some = histories[begin : begin + B]
             batch = history_rows(self.stored.catalogue, some + [some[0]] * (B - len(some)), T, T)
             leave = [np.unique(x) if self.config.eval.filter_seen else x[:0] for x in seen[begin : begin + B]]
@@ -221,6 +224,7 @@ class Scorer:
             texts = [np.unique(text_I.reshape(-1)[x], return_inverse=True) for x in users.candidates[begin : begin + B].split()]
             found = np.zeros((B, max(len(text) for text, _ in texts) + C), np.float32)
             for c in range(0, found.shape[1] - C, C):
+                alive("a batch of candidates")
                 items = [first[text[c : c + C]] for text, _ in texts]
                 batch = candidate_rows(catalogue, some + [some[0]] * (B - len(some)), items + [items[0]] * (B - len(some)), T, T)
                 found[:, c : c + C] = np.asarray(self._log_likelihoods(self.params, shard_batch(self.mesh, batch), C))

@@ -79,6 +79,15 @@ def split_rows(tree, axis: int):
     return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, spec) if x.shape[axis] % shards == 0 else x, tree)
 
 
+def at_block_boundary(x_BTD: jax.Array) -> jax.Array:
+    """Inside jit: rows over the data and fsdp axes of the current mesh, whole along T and D, where they divide. Left to XLA, activations
+    may take over the sharding of a parameter, and every device then works on all rows."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1 or not set(BATCH_AXES) <= set(mesh.axis_names) or len(x_BTD) % batch_shards(mesh):
+        return x_BTD
+    return jax.lax.with_sharding_constraint(x_BTD, BATCH)
+
+
 def spread_rows(mesh: Mesh, x: jax.Array) -> jax.Array:
     """Inside jit: rows [I, …] over all devices of the mesh, rows of zeros behind them where they do not divide."""
     if mesh.size == 1:
@@ -87,15 +96,34 @@ def spread_rows(mesh: Mesh, x: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(mesh.axis_names)))
 
 
-def shard_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-    """Rows over the data and fsdp axes; replicated where they do not divide. On a mesh of several processes each gives the same batch
-    and keeps its own devices' part."""
-    parts = batch_shards(mesh)
+def _row_sharding(mesh: Mesh, rows: int) -> NamedSharding:
+    """Rows over the data and fsdp axes; replicated where they do not divide."""
+    return NamedSharding(mesh, BATCH if rows % batch_shards(mesh) == 0 else PartitionSpec())
 
-    def place(x: np.ndarray) -> jax.Array:
-        sharding = NamedSharding(mesh, BATCH if x.shape[0] % parts == 0 else PartitionSpec())
+
+def rows_here(mesh: Mesh, rows: int) -> np.ndarray:
+    """Which rows of a batch the devices of this process hold, ascending. Processes that share rows (tensor parallelism) hold the same."""
+    held = _row_sharding(mesh, rows).addressable_devices_indices_map((rows,))
+    return np.unique(np.concatenate([np.arange(rows)[index] for index in held.values()]))
+
+
+def shard_batch(mesh: Mesh, batch: dict, rows: int | None = None) -> dict:
+    """Rows over the data and fsdp axes; replicated where they do not divide. rows: those of the whole batch, of which this process gives
+    its `rows_here`. None: every process gives all rows, and keeps those of its devices; so with what is nested in the batch in any case."""
+
+    def place(x: np.ndarray, rows: int) -> jax.Array:
+        sharding = _row_sharding(mesh, rows)
         if jax.process_count() == 1:
             return jax.device_put(x, sharding)
-        return jax.make_array_from_callback(x.shape, sharding, x.__getitem__)  # device_put would compare the processes' batches each time
+        return jax.make_array_from_process_local_data(sharding, x, (rows, *x.shape[1:]))
 
-    return jax.tree.map(place, batch)
+    return {
+        name: jax.tree.map(lambda x: place(x, len(x)), x) if isinstance(x, dict) else place(x, len(x) if rows is None else rows)
+        for name, x in batch.items()
+    }
+
+
+def per_process(mesh: Mesh, values: np.ndarray) -> jax.Array:
+    """[devices, …]: each device has the values of its process."""
+    sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+    return jax.make_array_from_callback((mesh.size, *values.shape), sharding, lambda _: values[None])

@@ -1,5 +1,6 @@
 """A training run, told from top to bottom."""
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -12,21 +13,24 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from iam_jax import objective
+from iam_jax import distributed, objective
 from iam_jax.checkpoint import Checkpoints
+from iam_jax.chips import find_chip
 from iam_jax.config import Config
-from iam_jax.data.batches import Batch, Rows, training_batches, training_rows
+from iam_jax.data.batches import Batch, Rows, training_batches, training_rows, users_of_batch
 from iam_jax.data.item_rows import DistinctItems, without_items
 from iam_jax.data.prepare import Prepared
-from iam_jax.errors import InputError, NonFiniteError
+from iam_jax.errors import InputError, NonFiniteError, some
 from iam_jax.evaluate import Evaluator, summarize, validation_subset
+from iam_jax.flops import step_flops
 from iam_jax.interrupt import Signals, Stop
 from iam_jax.kernels.range_attention import choose
-from iam_jax.logs import MetricsLog, progress_bar
+from iam_jax.logs import METRICS_FILE, MetricsLog, progress_bar
 from iam_jax.model import Model, Params, make_model, pretrained
-from iam_jax.optimizer import learning_rate, make_optimizer
+from iam_jax.optimizer import learning_rate, make_optimizer, updates_made
 from iam_jax.parameters import EMBEDDINGS, abstract, frozen_names, join, mean_rows, name_of, select
-from iam_jax.sharding import batch_shards, make_mesh, param_sharding, shard_batch, split_rows
+from iam_jax.sharding import batch_shards, make_mesh, param_sharding, per_process, rows_here, shard_batch, split_rows
+from iam_jax.telemetry import Meter, Profile
 
 
 @dataclasses.dataclass
@@ -43,6 +47,14 @@ class Progress:
     tokens: int = 0  # real tokens seen
     window: dict = dataclasses.field(default_factory=dict)  # sums since the last line of metrics.jsonl
     stopped: str = ""  # why training ended before train.steps
+    skipped: int = 0  # steps that left the state as it was: their loss or gradient was not finite
+
+    @classmethod
+    def read(cls, saved: dict) -> "Progress":
+        """Of a checkpoint, perhaps one of an earlier version. Raises InputError for one of a later version."""
+        if unknown := sorted(saved.keys() - {field.name for field in dataclasses.fields(cls)}):
+            raise InputError(f"the checkpoint was written by a later version of this program: its progress has {some(unknown)}")
+        return cls(**saved)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +67,7 @@ class Run:
     model: Model
     rows: Rows
     items: objective.Items
-    finish: Callable[[Batch], Batch] = without_items  # what becomes of a batch before the model reads it
+    finish: Callable[..., Batch] = without_items  # what becomes of a batch before the model reads it
     frozen_names: frozenset[str] = frozenset()  # of the parameters that are not trained
 
     @functools.cached_property
@@ -134,7 +146,9 @@ def _distinct_items(config: Config, rows: Rows, mesh: jax.sharding.Mesh) -> Dist
 
 def make_train_step(run: Run):
     """(state, batch, items, step, frozen) -> (state, metrics), jitted, the state's buffers donated. A batch is split into
-    optimizer.accumulate micro-batches whose gradients add up to that of the whole. frozen: the parameters that are not trained."""
+    optimizer.accumulate micro-batches whose gradients add up to that of the whole. frozen: the parameters that are not trained. The batch's
+    `votes`, of every device, come back in the metrics as sums. A step whose loss or gradient is not finite, as its metrics then tell,
+    returns the state as it was."""
     config, model = run.config, run.model
     optimizer, schedule = make_optimizer(config.optimizer), learning_rate(config.optimizer)
     parts = config.optimizer.accumulate
@@ -142,6 +156,8 @@ def make_train_step(run: Run):
 
     def train_step(state: dict, batch: dict, items: objective.Items, step: jax.Array, frozen: Params = {}):  # noqa: B006
         params, cache = state["params"], state.get("cache")
+        batch = dict(batch)
+        votes = {name: votes.sum() for name, votes in batch.pop("votes", {}).items()}
         # rbg: threefry's dropout masks take longer than the layers on a CPU
         key = jax.random.fold_in(jax.random.key(config.train.seed, impl="rbg"), step)
         count = objective.counts(batch)
@@ -164,9 +180,12 @@ def make_train_step(run: Run):
             zero = ({name: jnp.zeros(()) for name in names}, jax.tree.map(jnp.zeros_like, params))
             (sums, grads), _ = jax.lax.scan(add, zero, (micros, jax.random.split(key, parts)))
         updates, opt_state = optimizer.update(grads, state["optimizer"], params)
-        metrics = {f"{name}_sum": value for name, value in sums.items()} | {f"{name}_count": value for name, value in count.items()}
-        metrics |= {"gradient_norm": optax.global_norm(grads), "learning_rate": schedule(step)}
-        state = state | {"params": optax.apply_updates(params, updates), "optimizer": opt_state}
+        metrics = {f"{name}_sum": value for name, value in sums.items()} | {"gradient_norm": optax.global_norm(grads)}
+        finite = jnp.isfinite(jnp.stack(list(metrics.values()))).all()
+        metrics |= {f"{name}_count": value for name, value in count.items()} | {"learning_rate": schedule(updates_made(state["optimizer"]))}
+        metrics |= {"tokens": (batch["user"] > 0).sum()} | votes
+        new = {"params": optax.apply_updates(params, updates), "optimizer": opt_state}
+        state = state | jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, {name: state[name] for name in new})
         # Left to XLA, norm scales would come back sharded: then their buffers are not reused, and the second step compiles again.
         return jax.lax.with_sharding_constraint(state, param_sharding(run.mesh, state)), metrics
 
@@ -187,6 +206,16 @@ def abstract_state(run: Run) -> dict:
     """Shapes, types and shardings of the state, without allocating it."""
     trained = run.abstract_trained
     return {"params": trained} | abstract(run.mesh, jax.eval_shape(functools.partial(rest_of_state, run), trained))
+
+
+def make_meter(run: Run) -> Meter:
+    """With model FLOPs utilisation where the chip's peak is known and the step can be counted."""
+    chip = find_chip(jax.devices()[0].device_kind)
+    try:
+        return Meter(step_flops(run).model, chip) if chip else Meter()
+    except ValueError as error:
+        print(f"no model FLOPs utilisation in metrics.jsonl: {error}", flush=True)
+        return Meter()
 
 
 def init_state(run: Run) -> dict:
@@ -212,19 +241,21 @@ def init_state(run: Run) -> dict:
 
 def train(run: Run, workdir: Path, evaluator: Evaluator, signals: Signals) -> Checkpoints:
     """Trains to train.steps, or goes on where the working folder's newest checkpoint stands. Raises Stop when interrupted (all saved)
-    and NonFiniteError when a loss or gradient is not finite (the last good checkpoint stays)."""
+    and NonFiniteError when more losses or gradients than train.skip_limit are not finite (the last good checkpoint stays)."""
     config = run.config
     cfg, metric = config.train, config.selection
     checkpoints = Checkpoints(workdir, cfg.keep, metric)
 
     # ---- state: from the newest checkpoint, else from scratch
     saved_step = -1
-    if steps := checkpoints.steps():
-        saved_step = steps[-1]
-        state, progress = checkpoints.restore(saved_step, abstract_state(run)), Progress(**checkpoints.progress(saved_step))
+    if found := checkpoints.load(abstract_state(run)):
+        saved_step, state, saved = found
+        progress = Progress.read(saved)
         progress.best_step, progress.best = checkpoints.best() or (None, None)  # eval.metric may be another now
         print(f"continuing from step {progress.step:,}", flush=True)
     else:
+        if (workdir / METRICS_FILE).exists():
+            print("no checkpoint yet: starting from step 0", flush=True)
         state, progress = init_state(run), Progress()
     trained, frozen = (sum(math.prod(x.shape) for x in jax.tree.leaves(params)) for params in (state["params"], run.frozen))
     print(
@@ -245,48 +276,65 @@ def train(run: Run, workdir: Path, evaluator: Evaluator, signals: Signals) -> Ch
     train_step = make_train_step(run)
     refresh = jax.jit(lambda params, frozen, items: objective.all_text_vectors(run.model.bind(join(params, frozen)), items))
     validation = validation_subset(run.prepared.events, config)
-    log = MetricsLog(workdir, progress.step, config.log)
-    batches = training_batches(run.rows, cfg.batch_rows, cfg.seed, progress.next_batch, run.finish)
+    log = MetricsLog(workdir, progress.step, config.log, progress.validated)
+    here = rows_here(run.mesh, cfg.batch_rows)
+    batches = training_batches(run.rows, cfg.batch_rows, cfg.seed, progress.next_batch, run.finish, here)
     bar = progress_bar(config.log, cfg.steps, progress.step)
-    pending: tuple[int, dict, dict] | None = None
-    clock, step_clock = time.monotonic(), time.monotonic()
-    speed = {"tokens": 0, "targets": 0, "seconds": 0.0}  # since the last line of metrics.jsonl, validations and saves left out
+    meter, profile = make_meter(run), Profile(workdir, config.log.profile)
+    pending: tuple[int, dict] | None = None
+    several, agreed_late = distributed.processes() > 1, False
+    clock = time.monotonic()
 
     def settle() -> None:
         """Reads the metrics of the step dispatched last; only now does the host wait for the device."""
-        nonlocal pending, step_clock
+        nonlocal pending, agreed_late
         if pending is None:
             return
-        (step, values, host), pending = pending, None
+        (step, values), pending = pending, None
+        distributed.alive(f"step {step}")
         values = {name: float(value) for name, value in jax.device_get(values).items()}
+        distributed.alive(f"what follows step {step}")
+        if several:  # all processes settle a step at the same point, and so learn the same at the same time
+            signals.agree(values.pop("stopping") > 0)
+            agreed_late |= values.pop("late") > 0
+        progress.tokens += int(values["tokens"])
         bad = [name for name, value in values.items() if not math.isfinite(value)]
         if bad:
-            last = f"the last good checkpoint is step {saved_step}" if saved_step >= 0 else "there is no checkpoint yet"
-            raise NonFiniteError(f"step {step}: {', '.join(bad)} not finite; {last}")
-        for name, value in (values | host | {"steps": 1}).items():
-            progress.window[name] = progress.window.get(name, 0) + value
-        now = time.monotonic()
-        done = {"tokens": host["tokens"], "targets": values["item_count"], "seconds": now - step_clock}
-        step_clock = now
-        for name, value in done.items():
-            speed[name] += value
+            skip(step, bad)
+        else:
+            for name, value in (values | {"steps": 1}).items():
+                progress.window[name] = progress.window.get(name, 0) + value
+        meter.step(values["tokens"], values["item_count"])
         if step % config.log.every and step != cfg.steps:
             return
         window, progress.window = progress.window, {}
         line = {
             f"{name}_loss": window[f"{name}_sum"] / max(window[f"{name}_count"], 1) for name in ("item", "token") if f"{name}_sum" in window
         }
+        if window:  # a step of it was not skipped
+            line["gradient_norm"] = window["gradient_norm"] / window["steps"]
         line |= {
-            "gradient_norm": window["gradient_norm"] / window["steps"],
             "learning_rate": values["learning_rate"],
             "epoch": step * cfg.batch_rows / len(run.rows),
             "tokens_seen": progress.tokens,
-            "tokens_per_second": speed["tokens"] / max(speed["seconds"], 1e-9),
-            "targets_per_second": speed["targets"] / max(speed["seconds"], 1e-9),
+            "skipped": progress.skipped,
         }
-        speed.update(tokens=0, targets=0, seconds=0.0)
+        line |= meter.take()
         log.write(step, line)
-        bar.set_postfix_str(f"loss {next(iter(line.values())):.3f}, {line['tokens_per_second']:,.0f} tokens/s")
+        if window:
+            bar.set_postfix_str(f"loss {next(iter(line.values())):.3f}, {line['tokens_per_second']:,.0f} tokens/s")
+
+    def skip(step: int, bad: list[str]) -> None:
+        """Tells and counts a step that left the state as it was. Raises NonFiniteError when it is one too many."""
+        progress.skipped += 1
+        what = f"step {step:,}: {', '.join(bad)} not finite"
+        users = f"users of its batch: {some(users_of_batch(run.rows, cfg.batch_rows, cfg.seed, step - 1))}"
+        if progress.skipped > cfg.skip_limit:
+            checkpoints.wait()
+            last = f"the last good checkpoint is step {saved_step}" if saved_step >= 0 else "there is no checkpoint yet"
+            more = f", after {progress.skipped - 1:,} skipped steps (train.skip_limit)" if cfg.skip_limit else ""
+            raise NonFiniteError(f"{what}{more}; {last}; {users}")
+        bar.write(f"{what}: skipped, {progress.skipped:,} of at most {cfg.skip_limit:,}; {users}")
 
     def validate() -> dict:
         params = join(state["params"], run.frozen)
@@ -297,13 +345,16 @@ def train(run: Run, workdir: Path, evaluator: Evaluator, signals: Signals) -> Ch
         return {f"{config.metric_prefix}{name}": value for name, value in kept.items()}
 
     with signals.deferred():
-        try:
+        with contextlib.ExitStack() as last:  # all of it, whatever ends training
+            for end in (checkpoints.wait, profile.close, log.close, bar.close):
+                last.callback(end)
             while True:
                 step = progress.step
-                out_of_time = cfg.max_minutes and progress.minutes + (time.monotonic() - clock) / 60 >= cfg.max_minutes
-                ending = step >= cfg.steps or bool(out_of_time) or signals.requested
-                validating = len(validation) > 0 and not signals.requested and step > progress.validated
-                validating &= step >= cfg.steps or bool(out_of_time) or (step > 0 and step % cfg.eval_every == 0)
+                late = bool(cfg.max_minutes) and progress.minutes + (time.monotonic() - clock) / 60 >= cfg.max_minutes
+                out_of_time, stopping = agreed_late if several else late, signals.stopping
+                ending = step >= cfg.steps or out_of_time or stopping
+                validating = len(validation) > 0 and not stopping and step > progress.validated
+                validating &= step >= cfg.steps or out_of_time or (step > 0 and step % cfg.eval_every == 0)
                 metrics = None
                 if validating or ending or (step > saved_step and step > 0 and step % cfg.save_every == 0):
                     settle()
@@ -329,22 +380,26 @@ def train(run: Run, workdir: Path, evaluator: Evaluator, signals: Signals) -> Ch
                         log.upload()
                         checkpoints.save(step, state, dataclasses.asdict(progress), metrics)
                         saved_step = step
-                    step_clock = time.monotonic()
-                    if signals.requested or ending or progress.stopped:
+                    meter.resume()
+                    if signals.stopping or ending or progress.stopped:
                         break
                 if config.softmax == "cached" and step % config.objective.refresh_steps == 0:
                     state["cache"] = refresh(state["params"], run.frozen, run.items)
-                batch = next(batches)
-                host = {"tokens": int((batch["user"] > 0).sum())}
-                state, values = train_step(state, shard_batch(run.mesh, batch), run.items, np.int32(step), run.frozen)
+                if profile.due(step):
+                    settle()  # the trace has whole steps
+                    profile.turn()
+                    meter.resume()
+                with meter.waiting():
+                    batch = next(batches)
+                batch = shard_batch(run.mesh, batch, cfg.batch_rows)
+                if several:
+                    votes = {"stopping": signals.requested, "late": late and distributed.is_first()}
+                    batch["votes"] = {name: per_process(run.mesh, np.int32(vote)) for name, vote in votes.items()}
+                state, values = train_step(state, batch, run.items, np.int32(step), run.frozen)
                 settle()
                 progress.step = progress.next_batch = step + 1
-                progress.tokens += host["tokens"]
-                pending = (step + 1, values, host)
+                pending = (step + 1, values)
                 bar.update()
-        finally:
-            bar.close()
-            log.close()
     if progress.stopped:
         print(f"training ended at step {progress.step:,}: {progress.stopped}", flush=True)
     signals.poll()

@@ -50,10 +50,14 @@ def lock_workdir(workdir: Path) -> contextlib.AbstractContextManager:
     return file
 
 
-def open_workdir(workdir: Path, config: Config, prepared: Prepared, pretrained_sha256: str | None = None, create: bool = False) -> None:
+def open_workdir(
+    workdir: Path, config: Config, prepared: Prepared, pretrained_sha256: str | None = None, create: bool = False, shared: bool = False
+) -> None:
     """Checks that this config, this data and this pretrained model made the folder; with `create`, makes it or notes what of the config
-    may change."""
+    may change. shared: another process has made it, and this one must see it."""
     check_workdir(workdir, config)
+    if shared and not (workdir / CONFIG_FILE).exists():
+        raise InputError(f"--workdir={workdir}: this process does not see what the first one wrote; all need the same disk")
     made_from = {"split_sha256": prepared.split.sha256, **identity(prepared.events.item_ids.tolist(), prepared.catalogue)}
     if pretrained_sha256 is not None:
         made_from["pretrained_sha256"] = pretrained_sha256

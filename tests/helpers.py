@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import json
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -16,6 +18,7 @@ from iam_jax.data.prepare import Prepared
 from iam_jax.data.splits import TEST, TRAIN, VALIDATION, Events, Split
 from iam_jax.model import Model
 from iam_jax.schedule import parse_schedule
+from iam_jax.telemetry import is_timing
 
 # XLA compiles a CPU program in half the time, and these run but a few times.
 quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -32,6 +35,12 @@ def make_config(**sections: dict) -> Config:
         for section, values in fields.items():
             config[section].update(values)
     return resolve(config)
+
+
+def metrics_lines(workdir: Path) -> list[dict]:
+    """Of metrics.jsonl, without what differs between two runs of one command."""
+    every = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if not is_timing(name)} for line in every]
 
 
 # ---- batches

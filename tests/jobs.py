@@ -1,33 +1,69 @@
-"""Jobs of two processes on this machine, as on two hosts: collectives by gloo over localhost."""
+"""Jobs of several processes on this machine, started by launch/local.py as on several hosts."""
 
+import importlib.util
 import os
-import socket
 import subprocess
+import sys
 from pathlib import Path
 
-import jax
+from iam_jax import distributed
+from iam_jax.config import MeshConfig
+from iam_jax.interrupt import Signals
+
+ROOT = Path(__file__).parents[1]
+LAUNCHER = ROOT / "launch" / "local.py"
 
 
-def join_job(address: str, process: str) -> None:
-    """In a process that `two_processes` started, before JAX is used."""
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.distributed.initialize(address, 2, int(process))
-
-
-def two_processes(command: list[str], devices: int = 1, cwd: Path | None = None) -> list[str]:
-    """What each of the two printed. The command gets the job's address and the process's number behind its arguments, so many devices a
-    process, and may import this module."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
-    env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "JAX_PLATFORMS": "cpu"}
-    env["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
-    options = {"cwd": cwd, "env": env, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    both = [subprocess.Popen([*command, address, str(process)], **options) for process in (0, 1)]
+def load_launcher():
+    sys.path.insert(0, str(LAUNCHER.parent))
     try:
-        told = [process.communicate(timeout=100)[0] for process in both]
+        spec = importlib.util.spec_from_file_location("launch_local", LAUNCHER)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+    finally:
+        sys.path.remove(str(LAUNCHER.parent))
+
+
+def start_job(folder: Path, processes: int, *flags: str, devices: int = 1) -> subprocess.Popen:
+    """The launcher at work in `folder`."""
+    command = [sys.executable, str(LAUNCHER), f"--processes={processes}", f"--devices={devices}", "--", *flags]
+    return subprocess.Popen(command, cwd=folder, env=_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def run_job(folder: Path, processes: int, *flags: str, devices: int = 1, code: int = 0, timeout: float = 300) -> str:
+    """What a whole job told."""
+    job = start_job(folder, processes, *flags, devices=devices)
+    try:
+        told, _ = job.communicate(timeout=timeout)
+    finally:
+        job.terminate()
+    assert job.returncode == code, told[-6000:]
+    return told
+
+
+def join_job(flags: list[str]) -> int:
+    """In a process that `two_processes` started, before JAX is used: the process's number."""
+    values = dict(flag.lstrip("-").split("=") for flag in flags if "=" in flag)
+    process = int(values["process_id"])
+    distributed.join(values["coordinator"], int(values["processes"]), process, MeshConfig(), Signals())
+    return process
+
+
+def two_processes(command: list[str], devices: int = 1, cwd: Path | None = None, code: int = 0) -> list[str]:
+    """What each of the two printed, of any program; it gets the flags of its process behind its arguments, and may import this module."""
+    options = {"cwd": cwd, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    commands = load_launcher().job(command, 2, devices, {"JAX_PLATFORMS": "cpu"})
+    both = [subprocess.Popen(own, env=_environment() | more, **options) for more, own in commands]
+    try:
+        told = [process.communicate(timeout=300)[0] for process in both]
     finally:
         for process in both:
             process.kill()
-    assert [process.returncode for process in both] == [0, 0], "\n".join(out[-3000:] for out in told)
+    assert [process.returncode for process in both] == [code, code], "\n".join(out[-3000:] for out in told)
     return told
+
+
+def _environment() -> dict[str, str]:
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return os.environ | {"PYTHONPATH": path, "JAX_PLATFORMS": "cpu"}

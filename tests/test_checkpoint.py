@@ -1,4 +1,7 @@
-"""Checkpoints of a small tree: which are kept, which is meant, and what an interrupted save leaves."""
+"""Checkpoints of a small tree: which are kept, which is meant, what an interrupted save leaves, and what becomes of damaged ones."""
+
+import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -6,8 +9,10 @@ import numpy as np
 import pytest
 from orbax.checkpoint._src.path import atomicity
 
+from iam_jax import checkpoint as checkpoint_lib
 from iam_jax.checkpoint import Checkpoints
-from iam_jax.errors import InputError
+from iam_jax.errors import DamagedError, InputError
+from iam_jax.files import write_atomically
 
 
 def state_of(step, rows=3):
@@ -22,12 +27,20 @@ def abstract(state):
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
 
 
+def assert_same(left, right):
+    assert jax.tree.structure(left) == jax.tree.structure(right)
+    for got, expected in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
+        assert got.dtype == expected.dtype and got.sharding == expected.sharding
+        np.testing.assert_array_equal(got, expected)
+
+
 def make(folder, metrics, keep=2, metric="ndcg@10"):
     """Checkpoints at steps 1, 2, … with these values of the metric."""
     checkpoints = Checkpoints(folder, keep, metric)
     for step, value in enumerate(metrics, start=1):
         measured = None if value is None else {"ndcg@10": value, "hr@10": 1 - value}
         checkpoints.save(step, state_of(step), {"step": step, "window": {}}, measured)
+    checkpoints.wait()
     return checkpoints
 
 
@@ -82,22 +95,59 @@ def test_everything_comes_back_bitwise(tmp_path):
     checkpoints.close()
     again = Checkpoints(tmp_path, 2, "ndcg@10")
     assert again.progress(7) == progress
-    restored = again.restore(7, abstract(state_of(0)))
-    assert jax.tree.structure(restored) == jax.tree.structure(state_of(0))
-    for got, expected in zip(jax.tree.leaves(restored), jax.tree.leaves(state_of(7)), strict=True):
-        assert got.dtype == expected.dtype and got.sharding == expected.sharding
-        np.testing.assert_array_equal(got, expected)
+    assert_same(again.restore(7, abstract(state_of(0))), state_of(7))
     params = again.restore_params(7, abstract(state_of(0)["params"]))
     np.testing.assert_array_equal(params["layer"]["query_DNH"], state_of(7)["params"]["layer"]["query_DNH"])
 
 
 def test_a_step_saved_again_gets_its_metrics(tmp_path):
     checkpoints = make(tmp_path, [0.1, None])
-    checkpoints.save(2, state_of(9), {"step": 2, "again": True}, {"ndcg@10": 0.3})
+    checkpoints.save(2, state_of(2), {"step": 2, "again": True}, {"ndcg@10": 0.3})
     assert checkpoints.steps() == [1, 2] and checkpoints.best() == (2, 0.3)
+    assert Checkpoints(tmp_path, 2, "ndcg@10", read_only=True).best() == (2, 0.3)
+    checkpoints.save(3, state_of(3), {"step": 3}, {"ndcg@10": 0.2})
+    checkpoints.save(4, state_of(4), {"step": 4}, {"ndcg@10": 0.2})
+    assert checkpoints.steps() == [2, 3, 4]  # the best is kept by the metrics it got later
     assert checkpoints.progress(2) == {"step": 2, "again": True}
-    params = checkpoints.restore_params(2, abstract(state_of(0)["params"]))
-    np.testing.assert_array_equal(params["layer"]["query_DNH"], state_of(9)["params"]["layer"]["query_DNH"])
+    assert_same(checkpoints.restore(2, abstract(state_of(0))), state_of(2))
+
+
+@pytest.mark.parametrize("killed_at", ["metrics", "metadata"])
+def test_killed_while_a_step_gets_its_metrics(tmp_path, monkeypatch, killed_at):
+    checkpoints = make(tmp_path, [0.1, None])
+
+    def killed(path, write):
+        if path.name == killed_at:
+            raise KeyboardInterrupt
+        write_atomically(path, write)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint_lib, "write_atomically", killed)
+        with pytest.raises(KeyboardInterrupt):
+            checkpoints.save(2, state_of(2), {"step": 2, "validated": 2}, {"ndcg@10": 0.3})
+    again = Checkpoints(tmp_path, 2, "ndcg@10")
+    step, state, progress = again.load(abstract(state_of(0)))
+    assert step == 2 and "validated" not in progress  # so that it is validated, and saved, once more
+    assert_same(state, state_of(2))
+    again.save(2, state_of(2), {"step": 2, "validated": 2}, {"ndcg@10": 0.3})
+    assert again.best() == (2, 0.3) and again.progress(2)["validated"] == 2
+
+
+def test_a_state_is_saved_as_it_was_though_its_buffers_are_donated(tmp_path):
+    state = {"params": {"table_IE": jnp.zeros((700, 700))}, "optimizer": jnp.zeros((700, 700))}
+    add = jax.jit(lambda state: jax.tree.map(lambda x: x + 1, state), donate_argnums=0)
+    checkpoints, shapes = Checkpoints(tmp_path, 9, "ndcg@10"), abstract(state)
+    for step in range(1, 5):
+        before, state = state, add(state)
+        assert before["optimizer"].is_deleted()
+        checkpoints.save(step, state, {}, None)
+        for _ in range(10):
+            state = add(state)
+        state = jax.tree.map(lambda x: x - 10, state)
+    checkpoints.wait()
+    for step in range(1, 5):
+        for x in jax.tree.leaves(checkpoints.restore(step, shapes)):
+            assert (x == step).all()
 
 
 def test_what_an_interrupted_save_leaves_is_no_checkpoint(tmp_path, monkeypatch):
@@ -108,8 +158,9 @@ def test_what_an_interrupted_save_leaves_is_no_checkpoint(tmp_path, monkeypatch)
 
     with monkeypatch.context() as patch:
         patch.setattr(atomicity.AtomicRenameTemporaryPath, "finalize", killed)
+        checkpoints.save(3, state_of(3), {"step": 3}, {"ndcg@10": 0.9})
         with pytest.raises(KeyboardInterrupt):
-            checkpoints.save(3, state_of(3), {"step": 3}, {"ndcg@10": 0.9})
+            checkpoints.wait()
     left = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert len(left) == 3 and left[:2] == ["1", "2"] and left[2].startswith("3.")
 
@@ -118,6 +169,7 @@ def test_what_an_interrupted_save_leaves_is_no_checkpoint(tmp_path, monkeypatch)
     assert len(list((tmp_path / "checkpoints").iterdir())) == 3
     again = Checkpoints(tmp_path, 2, "ndcg@10")
     again.save(3, state_of(3), {"step": 3}, {"ndcg@10": 0.9})
+    again.wait()
     assert again.steps() == [2, 3] and again.resolve("best") == 3
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["2", "3"]
 
@@ -153,3 +205,103 @@ def test_parameters_of_another_model_are_refused(tmp_path, other, named):
     for restore, tree in ((checkpoints.restore, wanted), (checkpoints.restore_params, wanted["params"])):
         with pytest.raises(InputError, match=rf"checkpoints/1: does not fit the config's model: .*{named}"):
             restore(1, tree)
+
+
+# ---- damaged ones
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def files_of(folder):
+    """One file of every kind that a step consists of, by what it is. Others hold copies, and nothing reads them."""
+    found = {"metrics": folder / "metrics" / "metrics", "metadata": folder / "progress" / "metadata"}
+    for item in ("params", "rest"):
+        for name in ("_METADATA", "_sharding", "manifest.ocdbt"):
+            found[f"{item} {name}"] = folder / item / name
+        found[f"{item} array metadata"] = folder / item / "array_metadatas" / "process_0"
+        (found[f"{item} index"],) = (folder / item / "d").iterdir()
+        found[f"{item} arrays"] = max((folder / item / "ocdbt.process_0" / "d").iterdir(), key=lambda path: path.stat().st_size)
+    return found
+
+
+def test_a_damaged_step_is_told_of_and_the_one_before_it_used(tmp_path, capsys):
+    """Whatever file of the newest step is cut short or missing, no wrong value is read, and another stands in."""
+
+    def state_of(step):  # large enough to be in files of their own
+        draw = jax.random.split(jax.random.key(step))
+        tables = [jax.random.normal(key, (500, 4)) for key in draw]
+        return {"params": {"table_IE": tables[0], "scale": jnp.float32(step)}, "cache": tables[1]}
+
+    checkpoints = Checkpoints(tmp_path / "whole", 2, "ndcg@10")
+    for step in (1, 2):
+        checkpoints.save(step, state_of(step), {"step": step}, {"ndcg@10": step / 10})
+    checkpoints.close()
+    shapes = abstract(state_of(0))
+    kinds = files_of(tmp_path / "whole" / "checkpoints" / "2")
+    missing = [kind for kind in kinds if kind in ("metrics", "metadata") or kind.endswith(("_METADATA", "arrays"))]
+    for kind, damage in [*((kind, cut) for kind in kinds), *((kind, lambda path: path.unlink()) for kind in missing)]:
+        workdir = tmp_path / "parts"
+        shutil.copytree(tmp_path / "whole", workdir)
+        damage(files_of(workdir / "checkpoints" / "2")[kind])
+        step, params = Checkpoints(workdir, 2, "ndcg@10", read_only=True).load_params("best", shapes["params"])
+        assert_same(params, state_of(step)["params"])
+        assert not any(path.name.endswith(".damaged") for path in (workdir / "checkpoints").iterdir())
+        capsys.readouterr()
+        writer = Checkpoints(workdir, 2, "ndcg@10")
+        step, state, progress = writer.load(shapes)
+        assert_same(state, state_of(step))
+        assert progress == {"step": step}
+        told = capsys.readouterr()
+        assert told.err == ""
+        if kind == "metrics" and damage is not cut:  # as of a step without a validation
+            assert (step, told.out, writer.best()) == (2, "", (1, 0.1))
+        else:
+            (line,) = told.out.splitlines()
+            assert line.startswith(f"{workdir}/checkpoints/2 is damaged (") and line.endswith("); using step 1"), kind
+            assert step == 1 and writer.steps() == [1] and writer.best() == (1, 0.1)
+        if kind == "params index":
+            writer.save(2, state_of(2), {"step": 2}, {"ndcg@10": 0.2})
+            writer.close()
+            assert Checkpoints(workdir, 2, "ndcg@10", read_only=True).best() == (2, 0.2)
+        shutil.rmtree(workdir)
+
+
+def test_a_step_that_was_asked_for_has_no_stand_in(tmp_path):
+    make(tmp_path, [0.1, 0.2, 0.15], keep=3)
+    shapes = abstract(state_of(0)["params"])
+    cut(tmp_path / "checkpoints" / "2" / "params" / "manifest.ocdbt")
+    reader = Checkpoints(tmp_path, 2, "ndcg@10", read_only=True)
+    with pytest.raises(DamagedError, match=r"checkpoints/2 is damaged \(params: "):
+        reader.restore_params(2, shapes)
+    assert reader.load_params("best", shapes)[0] == 3  # the next best
+    with pytest.raises(InputError, match=r"checkpoints/2 is damaged"):
+        reader.load_params("2", shapes)
+
+
+def test_where_none_can_be_read_nothing_is_used_and_nothing_moved(tmp_path):
+    make(tmp_path, [0.1, 0.2])
+    for step in ("1", "2"):
+        cut(tmp_path / "checkpoints" / step / "progress" / "metadata")
+    for _ in range(2):
+        with pytest.raises(InputError, match=r"no checkpoint can be read: .*/2 is damaged \(progress/metadata: .*/1 is damaged \("):
+            Checkpoints(tmp_path, 2, "ndcg@10").load(abstract(state_of(0)))
+    (tmp_path / "checkpoints" / "1").rename(tmp_path / "checkpoints" / "1.damaged")
+    (tmp_path / "checkpoints" / "2").rename(tmp_path / "checkpoints" / "2.damaged")
+    with pytest.raises(InputError, match=r"no checkpoint but damaged ones, set aside as '1\.damaged', '2\.damaged'"):
+        Checkpoints(tmp_path, 2, "ndcg@10").load(abstract(state_of(0)))
+    assert Checkpoints(tmp_path / "new", 2, "ndcg@10").load(abstract(state_of(0))) is None
+
+
+def test_a_file_in_place_of_the_folder(tmp_path):
+    (tmp_path / "checkpoints").write_text("")
+    for read_only in (False, True):
+        with pytest.raises(InputError, match=r"checkpoints is not a folder"):
+            Checkpoints(tmp_path, 2, "ndcg@10", read_only=read_only)
+    (tmp_path / "checkpoints").unlink()
+    make(tmp_path, [0.1])
+    metrics = tmp_path / "checkpoints" / "1" / "metrics" / "metrics"
+    metrics.write_text(json.dumps([1]))
+    with pytest.raises(InputError, match=r"no checkpoint can be read: .*/1 is damaged \(metrics/metrics: "):
+        Checkpoints(tmp_path, 2, "ndcg@10", read_only=True).resolve("best")

@@ -283,12 +283,21 @@ def test_another_config_is_refused_by_its_keys(tmp_path):
 
 
 def test_a_config_of_another_version(tmp_path):
-    tree = json.loads(to_json(made()))
-    del tree["model"]["qk_norm"]
-    tree["model"]["gone"] = 1
+    tree = json.loads(to_json(made(model__heads=8)))
+    del tree["model"]["qk_norm"], tree["data"]["synthetic"], tree["train"]["skip_limit"]
     (tmp_path / CONFIG_FILE).write_text(json.dumps(tree))
-    with pytest.raises(InputError, match=r"model\.gone \(1 there, 'absent' here\); model\.qk_norm \('absent' there, False here\)"):
-        check_same_run(tmp_path, made())
+    assert resolve(get_config(str(tmp_path))) == made(model__heads=8)  # what came later is at its default
+    check_same_run(tmp_path, made(model__heads=8, train__skip_limit=0))
+    with pytest.raises(InputError, match=r"another config: model\.qk_norm \(False there, True here\)\. "):
+        check_same_run(tmp_path, made(model__heads=8, model__qk_norm=True))
+    for section, value in (("model", 1), ("eval", {"a": 1})):  # what is not here
+        (tmp_path / CONFIG_FILE).write_text(json.dumps(tree | {section: tree[section] | {"gone": value}}))
+        for read in (lambda: get_config(str(tmp_path)), lambda: check_same_run(tmp_path, made())):
+            with pytest.raises(InputError, match=rf"config\.json: .* no config fields here: {section}\.gone(\.a)?$"):
+                read()
+    (tmp_path / CONFIG_FILE).write_text(json.dumps(tree | {"model": 3}))
+    with pytest.raises(InputError, match=r"no config fields here: model$"):
+        get_config(str(tmp_path))
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[1]"])

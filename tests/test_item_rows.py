@@ -62,7 +62,7 @@ def test_every_token_and_target_finds_its_item(prompt, suffix, parts, multiple):
     assert any((rows.segments.last > rows.segments.stop).tolist())  # some targets are no input
     batch_rows = 4
     items = DistinctItems(rows, batch_rows, parts, multiple)
-    assert items.rows % (CHUNKS * multiple) == 0
+    assert items.item_rows % (CHUNKS * multiple) == 0
     plain = stack([rows[row] for row in range(batch_rows)])
     batch = items(plain)
     assert set(batch) == set(plain) - {"item", "within"} | {"leading", "slot", "target_slot"}
@@ -83,6 +83,25 @@ def test_every_token_and_target_finds_its_item(prompt, suffix, parts, multiple):
                 own.tolist() == prepared.catalogue.tokens[prepared.catalogue.offsets[item] : prepared.catalogue.offsets[item + 1]].tolist()
             )
         assert len(np.unique(leading["user"])) - 1 == len(items.distinct({name: x[mine] for name, x in plain.items()}))
+
+
+@pytest.mark.parametrize(("prompt", "suffix"), [(0, 0), (2, 1)])
+@pytest.mark.parametrize("targets", [True, False])
+def test_a_process_packs_the_items_of_whole_micro_batches(prompt, suffix, targets):
+    """From its own rows and the others' numbers it gets what it would from all rows."""
+    rows = tiny_rows(tiny_data(users=30, items=20, prompt=prompt, suffix=suffix), make_config(data=DATA))
+    items = DistinctItems(rows, 4, parts=2, targets=targets)
+    chosen = np.array([5, 0, 3, 1])
+    some = [rows[row] for row in chosen]
+    whole = items(stack(some))
+    assert not np.array_equal(*np.split(whole["leading"]["token"], 2))  # other items in each micro-batch
+    for here in ([0, 1, 2, 3], [1], [0, 2], [2, 3]):
+        own = items(stack([some[place] for place in here]), chosen, np.array(here))
+        assert own.keys() == whole.keys()
+        for name, x in whole["leading"].items():
+            np.testing.assert_array_equal(own["leading"][name], x)
+        for name in whole.keys() - {"leading"}:
+            np.testing.assert_array_equal(own[name], whole[name][here])
 
 
 def test_without_targets_only_the_input_counts():

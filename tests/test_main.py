@@ -11,6 +11,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import polars as pl
 import pytest
+from helpers import metrics_lines
 
 from iam_jax import main as main_lib
 from iam_jax import metrics
@@ -159,11 +160,7 @@ def test_ctrl_c_and_sigterm_and_on_with_the_same_command(folder, whole):
         assert (workdir / name).read_bytes() == (folder / "whole" / name).read_bytes()
     assert_same(checkpoint(workdir, 400), checkpoint(folder / "whole", 400))
 
-    def told(workdir):
-        every = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-        return [{name: value for name, value in line.items() if not name.endswith("_per_second")} for line in every]
-
-    assert told(workdir) == told(folder / "whole")
+    assert metrics_lines(workdir) == metrics_lines(folder / "whole")
     metrics = (workdir / "metrics.jsonl").read_bytes()
     out, _ = run(folder, *command)  # finished: evaluated again, not trained
     assert (workdir / "metrics.jsonl").read_bytes() == metrics

@@ -75,6 +75,17 @@ def test_a_batch_is_a_pure_function_of_seed_and_number():
             np.testing.assert_array_equal(values, np.stack([by_first[int(s)][name] for s in batch["segment"][:, 0]]))
 
 
+def test_processes_assemble_their_own_rows_of_the_same_batches():
+    """Whatever share of the rows: nothing is lost between them, and rows that two processes need are the same."""
+    rows = many_rows()
+    whole = list(itertools.islice(training_batches(rows, 4, seed=7), 9))
+    for shares in ([[0, 1], [2, 3]], [[0], [1], [2], [3]], [[0, 2], [1, 3]], [[0, 1, 2, 3], [0, 1, 2, 3]]):
+        for here in shares:
+            part = list(itertools.islice(training_batches(rows, 4, seed=7, start=2, here=np.array(here)), 7))
+            for batch, own in zip(whole[2:], part, strict=True):
+                assert all(np.array_equal(batch[name][here], own[name]) for name in batch)
+
+
 @pytest.mark.parametrize("size", [1, 4, 50])
 def test_evaluation_batches_hold_every_row_once_and_nothing_else(size):
     rows = many_rows()

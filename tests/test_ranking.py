@@ -179,8 +179,8 @@ def test_metrics_are_those_of_sorted_lists():
 
 if __name__ == "__main__":
     if sys.argv[1:]:
-        devices, folder, address, process = sys.argv[1:]
-        join_job(address, process)
+        devices, folder, *flags = sys.argv[1:]
+        process = join_job(flags)
         (Path(folder) / f"{process}.json").write_text(json.dumps(ranks_on(JOBS[int(devices)], ENDS)))
     else:
         json.dump([ranks_on(shape) for shape in MESHES[1:]], sys.stdout)

@@ -3,12 +3,11 @@
 import json
 import shutil
 import signal
-import sys
 
 import numpy as np
 import polars as pl
 import pytest
-from jobs import two_processes
+from jobs import run_job
 from test_main import config_text, contents, run, start, wait_for
 
 from iam_jax import score as score_lib
@@ -242,29 +241,14 @@ def test_an_interrupted_request_goes_on(folder, users, tmp_path, monkeypatch):
     assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
 
 
-TWO = """
-import sys
-from pathlib import Path
-
-import jax
-from absl import flags
-
-from iam_jax.config import get_config, resolve
-from iam_jax.score import Request, score
-
-output, address, process = sys.argv[1:]
-flags.FLAGS.mark_as_parsed()
-jax.config.update("jax_cpu_collectives_implementation", "gloo")
-jax.distributed.initialize(address, 2, int(process))
-score(Path("run"), resolve(get_config("run")), Request(output=output, users="users.csv"), saved=True)
-"""
-
-
 def test_two_processes_share_the_parts(folder, users, tmp_path):
     whole = scored(folder, tmp_path / "whole", users=users)
-    told = two_processes([sys.executable, "-c", TWO, str(tmp_path / "shared")], cwd=folder)
-    assert [int(out.split("shared: ")[1].split()[0]) for out in told] == [32, 28]  # users of parts 0 and 2, and of 1 and 3
+    flags = "--workdir=run", "--mode=score", f"--users={users}", f"--output={tmp_path / 'shared'}"
+    told = run_job(folder, 2, *flags)
+    assert "; 4 parts" in told and "shared: 60 users in" in told and told.count("parts") == 1  # the first process tells for both
     assert read(tmp_path / "shared").equals(whole)
+    (tmp_path / "shared" / "part-00002-of-00004.parquet").unlink()
+    assert "4 parts, 3 are there" in run_job(folder, 2, *flags) and read(tmp_path / "shared").equals(whole)
 
 
 def test_sigterm_and_on_with_the_same_command(folder, users):

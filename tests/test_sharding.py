@@ -20,15 +20,16 @@ from jax.sharding import PartitionSpec as P
 from iam_jax.config import MeshConfig
 from iam_jax.errors import InputError
 from iam_jax.model import make_model
-from iam_jax.sharding import AXES, BATCH, axes_of, make_mesh, mesh_sizes, param_sharding, shard_batch, split_rows
+from iam_jax.sharding import AXES, BATCH, at_block_boundary, axes_of, make_mesh, mesh_sizes, param_sharding, shard_batch, split_rows
 
-MESHES = ((1, 1, 1), (8, 1, 1), (2, 2, 2))
+MESHES = ((1, 1, 1), (8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2))
+STEPS = 20
 CONFIG = {
     "data": {"row_tokens": 24},
     "model": {
         "schedule": "intra inter",
-        "heads": 2,
-        "kv_heads": 1,
+        "heads": 8,
+        "kv_heads": 4,
         "qkv_bias": True,
         "out_bias": True,
         "mlp_bias": True,
@@ -36,14 +37,15 @@ CONFIG = {
     },
     "objective": {"vectors": "both", "softmax": "full", "token": 0.5},
     # Adam's first step is the sign of a gradient unless epsilon is large: noise where the gradient is zero but for rounding
-    "optimizer": {"warmup_steps": 0, "decay_steps": 0, "learning_rate": 0.1, "epsilon": 1e-2},
+    "optimizer": {"warmup_steps": 0, "decay_steps": 0, "learning_rate": 0.1, "epsilon": 1e-2, "clip_norm": 0.0},
 }
-# Of the (2, 2, 2) mesh, by hand: 16 wide, 2 heads, 1 key-value head, 24 feed-forward, 10 items, 13 tokens (not split)
+DATA = {"users": 40, "items": 16, "vocabulary": 16}
+# Of the (2, 2, 2) mesh, by hand: 16 wide, 8 heads, 4 key-value heads, 24 feed-forward, 16 items, 16 tokens
 EXPECTED = {
-    "decoder/embedding_VD": (None, "fsdp"),
+    "decoder/embedding_VD": ("tensor", "fsdp"),
     "decoder/final_norm/scale": (),
     "decoder/blocks/0_0/attention/query_DNH": (None, "fsdp", "tensor", None),
-    "decoder/blocks/0_0/attention/key_DKH": (None, "fsdp", None, None),
+    "decoder/blocks/0_0/attention/key_DKH": (None, "fsdp", "tensor", None),
     "decoder/blocks/0_0/attention/out_NHD": (None, "tensor", None, "fsdp"),
     "decoder/blocks/0_0/attention/query_NH": (None, "tensor", None),
     "decoder/blocks/1_0/mlp/up_DF": (None, "fsdp", "tensor"),
@@ -53,12 +55,22 @@ EXPECTED = {
     "table_IE": ("tensor", None),
     "state_DE": ("fsdp", None),
     "text_DE": ("fsdp", None),
-    "output_VD": (None, "fsdp"),
+    "output_VD": ("tensor", "fsdp"),
 }
+# What a device holds of each, on the other meshes. Eight devices along `tensor` are more than there are key-value heads.
+ALONG_D = {name for name, axes in EXPECTED.items() if "fsdp" in axes}
+ALONG_HEADS = {name for name, axes in EXPECTED.items() if "tensor" in axes and "key" not in name}
 
 
 def names_of(tree) -> dict:
     return {jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def part_of(x: jax.Array) -> float:
+    """The part of an array that each device really holds, the same for all of them."""
+    (held,) = {shard.data.nbytes for shard in x.addressable_shards}
+    assert len(x.addressable_shards) == x.sharding.num_devices
+    return held / x.nbytes
 
 
 def mesh_of(mesh_shape: tuple[int, int, int]) -> jax.sharding.Mesh:
@@ -96,6 +108,20 @@ def attend_on(mesh_shape: tuple[int, int, int]) -> dict:
     return results
 
 
+def constraints_on(mesh_shape: tuple[int, int, int]) -> list:
+    """How many constraints the decoder has on whole rows and on rows that do not divide, and where a block leaves its rows."""
+    model = make_model(make_config(**CONFIG), 16, 16)
+    mesh, counts = mesh_of(mesh_shape), []
+    with jax.set_mesh(mesh):
+        for rows in (8, 3):
+            batch = {name: jnp.zeros((rows, 24), jnp.int32) for name in ("token", "user", "group", "position")}
+            jaxpr = jax.make_jaxpr(lambda params, batch: model.bind(params).decoder(batch))(model.shapes(), batch)
+            counts.append(str(jaxpr).count("sharding_constraint"))
+        x = jax.device_put(np.zeros((8, 24, 16)), jax.sharding.NamedSharding(mesh, P(None, "fsdp", "tensor")))
+        spec = jax.jit(at_block_boundary)(x).sharding.spec
+    return [*counts, list(spec)]
+
+
 def parts_on(mesh_shape: tuple[int, int, int]) -> list:
     """Where the parts of sharded rows are: a loop goes over the first axis."""
     mesh = mesh_of(mesh_shape)
@@ -106,14 +132,14 @@ def parts_on(mesh_shape: tuple[int, int, int]) -> list:
 
 
 def train_on(mesh_shape: tuple[int, int, int], once: bool = False) -> dict:
-    """Two training steps on the first devices: what is where, the first loss, and the parameters after it. once: the leading intra
-    layers once per distinct item."""
+    """Training steps on the first devices: what is where, the losses, the first gradients, and the parameters after the first step. once:
+    the leading intra layers once per distinct item."""
     from iam_jax.data.item_rows import DistinctItems, without_items
     from iam_jax.objective import make_items
     from iam_jax.train import Run, init_state, make_train_step, training_rows
 
     config = make_config(**CONFIG)
-    prepared = tiny_data(users=40, items=10)
+    prepared = tiny_data(**DATA)
     rows = training_rows(prepared.events, prepared.catalogue, 24, 1, whole_text=True, seed=0)
     catalogue = prepared.catalogue
     compiled = []
@@ -126,7 +152,7 @@ def train_on(mesh_shape: tuple[int, int, int], once: bool = False) -> dict:
         config,
         prepared,
         mesh,
-        make_model(config, catalogue.vocabulary, 10),
+        make_model(config, catalogue.vocabulary, DATA["items"]),
         rows,
         make_items(catalogue, prepared.events, rows.segments, config),
     )
@@ -136,20 +162,32 @@ def train_on(mesh_shape: tuple[int, int, int], once: bool = False) -> dict:
         wanted = param_sharding(mesh, state)
         state["params"] = jax.device_put(start, wanted["params"])
         before = jax.tree.leaves(state)
-        held = {name: x.addressable_shards[0].data.size / x.size for name, x in names_of(state["params"]).items()}
+        held = {name: part_of(x) for name, x in names_of(state["params"]).items()}
+        moments = {name: part_of(x) for name, x in names_of(state["optimizer"]).items() if "/mu/" in name or "/nu/" in name}
         specs = {name: list(x.sharding.spec) for name, x in names_of(state["params"]).items()}
         optimizer = {name.split("/mu/")[1]: list(x.sharding.spec) for name, x in names_of(state["optimizer"]).items() if "/mu/" in name}
-        batch = shard_batch(mesh, finish(stack([rows[i] for i in range(8)])))
+        batches = [finish(stack([rows[(8 * k + i) % len(rows)] for i in range(8)])) for k in range(STEPS)]
+        batch = shard_batch(mesh, batches[0])
         step = make_train_step(run)
         state, metrics = step(state, batch, run.items, np.int32(0))
         donated = [x.is_deleted() for x in before]
         after = {name: np.asarray(x) for name, x in names_of(state["params"]).items()}
+        gradients = {
+            name.split("/mu/")[1]: np.asarray(x) / (1 - config.optimizer.b1)
+            for name, x in names_of(state["optimizer"]).items()
+            if "/mu/" in name
+        }
         stays = jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), state, wanted)
-        state, _ = step(state, batch, run.items, np.int32(1))
+        told = [metrics]
+        for k in range(1, 2 if once else STEPS):
+            state, more = step(state, shard_batch(mesh, batches[k]), run.items, np.int32(k))
+            told.append(more)
     return {
-        "held": held, "specs": specs, "optimizer": optimizer, "donated": donated,
+        "held": held, "moments": moments, "specs": specs, "optimizer": optimizer, "donated": donated,
         "compiled": sum("train_step" in name for name in compiled),
         "strayed": [name for name, stay in names_of(stays).items() if not stay],
+        "losses": [float(x["item_sum"] + x["token_sum"]) for x in told],
+        "gradients": {name: x.tolist() for name, x in gradients.items()},
         "loss": float(metrics["item_sum"] + metrics["token_sum"]), "norm": float(metrics["gradient_norm"]),
         "after": {name: x.tolist() for name, x in after.items()},
         "start": {name: x.tolist() for name, x in names_of(start).items()},
@@ -189,10 +227,11 @@ def results():
     flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"  # 0: compiles in half the time
     env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     root = Path(__file__).parents[1]
-    done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, env=env, cwd=root, timeout=400)
+    done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, env=env, cwd=root, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
-    training, once, attention, parts, finetuning = json.loads(done.stdout)
-    return dict(zip(MESHES, training, strict=True)) | {"once": once, "attention": attention, "parts": parts, "finetuning": finetuning}
+    training, *others = json.loads(done.stdout)
+    names = "once", "attention", "parts", "constraints", "finetuning"
+    return dict(zip(MESHES, training, strict=True)) | dict(zip(names, others, strict=True))
 
 
 @pytest.mark.parametrize("shape", [*MESHES[1:], "once"], ids=str)
@@ -204,6 +243,19 @@ def test_a_step_is_that_of_one_device(results, shape):
     for name, x in one["after"].items():
         np.testing.assert_allclose(many["after"][name], x, rtol=1e-5, atol=1e-5, err_msg=name)
         assert np.abs(np.subtract(x, one["start"][name])).max() > 1e-3, name
+
+
+@pytest.mark.parametrize("shape", [*MESHES[1:], "once"], ids=str)
+def test_gradients_and_losses_are_those_of_one_device(results, shape):
+    one, many = results[(1, 1, 1)], results[shape]
+    assert many["gradients"].keys() == one["gradients"].keys() == one["after"].keys()
+    for name, x in one["gradients"].items():
+        difference = np.linalg.norm(np.subtract(many["gradients"][name], x))
+        assert difference <= 1e-5 * np.linalg.norm(x) and np.linalg.norm(x) > 1e-3, name
+    losses = many["losses"]
+    assert len(losses) == (2 if shape == "once" else STEPS)
+    np.testing.assert_allclose(losses, one["losses"][: len(losses)], rtol=1e-4)
+    assert one["losses"][-1] < 0.8 * one["losses"][0]
 
 
 def test_a_step_of_adapters_is_that_of_one_device(results):
@@ -219,6 +271,13 @@ def test_a_step_of_adapters_is_that_of_one_device(results):
         "new/decoder/blocks/0_1/mlp/up_DF": 1 / 4,
     }.items():  # fmt: skip
         assert one["held"][name] == 1 and many["held"][name] == part, name
+
+
+def test_activations_are_split_by_rows_at_the_ends_of_blocks(results):
+    """Of the embeddings and of two blocks; nothing is added where rows do not divide, or to the program of one device."""
+    one, by_tensor, many = results["constraints"]
+    assert one[:2] == [0, 0] and by_tensor[:2] == [3, 3] and many[:2] == [3, 0]
+    assert many[2][0] == ["data", "fsdp"] and not any(many[2][1:]) and not any(axis == "tensor" for axis in by_tensor[2])
 
 
 def test_parts_of_rows_stay_split_over_the_devices(results):
@@ -249,6 +308,13 @@ def test_parameters_are_sharded_by_their_names(results):
         assert held[name] == 0.5 ** len([axis for axis in expected if axis]), name  # the device really holds but its part
     assert results[(2, 2, 2)]["optimizer"] == specs
     assert set(results[(8, 1, 1)]["held"].values()) == {1.0}  # data parallel: every device holds everything
+    for name in EXPECTED:
+        assert results[(1, 8, 1)]["held"][name] == (1 / 8 if name in ALONG_D else 1), name
+        assert results[(1, 1, 8)]["held"][name] == (1 / 8 if name in ALONG_HEADS else 1), name
+    for shape in MESHES:
+        held, moments = results[shape]["held"], results[shape]["moments"]
+        assert len(moments) == 2 * len(held)
+        assert all(part == held[name.partition("u/")[2]] for name, part in moments.items()), shape
     assert results[(2, 2, 2)]["batch"] == [[["data", "fsdp"]], 2] and results[(8, 1, 1)]["batch"] == [[["data", "fsdp"]], 1]
 
 
@@ -334,6 +400,7 @@ if __name__ == "__main__":
         train_on(MESHES[-1], once=True),
         [attend_on(shape) for shape in (MESHES[0], MESHES[-1])],
         parts_on(MESHES[-1]),
+        [constraints_on(shape) for shape in (MESHES[0], (1, 1, 8), MESHES[-1])],
     ]
     with tempfile.TemporaryDirectory() as folder:
         from pretrained_models import MODELS, write_model

@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-import json
+import re
 from types import SimpleNamespace
 
 import jax
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import make_config, tiny_data
+from helpers import metrics_lines as lines
 
 from iam_jax import objective
 from iam_jax import train as train_lib
@@ -69,8 +70,8 @@ class Counted:
     def __init__(self, signals, stop):
         self.signals, self.stop, self.drawn = signals, stop, []
 
-    def __call__(self, rows, batch_rows, seed, start, finish):
-        for number, batch in enumerate(BATCHES(rows, batch_rows, seed, start, finish)):
+    def __call__(self, rows, batch_rows, seed, start, *rest):
+        for number, batch in enumerate(BATCHES(rows, batch_rows, seed, start, *rest)):
             self.drawn.append(start + number)
             self.signals.requested |= self.stop == start + number + 1
             yield batch
@@ -98,11 +99,6 @@ def saved(run, workdir, step):
         checkpoints = Checkpoints(workdir, 2, "ndcg@10", read_only=True)
         state = checkpoints.restore(step, INITIAL(run))
     return state, {name: value for name, value in checkpoints.progress(step).items() if name != "minutes"}
-
-
-def lines(workdir):
-    every = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if not name.endswith("_per_second")} for line in every]
 
 
 def assert_same(left, right):
@@ -298,22 +294,89 @@ def with_nan_gradient(value, model):
     return value + jnp.sqrt(0 * jnp.square(model.state_DE[...]).sum())  # zero, its derivative inf * 0
 
 
-@pytest.mark.parametrize(("poison", "named"), [(with_nan_loss, "item_sum"), (with_nan_gradient, "gradient_norm")])
-def test_training_stops_on_what_is_not_finite(make, monkeypatch, tmp_path, poison, named):
-    run = make(**OBJECTIVES["full"], train__steps=8)
-    go(monkeypatch, run, tmp_path / "whole")
-    go(monkeypatch, run, tmp_path / "parts", stop=5)
-    last_good = saved(run, tmp_path / "parts", 5)
+def poisoned(patch, poison, when=lambda batch: True):
+    """From here on training steps are compiled whose losses are poisoned: those of batches for which `when` is true."""
     real = objective.losses
 
-    def poisoned(model, *rest):
-        sums = real(model, *rest)
-        return sums | {"item": poison(sums["item"], model)}
+    def losses(model, config, items, batch, *rest):
+        sums = real(model, config, items, batch, *rest)
+        return sums | {"item": jnp.where(when(batch), poison(sums["item"], model), sums["item"])}
 
+    patch.setattr(objective, "losses", losses)
+    patch.setattr(train_lib, "make_train_step", once(make_train_step))
+
+
+def is_batch(run, number):
+    wanted = next(BATCHES(run.rows, run.config.train.batch_rows, run.config.train.seed, number))["target"]
+    return lambda batch: (batch["target"] == wanted).all()
+
+
+def users_of(run, number):
+    segment = next(BATCHES(run.rows, run.config.train.batch_rows, run.config.train.seed, number))["segment"]
+    events = run.prepared.events
+    first = {int(run.rows.segments.start[k]) for k in segment[segment >= 0]}
+    return [str(user) for k, user in enumerate(events.user_ids) if first & set(range(events.offsets[k], events.offsets[k + 1]))]
+
+
+@pytest.mark.parametrize(("poison", "named"), [(with_nan_loss, "item_sum"), (with_nan_gradient, "gradient_norm")])
+def test_a_step_that_is_not_finite_leaves_the_state_bitwise_as_it_was(make, poison, named):
+    run = make(**OBJECTIVES["full"])
+    with jax.set_mesh(run.mesh), pytest.MonkeyPatch.context() as patch:
+        poisoned(patch, poison, is_batch(run, 1))
+        step, state, before, batches = make_train_step(run), INITIAL(run), None, BATCHES(run.rows, 4, run.config.train.seed)
+        state, norms = jax.tree.map(jnp.copy, state), []
+        for number in range(3):
+            before = jax.tree.map(np.asarray, state)
+            state, metrics = step(state, next(batches), run.items, np.int32(number), {})
+            norms.append(float(metrics[named]))
+            assert differ(state, before) == (number != 1)
+            assert float(metrics["learning_rate"]) == float(train_lib.learning_rate(run.config.optimizer)([0, 1, 1][number]))
+        assert np.isnan(norms[1]) and np.isfinite(norms[0]) and np.isfinite(norms[2])
+
+
+def test_skipped_steps_are_counted_and_named_and_resumed_bitwise(make, monkeypatch, tmp_path, capsys):
+    changes = OBJECTIVES["cached"] | {"train__steps": 8, "train__save_every": 3, "log__every": 2}
+    run, limited = make(**changes, train__skip_limit=2), make(**changes, train__skip_limit=1)
+    bad = is_batch(run, 2), is_batch(run, 3)
     with monkeypatch.context() as patch:
-        patch.setattr(objective, "losses", poisoned)
-        patch.setattr(train_lib, "make_train_step", once(make_train_step))
-        with pytest.raises(NonFiniteError, match=f"step 6: .*{named}.* not finite; the last good checkpoint is step 5"):
+        poisoned(patch, with_nan_loss, lambda batch: bad[0](batch) | bad[1](batch))
+        assert go(patch, run, tmp_path / "whole") == list(range(8))
+        told = [line for line in capsys.readouterr().out.splitlines() if "skipped" in line]
+        assert len(told) == 2
+        for number, count, line in ((2, 1, told[0]), (3, 2, told[1])):
+            users = users_of(run, number)
+            assert line.startswith(f"step {number + 1}: ") and f"item_sum not finite: skipped, {count} of at most 2; users" in line
+            assert line.endswith(f"batch: {', '.join(map(repr, users[:3]))} and {len(users) - 3} more")
+        for stop in (3, 4, 6):  # between the two, behind them, later
+            go(patch, run, tmp_path / "parts", stop=stop)
+        go(patch, run, tmp_path / "parts")
+        with pytest.raises(NonFiniteError) as caught:
+            go(patch, limited, tmp_path / "limited")
+    whole = saved(run, tmp_path / "whole", 8)
+    assert whole[1]["skipped"] == 2 and whole[1]["next_batch"] == 8
+    assert_same(saved(run, tmp_path / "parts", 8), whole)
+    assert lines(tmp_path / "parts") == lines(tmp_path / "whole")
+    training = {line["step"]: line for line in lines(tmp_path / "whole") if "learning_rate" in line}
+    assert {step: line["skipped"] for step, line in training.items()} == {2: 0, 4: 2, 6: 2, 8: 2}
+    assert "item_loss" not in training[4] and all(np.isfinite(value) for line in training.values() for value in line.values())
+
+    assert "step 4: " in str(caught.value) and ", after 1 skipped steps (train.skip_limit); " in str(caught.value)
+    assert repr(users_of(run, 3)[0]) in str(caught.value)
+    assert Checkpoints(tmp_path / "limited", 2, "ndcg@10", read_only=True).steps() == [3]
+    assert go(monkeypatch, run, tmp_path / "limited") == [3, 4, 5, 6, 7]  # with what made it not finite gone
+    assert saved(run, tmp_path / "limited", 8)[1]["skipped"] == 1
+
+
+@pytest.mark.parametrize(("poison", "named"), [(with_nan_loss, "item_sum"), (with_nan_gradient, "gradient_norm")])
+def test_training_stops_on_what_is_not_finite(make, monkeypatch, tmp_path, poison, named):
+    run = make(**OBJECTIVES["full"], train__steps=8, train__skip_limit=0)
+    go(monkeypatch, run, tmp_path / "whole")
+    go(monkeypatch, run, tmp_path / "parts", stop=5)
+    users = re.escape(repr(users_of(run, 5)[0]))
+    last_good = saved(run, tmp_path / "parts", 5)
+    with monkeypatch.context() as patch:
+        poisoned(patch, poison)
+        with pytest.raises(NonFiniteError, match=f"step 6: .*{named}.* not finite; the last good checkpoint is step 5; users .*{users}"):
             go(patch, run, tmp_path / "parts")
         with pytest.raises(NonFiniteError, match=r"step 1: .* there is no checkpoint yet"):
             go(patch, run, tmp_path / "fresh")

@@ -189,6 +189,16 @@ class Rows:
         out["label"][: slots - 1][labelled] = out["token"][1:slots][labelled]
         return out
 
+    def entries(self, chosen: np.ndarray, targets: bool) -> np.ndarray:
+        """The different entries of the catalogue in the rows `chosen`, and with `targets` those of their targets: known without the rows'
+        tokens."""
+        index, segments, catalogue = np.concatenate([self.rows[row] for row in chosen]), self.segments, self.catalogue
+        spans = [(segments.start[index], segments.stop[index])]
+        spans += [(segments.first[index], segments.last[index])] if targets else []
+        event = np.concatenate([np.repeat(begin, end - begin) + count_up(end - begin) for begin, end in spans])
+        frame = [catalogue.items] * bool(catalogue.prompt) + [catalogue.items + 1] * bool(catalogue.suffix)
+        return np.unique(np.concatenate([self.events.item[event], np.array(frame, self.events.item.dtype)]))
+
 
 def count_up(counts: np.ndarray) -> np.ndarray:
     """[3, 2] -> [0, 1, 2, 0, 1]"""
@@ -201,14 +211,39 @@ def training_rows(events: Events, catalogue: Catalogue, row_tokens: int, context
 
 
 def training_batches(
-    rows: Rows, batch_rows: int, seed: int, start: int = 0, finish: Callable[[Batch], Batch] | None = None
+    rows: Rows, batch_rows: int, seed: int, start: int = 0, finish: Callable[..., Batch] | None = None, here: np.ndarray | None = None
 ) -> "grain.DatasetIterator[Batch]":
-    """An endless iterator over batches start, start + 1, …: rows newly shuffled every epoch, each row once an epoch. `finish` makes
-    a batch into what the model reads (item_rows.py)."""
-    dataset = grain.MapDataset.source(rows).shuffle(seed=seed).repeat().batch(batch_rows)
-    if finish is not None:
-        dataset = dataset.map(finish)
+    """An endless iterator over batches start, start + 1, …: rows newly shuffled every epoch, each row once an epoch. `here`: only these
+    rows of every batch are assembled, as a process among several needs them; None: all. `finish` makes a batch into what the model reads
+    (item_rows.py)."""
+    dataset = grain.MapDataset.source(_Batches(rows, batch_rows, seed, finish, here))
     return iter(dataset[start:].to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)))
+
+
+class _Batches:
+    """Random access to batches: which rows a batch has is known without assembling them."""
+
+    def __init__(self, rows: Rows, batch_rows: int, seed: int, finish: Callable[..., Batch] | None, here: np.ndarray | None):
+        self.rows, self.batch_rows, self.finish = rows, batch_rows, finish
+        self.here = np.arange(batch_rows) if here is None else here
+        self.order = grain.MapDataset.range(len(rows)).shuffle(seed=seed).repeat()
+
+    def __len__(self) -> int:
+        return len(self.order) // self.batch_rows
+
+    def __getitem__(self, number: int) -> Batch:
+        chosen = np.array([self.order[at] for at in range(number * self.batch_rows, (number + 1) * self.batch_rows)])
+        some = [self.rows[row] for row in chosen[self.here]]
+        batch = {name: np.stack([row[name] for row in some]) for name in some[0]}
+        return batch if self.finish is None else self.finish(batch, chosen, self.here)
+
+
+def users_of_batch(rows: Rows, batch_rows: int, seed: int, number: int) -> list[str]:
+    """The users whose histories training batch `number` holds, in the order of the data."""
+    segment = next(training_batches(rows, batch_rows, seed, number))["segment"]
+    first = rows.segments.start[np.unique(segment[segment >= 0])]
+    users = np.unique(np.searchsorted(rows.events.offsets, first, side="right") - 1)
+    return rows.events.user_ids[users].tolist()
 
 
 def evaluation_batches(rows: Rows, batch_rows: int, finish: Callable[[Batch], Batch] | None = None) -> "grain.DatasetIterator[Batch]":

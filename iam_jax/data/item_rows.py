@@ -70,29 +70,33 @@ class DistinctItems:
     def __init__(self, rows: Rows, batch_rows: int, parts: int = 1, multiple: int = 1, targets: bool = True):
         """batch_rows in `parts` micro-batches; `multiple`: the rows of items are a multiple of so many in every chunk. Without `targets`
         only the items that are input, and no `target_slot`."""
-        self.catalogue, self.row_tokens, self.parts, self.targets = rows.catalogue, rows.row_tokens, parts, targets
+        self.rows, self.catalogue, self.row_tokens, self.parts, self.targets = rows, rows.catalogue, rows.row_tokens, parts, targets
         # A row of items has fewer free slots than the longest item; more tokens than all occurrences, or all items, there cannot be.
         tokens = min(rows.most_item_tokens * batch_rows // parts, int(self.catalogue.lengths.sum()))
         least = math.ceil(tokens / (self.row_tokens - int(self.catalogue.lengths.max()) + 1)) + 1
-        self.rows = math.ceil(least / (CHUNKS * multiple)) * CHUNKS * multiple
+        self.item_rows = math.ceil(least / (CHUNKS * multiple)) * CHUNKS * multiple
 
-    def __call__(self, batch: Batch) -> Batch:
-        micros = [{name: x.reshape(self.parts, -1, *x.shape[1:])[part] for name, x in batch.items()} for part in range(self.parts)]
-        added = [self._micro(micro) for micro in micros]
-        leading = {name: np.concatenate([rows[name] for rows, _, _ in added]) for name in added[0][0]}
-        slot, target_slot = (np.concatenate(slots) for slots in list(zip(*added, strict=True))[1:])
-        batch = without_items(batch) | {"leading": leading, "slot": slot}
-        return batch | {"target_slot": target_slot} if self.targets else batch
-
-    def _micro(self, batch: Batch) -> tuple[Batch, np.ndarray, np.ndarray]:
-        catalogue = self.catalogue
-        distinct = self.distinct(batch)
-        rows, start = pack_items(catalogue, distinct, self.row_tokens, self.rows)
-        start_I = np.zeros(catalogue.items + 2, np.int64)
-        start_I[distinct] = start
+    def __call__(self, batch: Batch, chosen: np.ndarray | None = None, here: np.ndarray | None = None) -> Batch:
+        """chosen, here: the whole batch's rows by number, of which `batch` has those at the places `here`; None: it has all. The rows of
+        items are those of whole micro-batches in any case: a process among several needs to know what items the others' rows hold."""
+        places = np.arange(len(batch["token"])) if here is None else here
+        size = (len(places) if chosen is None else len(chosen)) // self.parts
+        catalogue, packed = self.catalogue, []
+        start_PI = np.zeros((self.parts, catalogue.items + 2), np.int64)
+        for part in range(self.parts):
+            if chosen is None:
+                distinct = self.distinct({name: x[part * size : (part + 1) * size] for name, x in batch.items()})
+            else:
+                distinct = self.rows.entries(chosen[part * size : (part + 1) * size], self.targets)
+            rows, start_PI[part, distinct] = pack_items(catalogue, distinct, self.row_tokens, self.item_rows)
+            packed.append(rows)
+        part_B1 = places[:, None] // size
+        slot = start_PI[part_B1, batch["item"]] + batch["within"]
         target = np.maximum(batch["target"], 0)
-        target_slot = np.where(batch["target"] >= 0, start_I[target] + catalogue.lengths[target] - 1, 0)
-        return rows, (start_I[batch["item"]] + batch["within"]).astype(np.int32), target_slot.astype(np.int32)
+        target_slot = np.where(batch["target"] >= 0, start_PI[part_B1, target] + catalogue.lengths[target] - 1, 0)
+        leading = {name: np.concatenate([rows[name] for rows in packed]) for name in packed[0]}
+        batch = without_items(batch) | {"leading": leading, "slot": slot.astype(np.int32)}
+        return batch | {"target_slot": target_slot.astype(np.int32)} if self.targets else batch
 
     def distinct(self, batch: Batch) -> np.ndarray:
         """The different items of a batch and, with `targets`, of its targets; prompt and suffix are among them."""
@@ -100,5 +104,5 @@ class DistinctItems:
         return np.unique(np.concatenate(there if self.targets else there[:1]))
 
 
-def without_items(batch: Batch) -> Batch:
+def without_items(batch: Batch, *_: np.ndarray) -> Batch:
     return {name: x for name, x in batch.items() if name not in ("item", "within")}

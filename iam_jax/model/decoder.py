@@ -16,6 +16,7 @@ from iam_jax.kernels.range_attention import range_attention
 from iam_jax.model.attention import Ranges, key_ranges, rotary
 from iam_jax.model.lora import add_adapters, dropout, linear, weight
 from iam_jax.schedule import Schedule
+from iam_jax.sharding import at_block_boundary
 
 _ACTIVATIONS = {"silu": jax.nn.silu, "gelu": jax.nn.gelu, "relu": jax.nn.relu}
 
@@ -161,7 +162,7 @@ class Decoder(nnx.Module):
         """
         ranges = key_ranges(batch["user"], batch["group"], batch.get("candidate"))
         if x_BTD is None:
-            x_BTD = self._embed(batch["token"], batch["position"], key)
+            x_BTD = at_block_boundary(self._embed(batch["token"], batch["position"], key))
         return self._layers(x_BTD, batch, ranges, first=first, last=last, key=key)[0]
 
     def cache(self, rows: int, slots: int) -> Cache:
@@ -201,7 +202,7 @@ class Decoder(nnx.Module):
                 block = nnx.merge(split[i][0], params)
                 slots = None if cache is None else (*cache, slot_BT)
                 x_BTD, new = block(x_BTD, ranges[relation], position, reach, include_self, key, slots)
-                return x_BTD, None if cache is None else new
+                return at_block_boundary(x_BTD), None if cache is None else new
 
             if config.remat:
                 layer = jax.checkpoint(layer, static_argnums=0)

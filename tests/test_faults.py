@@ -1,0 +1,256 @@
+"""What a run survives: kills at any moment, a full disk, damaged checkpoints, another mesh; and working folders of earlier versions."""
+
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+from test_main import assert_same, checkpoint, config_text, contents, start, wait_for
+
+from iam_jax.config import LogConfig
+from iam_jax.errors import InputError
+from iam_jax.files import write_atomically
+from iam_jax.logs import MetricsLog
+
+TESTS = Path(__file__).parent
+STEPS = 12
+
+
+class Forks:
+    """faults_driver.py at work in a folder."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        env = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS.parent), *filter(None, [os.environ.get("PYTHONPATH")])])}
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+        self.process = subprocess.Popen([sys.executable, str(TESTS / "faults_driver.py")], env=env, **pipes)
+
+    def run(self, *arguments, code=0, kill=None, **env):
+        """stdout and stderr of the program; code: -9, or 0 where it may be done before it is killed, with a kill."""
+        job = {"folder": str(self.folder), "arguments": arguments, "env": env, "kill": kill}
+        self.process.stdin.write(json.dumps(job) + "\n")
+        self.process.stdin.flush()
+        status, out, err = json.loads(self.process.stdout.readline())
+        assert status in ((-signal.SIGKILL, 0) if kill else (code,)), (status, out, err)
+        return out, err
+
+
+@pytest.fixture(scope="module")
+def forks(tmp_path_factory, tiny):
+    folder = tmp_path_factory.mktemp("faults")
+    settings = tiny | {"train.steps": STEPS, "train.save_every": 1, "eval.baselines": False, "objective.token": 0.1}
+    (folder / "tiny.py").write_text(config_text(settings))
+    forks = Forks(folder)
+    yield forks
+    forks.process.stdin.close()
+    forks.process.wait()
+
+
+@pytest.fixture(scope="module")
+def whole(forks):
+    forks.run("--config=tiny.py", "--workdir=whole")
+    return forks.folder / "whole"
+
+
+def told(workdir):
+    """metrics.jsonl without speeds."""
+    every = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if not name.endswith("_per_second")} for line in every]
+
+
+def progress(workdir, step=STEPS):
+    saved = json.loads((workdir / "checkpoints" / str(step) / "progress" / "metadata").read_text())
+    return {name: value for name, value in saved.items() if name != "minutes"}
+
+
+def assert_as_uninterrupted(workdir, whole):
+    assert_same(checkpoint(workdir, STEPS), checkpoint(whole, STEPS))
+    assert progress(workdir) == progress(whole)
+    assert told(workdir) == told(whole)
+    assert (workdir / "evaluation.json").read_bytes() == (whole / "evaluation.json").read_bytes()
+
+
+# ---- killed
+
+
+def trial(forks, whole, seed):
+    """The same command until it ends, killed once or twice on the way, every second time in a save."""
+    draw = random.Random(seed)
+    name = f"killed-{seed}"
+    for attempt in range(draw.randint(1, 2)):
+        if (seed + attempt) % 2:
+            kill = ["batch", draw.randrange(STEPS), draw.uniform(0, 0.2)]
+        else:
+            kill = ["save", draw.randint(1, 5), draw.choice(["before", "after", "deleted"])]
+        print(f"seed {seed}: {kill}")
+        forks.run("--config=tiny.py", f"--workdir={name}", kill=kill)
+    forks.run("--config=tiny.py", f"--workdir={name}")
+    assert_as_uninterrupted(forks.folder / name, whole)
+    shutil.rmtree(forks.folder / name)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_killed_at_random_moments_a_run_ends_as_if_nothing_had_been(forks, whole, seed):
+    trial(forks, whole, seed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(100, 120))
+def test_killed_at_twenty_more(forks, whole, seed):
+    trial(forks, whole, seed)
+
+
+def test_killed_before_the_first_checkpoint_a_run_says_so(forks, whole):
+    out, _ = forks.run("--config=tiny.py", "--workdir=first", kill=["save", 1, "before"])
+    assert "no checkpoint yet" not in out
+    (left,) = (forks.folder / "first" / "checkpoints").iterdir()
+    assert "tmp" in left.name
+    out, _ = forks.run("--config=tiny.py", "--workdir=first")
+    assert "no checkpoint yet: starting from step 0" in out
+    assert_as_uninterrupted(forks.folder / "first", whole)
+
+
+# ---- damaged, on another mesh
+
+
+def test_the_newest_checkpoint_damaged_the_one_before_it_is_used(forks, whole):
+    workdir = forks.folder / "damaged"
+    shutil.copytree(whole, workdir)
+    (data,) = (workdir / "checkpoints" / str(STEPS) / "rest" / "d").iterdir()
+    data.write_bytes(data.read_bytes()[:100])
+    out, err = forks.run("--workdir=damaged")
+    said = f"checkpoints/{STEPS} is damaged (rest: "
+    assert said in out and f"; using step {STEPS - 1}\n" in out and f"continuing from step {STEPS - 1}\n" in out and err == ""
+    assert_as_uninterrupted(workdir, whole)
+    (data,) = (workdir / "checkpoints" / str(STEPS) / "params" / "d").iterdir()
+    data.write_bytes(data.read_bytes()[:100])
+    before = contents(workdir)
+    _, err = forks.run("--workdir=damaged", "--mode=evaluate", f"--step={STEPS}", code=2)
+    assert err.startswith("error: ") and err.count("\n") == 1 and f"checkpoints/{STEPS} is damaged (params: " in err
+    assert contents(workdir) == before
+    out, err = forks.run("--workdir=damaged", "--mode=evaluate", "--step=last")
+    assert f"; using step {STEPS - 1}\n" in out and err == ""
+    assert json.loads((workdir / "evaluation.json").read_text())["step"] == STEPS - 1
+
+
+def test_on_another_mesh_no_example_is_repeated_or_skipped(forks, whole):
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    forks.run("--config=tiny.py", "--workdir=meshes", kill=["batch", 7, 0.0])
+    forks.run("--config=tiny.py", "--workdir=meshes", "--config.mesh.fsdp=2", **flags)
+    there, here = progress(forks.folder / "meshes"), progress(whole)
+    assert [there[name] for name in ("step", "next_batch", "tokens")] == [here[name] for name in ("step", "next_batch", "tokens")]
+    for one, other in zip(told(forks.folder / "meshes"), told(whole), strict=True):
+        assert one.keys() == other.keys() and one["step"] == other["step"]
+        for name in one.keys() & {"item_loss", "token_loss", "gradient_norm"}:
+            assert one[name] == pytest.approx(other[name], rel=1e-4)
+        assert [one.get(name) for name in ("tokens_seen", "epoch")] == [other.get(name) for name in ("tokens_seen", "epoch")]
+    sharding = json.loads((forks.folder / "meshes" / "checkpoints" / str(STEPS) / "params" / "_sharding").read_text())
+    assert any("fsdp" in text for text in sharding.values())  # it was another mesh
+
+
+# ---- a full disk
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A file system of 640 KiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=640k", "tmpfs", folder], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"no file system can be mounted here: {done.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+def test_a_full_disk_while_saving(forks, whole, disk):
+    command = "--config=tiny.py", f"--workdir={disk}/run"
+    for _ in range(2):  # and there is no room the second time either
+        _, err = forks.run(*command, code=2)
+        assert err.startswith("error: ") and err.count("\n") == 1 and "No space left on device" in err and str(disk) in err
+    steps = [int(path.name) for path in (disk / "run" / "checkpoints").iterdir() if path.name.isdecimal()]
+    assert steps and max(steps) < STEPS
+    subprocess.run(["mount", "-o", "remount,size=20m", disk], check=True)
+    out, _ = forks.run(*command)
+    assert f"continuing from step {max(steps)}\n" in out
+    assert_as_uninterrupted(disk / "run", whole)
+
+
+def test_a_full_disk_while_other_files_are_written(disk):
+    (disk / "run").mkdir()
+    log = MetricsLog(disk / "run", 0, LogConfig())
+    with contextlib.suppress(OSError), (disk / "filler").open("wb", buffering=0) as filler:
+        while True:
+            filler.write(bytes(4096))
+    frame = pl.DataFrame({"rank": np.arange(100_000)})
+    for name, write in (("ranks.parquet", frame.write_parquet), ("evaluation.json", lambda path: path.write_text("x" * 9999))):
+        with pytest.raises(InputError, match=rf"{name}: cannot be written \(.*No space left on device"):
+            write_atomically(disk / "run" / name, write)
+    with pytest.raises(InputError, match=r"metrics\.jsonl: cannot be read or written \(No space left on device\)"):
+        for step in range(1000):
+            log.write(step, {"item_loss": 0.5})
+    with contextlib.suppress(InputError):
+        log.close()
+    assert {path.name for path in (disk / "run").iterdir()} == {"metrics.jsonl", "tensorboard"}
+
+
+# ---- stopped
+
+
+@pytest.mark.slow
+def test_the_demo_stopped_by_sigterm(tmp_path):
+    """Shorter, with the tiny config, in test_main.py."""
+    command = f"--config={TESTS.parent / 'configs' / 'demo.py'}", "--workdir=demo", "--config.log.every=5"
+    done = 0
+    for _ in range(2):
+        process = start(tmp_path, *command)
+        wait_for(process, lambda: (log := tmp_path / "demo" / "metrics.jsonl").exists() and len(log.read_text().splitlines()) > done + 3)  # noqa: B023
+        process.send_signal(signal.SIGTERM)
+        begun = time.monotonic()
+        out, err = process.communicate(timeout=100)
+        print(f"out in {time.monotonic() - begun:.1f} s")
+        assert process.returncode == 75 and err.endswith("stopped; the same command goes on from here\n")
+        assert (f"continuing from step {done}\n" in out) == (done > 0)
+        (done,) = sorted(int(path.name) for path in (tmp_path / "demo" / "checkpoints").iterdir())[-1:]
+        assert 0 < done < 400
+
+
+# ---- working folders of earlier versions
+
+
+def test_a_working_folder_of_an_earlier_version(forks):
+    """tests/data/make_old_workdir.py made it."""
+    made = TESTS / "data" / "old_workdir"
+    workdir = forks.folder / "old"
+    shutil.copytree(made, workdir)
+    assert "skip_limit" not in (workdir / "config.json").read_text()
+    out, err = forks.run("--workdir=old", "--mode=evaluate")
+    assert err == ""
+    before, after = (json.loads((folder / "evaluation.json").read_text()) for folder in (made, workdir))
+    assert [before[name] for name in ("split_sha256", "protocol", "step")] == [after[name] for name in ("split_sha256", "protocol", "step")]
+    for split in ("validation", "test"):
+        there, here = before["results"]["model"][split], after["results"]["model"][split]
+        assert here.keys() >= there.keys() and here["ndcg@10"] > 0.1
+        for name in ("users", "hr@1", "hr@10", "ndcg@10", "mrr@10", "tie_rate"):
+            assert here[name] == pytest.approx(there[name], rel=1e-6)
+
+    items = pl.read_parquet(workdir / "items.parquet")["item"]
+    events = "".join(f"u{user},{items[n]},{n}\n" for user in range(3) for n in range(user, user + 4))
+    (forks.folder / "events.csv").write_text(f"user,item,timestamp\n{events}")
+    forks.run("--workdir=old", "--mode=score", "--users=events.csv", "--output=lists", "--top_k=5")
+    (part,) = (forks.folder / "lists").glob("*.parquet")
+    assert pl.read_parquet(part).group_by("user").len()["len"].to_list() == [5, 5, 5]
+
+    out, err = forks.run("--workdir=old", "--config.train.steps=44")  # and training goes on
+    assert "continuing from step 40\n" in out
+    assert [line["step"] for line in told(workdir) if "item_loss" in line] == [20, 40, 44]
+    assert progress(workdir, 44)["skipped"] == 0 and "skip_limit" in (workdir / "config.json").read_text()

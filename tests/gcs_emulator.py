@@ -4,12 +4,16 @@ and a write that is conditional on a generation is refused where there is anothe
     python gcs_emulator.py PORT BUCKET
 """
 
+import http.server
 import sys
+import threading
 from http import HTTPStatus
 
 from gcp_storage_emulator.exceptions import NotFound
 from gcp_storage_emulator.handlers import objects
-from gcp_storage_emulator.server import create_server
+from gcp_storage_emulator.server import Router, create_server
+
+LOCK = threading.Lock()
 
 
 def generation(storage, bucket, name):
@@ -33,6 +37,13 @@ def upload(request, response, storage, plain=objects._media_upload):
         plain(request, response, storage)
 
 
+def handle(router, method, plain=Router.handle):
+    with LOCK:
+        plain(router, method)
+
+
 if __name__ == "__main__":
+    http.server.HTTPServer = http.server.ThreadingHTTPServer  # a connection on which nothing is sent would hold up all others
+    Router.handle = handle
     objects.download, objects._media_upload = download, upload
     create_server("127.0.0.1", int(sys.argv[1]), in_memory=True, default_bucket=sys.argv[2]).run()

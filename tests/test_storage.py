@@ -243,7 +243,7 @@ def start(folder, env, *arguments):
 
 def run(folder, env, *arguments, code=0):
     process = start(folder, env, *arguments)
-    out, err = process.communicate(timeout=180)
+    out, err = process.communicate(timeout=600)
     assert process.returncode == code, (out, err)
     return out, err
 
@@ -287,12 +287,12 @@ def test_a_run_stopped_and_resumed_ends_where_it_would_have_on_a_disk(folder, cl
         return sorted(int(name.split("/")[-2]) for name in client.glob("bucket/runs/a/checkpoints/*/commit_success.txt"))
 
     process = start(folder, env, "--config=run.py", f"--workdir={url}")
-    end = time.monotonic() + 120
+    end = time.monotonic() + 300
     while not saved():
         assert process.poll() is None and time.monotonic() < end, process.communicate()
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=300)
     assert process.returncode == 75 and err.endswith("stopped; the same command goes on from here\n"), (out, err)
     *_, before, last = saved()
     assert 0 < before < last < 300

@@ -34,7 +34,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     if not path.is_file():
         raise InputError(f"config.data.tokenizer = {str(path)!r}: no such file (bpe, id, or the path of a tokenizer.json)")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_bytes().decode("utf-8")
         json.loads(text)
         return Tokenizer.from_str(text)
     except Exception as error:  # the library raises bare Exceptions

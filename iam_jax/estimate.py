@@ -18,7 +18,6 @@ from iam_jax.train import Run
 
 SHARES = {"compute": 0.5, "memory": 0.8, "links": 0.5}  # of the peaks, assumed
 GIB = 2**30
-_PARTS = ("training", "evaluation", "scoring")
 
 
 def seconds(plan: Plan, flops: Flops, program: Program) -> dict[str, float] | None:
@@ -36,7 +35,6 @@ def seconds(plan: Plan, flops: Flops, program: Program) -> dict[str, float] | No
 def record(plan: Plan, price: float | None) -> dict:
     """Everything that the report tells, as JSON. price: dollars for a chip an hour, None for the list's."""
     run, config = plan.run, plan.config
-    program = plan.programs["training"][0]
     rows_epoch = len(run.rows) * plan.scale
     steps_epoch = rows_epoch / config.train.batch_rows
     tokens = config.train.batch_rows * config.data.row_tokens * run.rows.fill
@@ -55,12 +53,12 @@ def record(plan: Plan, price: float | None) -> dict:
             "fill": run.rows.fill,
             "targets_per_row": run.rows.targets / max(len(run.rows), 1),
         },
-        "programs": {part: [_program(plan, x) for x in plan.programs[part]] for part in _PARTS},
-        "fits": {part: plan.fits(part) for part in _PARTS if plan.programs[part]},
+        "programs": {part: [_program(plan, x) for x in programs] for part, programs in plan.programs.items()},
+        "fits": {part: plan.fits(part) for part in plan.programs},
         "flops": {"model": dict(plan.step.model), "hardware": dict(plan.step.hardware)},
         "assumptions": assumptions(plan, price),
     }
-    if parts := seconds(plan, plan.step.hardware, program):
+    if "training" in plan.programs and (parts := seconds(plan, plan.step.hardware, plan.programs["training"][0])):
         bounds = max(parts.values()), sum(parts.values())
         dollars = price if price is not None else plan.chip.dollars_per_hour
         hours = [steps_epoch * bound / 3600 for bound in bounds]
@@ -91,7 +89,6 @@ def _program(plan: Plan, program: Program) -> dict:
         "collective_bytes": moved and moved.collectives,
         "unknown_loops": moved and moved.unknown_loops,
         "compile_seconds": program.seconds,
-        "refusal": program.refusal,
         "seconds": seconds(plan, program.flops, program),
     }
 
@@ -134,7 +131,7 @@ def report(plan: Plan, facts: dict) -> str:
     lines += ["", *_memory_table(plan), ""]
     flops, hardware = (sum(facts["flops"][name].values()) for name in ("model", "hardware"))
     lines.append(f"a training step: {flops:.3e} FLOPs ({hardware:.3e} with what is computed twice)")
-    moved = plan.programs["training"][0].traffic
+    moved = plan.programs["training"][0].traffic if "training" in plan.programs else None
     if moved is not None:
         sent = ", ".join(f"{kind} {count / 1e9:.3f}" for kind, count in moved.collectives.items()) or "none"
         lines.append(f"a chip's memory moves {moved.memory / 1e9:,.2f} GB, its links, in GB: {sent}")
@@ -148,11 +145,11 @@ def report(plan: Plan, facts: dict) -> str:
         lines.append(f"tokens/s {_range(step['tokens_per_second'][::-1])}; model FLOPs utilisation {used} %")
         cost = "" if step["dollars_per_epoch"] is None else f", {_range(step['dollars_per_epoch'])} USD"
         lines.append(f"an epoch of {step['steps_per_epoch']:,.0f} steps: {_range(step['hours_per_epoch'])} hours{cost}")
-        for part in ("evaluation", "scoring"):
-            for program in facts["programs"][part]:
-                if program["seconds"]:
-                    times = program["seconds"].values()
-                    lines.append(f"{part}, {program['name']}: {_range([1e3 * max(times), 1e3 * sum(times)])} ms a call")
+    for part in ("evaluation", "scoring"):
+        for program in facts["programs"].get(part, []):
+            if program["seconds"]:
+                times = program["seconds"].values()
+                lines.append(f"{part}, {program['name']}: {_range([1e3 * max(times), 1e3 * sum(times)])} ms a call")
     lines += ["", "assumed:", *(f"- {told}" for told in facts["assumptions"])]
     return "\n".join(lines)
 
@@ -164,7 +161,7 @@ def _range(values: list[float]) -> str:
 
 def _memory_table(plan: Plan) -> list[str]:
     """GiB of one device: each part's largest program."""
-    peaks = {part: plan.peak(part) for part in _PARTS if plan.programs[part]}
+    peaks = {part: plan.peak(part) for part in plan.programs}
     columns = []
     for program in peaks.values():
         column = {kind: size for kind, size in program.held.items()}
@@ -191,7 +188,7 @@ def _memory_table(plan: Plan) -> list[str]:
 
 def verdict(plan: Plan) -> str:
     """ "" where all fits; else one line: the requirement, and what would help."""
-    wrong = [part for part in _PARTS if plan.programs[part] and not plan.fits(part)]
+    wrong = [part for part in plan.programs if not plan.fits(part)]
     if not wrong:
         return ""
     program = plan.peak(wrong[0])

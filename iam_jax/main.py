@@ -6,7 +6,7 @@
     python -m iam_jax.main --mode=score --workdir=DIR --vectors [--users=TABLE] [--items=TABLE] --output=DIR
     python -m iam_jax.main --mode=compare --runs=DIR,DIR[,DIR...] [--output=DIR]
     python -m iam_jax.main --mode=plan --config=FILE --topology=v5e:2x4|local [--items=N --item_length=T --users=N --events=N]
-        [--price=USD] [--top_k=100] [--output=FILE]
+        [--programs=training,evaluation,scoring] [--price=USD] [--top_k=100] [--output=FILE]
 
 Exit codes: 0 done; 2 bad input, flag or config; 3 a plan that does not fit; 4 stopped on non-finite training; 75 stopped by Ctrl-C or
 SIGTERM with everything saved.
@@ -69,6 +69,7 @@ _PLAN = {
     "topology": flags.DEFINE_string("topology", "", "Plan: a TPU slice, such as v5e:2x4, or local, the devices that are here."),
     "item_length": flags.DEFINE_integer("item_length", None, "Plan: tokens of an item, with --items; config.data.item_tokens by default."),
     "events": flags.DEFINE_integer("events", None, "Plan: events of a user, with --items; 20 by default."),
+    "programs": flags.DEFINE_list("programs", [], "Plan: some of training, evaluation, scoring; all by default."),
     "price": flags.DEFINE_float("price", None, "Plan: dollars for a chip an hour; what its cloud lists by default."),
 }
 
@@ -81,7 +82,7 @@ def run(signals: Signals) -> None:
     if _MODE.value == "plan":
         return _plan(config)
     for name, flag in _PLAN.items():
-        if flag.value not in ("", None):
+        if flag.value not in ("", None, []):
             raise InputError(f"--{name} is for --mode=plan")
     workdir = Path(_WORKDIR.value or Path("runs") / "-".join(filter(None, (Path(config_file).stem, variant))))
     training, exporting = _MODE.value == "train", _MODE.value == "export"
@@ -203,7 +204,10 @@ def _plan(config: config_lib.Config) -> None:
         length = config.data.item_tokens if asked["item_length"] is None else asked["item_length"]
         events = 20 if asked["events"] is None else asked["events"]
         assumption = Assumption(int(numbers["items"]), length, int(numbers["users"]), events)
-    made = plan.make_plan(config, plan.Request(asked["topology"], assumption, asked["top_k"] or 100))
+    parts = tuple(asked["programs"]) or plan.PARTS
+    if unknown := set(parts) - set(plan.PARTS):
+        raise InputError(f"--programs={min(unknown)}: must be of {', '.join(plan.PARTS)}")
+    made = plan.make_plan(config, plan.Request(asked["topology"], assumption, parts, asked["top_k"] or 100))
     facts = estimate.record(made, asked["price"])
     print(estimate.report(made, facts), flush=True)
     wrong = estimate.verdict(made)

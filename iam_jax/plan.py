@@ -35,6 +35,7 @@ from iam_jax.scorer import lists_at_once, top_items
 from iam_jax.sharding import BATCH, batch_shards
 from iam_jax.train import Run, abstract_state, make_run, make_train_step
 
+PARTS = ("training", "evaluation", "scoring")
 RESERVE = {"tpu": 0.03, "gpu": 0.25}  # of a chip's memory: what the runtime keeps on a TPU, what JAX leaves to others on a GPU
 
 
@@ -44,28 +45,34 @@ class Request:
 
     topology: str
     assumption: Assumption | None  # None: the config's data are read
+    parts: tuple[str, ...] = PARTS
     top_k: int = 100
 
 
 @dataclasses.dataclass
 class Program:
-    """One jitted function for one device. Bytes by kind; `total` is None where nothing is known of what does not fit."""
+    """One jitted function, in bytes of one device."""
 
     name: str
-    held: dict[str, int]  # by arithmetic
+    held: dict[str, int]  # by kind, by arithmetic
     padding: int = 0  # arrays fill whole tiles
-    temporaries: int | None = None  # None: the compiler refused
     outputs: int = 0  # those that take no argument's place
     code: int = 0
-    total: int | None = None
+    temporaries: int | None = None  # None: not compiled, since it does not fit
+    needed: int | None = None  # by the compiler that refused it, where it says so
     flops: Flops = dataclasses.field(default_factory=Flops)  # on all devices together
     traffic: hlo.Traffic | None = None
     seconds: float = 0.0  # that the compiler took
-    refusal: str = ""
+
+    @property
+    def total(self) -> int | None:
+        """None where it is only known to be more than what is held."""
+        if self.temporaries is None:
+            return self.needed
+        return sum(self.held.values()) + self.padding + self.outputs + self.code + self.temporaries
 
     @property
     def least(self) -> int:
-        """What it takes at least."""
         return self.total if self.total is not None else sum(self.held.values())
 
 
@@ -79,7 +86,7 @@ class Plan:
     scale: float  # users that each of the planned data's users stands for
     assumption: Assumption | None
     step: flops.StepFlops
-    programs: dict[str, list[Program]]  # of training, evaluation and scoring
+    programs: dict[str, list[Program]]  # by part
 
     @property
     def devices(self) -> int:
@@ -102,8 +109,13 @@ def make_plan(config: Config, request: Request) -> Plan:
     config = _with_kernels(config, devices[0].platform)
     run = make_run(config, prepared, devices)
     chip = find_chip(devices[0].device_kind)
-    programs = {"training": [training(run)], "evaluation": evaluation(run), "scoring": scoring(run, request.top_k)}
     capacity = device_capacity(devices[0], chip)
+    make = {"training": training, "evaluation": evaluation, "scoring": functools.partial(scoring, top_k=request.top_k)}
+    programs = {}
+    for part in (part for part in PARTS if part in request.parts):
+        if found := make[part](run, capacity):
+            programs[part] = found
+            print(f"{part} compiled in {sum(program.seconds for program in found):.0f} s", flush=True)
     return Plan(request.topology, config, run, chip, capacity, scale, request.assumption, flops.step_flops(run), programs)
 
 
@@ -187,13 +199,13 @@ def training_arguments(run: Run) -> tuple:
     return abstract_state(run), batch, whole(run, run.items), whole(run, np.int32(0)), frozen_parameters(run)
 
 
-def training(run: Run) -> Program:
-    state, batch, items, step, frozen = arguments = training_arguments(run)
+def training(run: Run, capacity: int | None = None) -> list[Program]:
+    state, batch, items, step, _ = arguments = training_arguments(run)
     held = _parameters(run) | {"optimizer": state["optimizer"]}
     if "cache" in state:
         held["text vectors"] = state["cache"]
     held["batch and items"] = [batch, items, step]
-    return _compiled("training step", make_train_step(run), arguments, held, run)
+    return [_compiled("training step", make_train_step(run), arguments, held, run, capacity)]
 
 
 def _forward(run: Run, rows: Rows, batch: Batch, relations: tuple[str, ...]) -> Flops:
@@ -203,7 +215,7 @@ def _forward(run: Run, rows: Rows, batch: Batch, relations: tuple[str, ...]) -> 
     return Flops({kind: count * len(batch["token"]) for kind, count in one.items()})
 
 
-def evaluation(run: Run) -> list[Program]:
+def evaluation(run: Run, capacity: int | None = None) -> list[Program]:
     """The evaluator's programs, beside which the training state stays in memory."""
     config, prepared = run.config, run.prepared
     evaluator = Evaluator(run.model, config, prepared, run.items, run.mesh)
@@ -220,15 +232,15 @@ def evaluation(run: Run) -> list[Program]:
         function, static = evaluator._leading_states, catalogue.chunks
         leading = whole(run, jax.eval_shape(functools.partial(function, chunks=static), params, item_rows))
         held = resident | {"batch and items": item_rows}
-        programs.append(_compiled("leading states", function, (params, item_rows, static), held, run))
+        programs.append(_compiled("leading states", function, (params, item_rows, static), held, run, capacity))
         first = config.schedule.leading_intra
     batch = some_rows(rows, config.eval.batch_rows)
     batch = sharded_batch(run, (without_items if catalogue is None else catalogue)(batch))
     held = resident | {"batch and items": [batch, leading]}
-    histories = _compiled("history vectors", evaluator._history_vectors, (params, batch, leading), held, run)
+    histories = _compiled("history vectors", evaluator._history_vectors, (params, batch, leading), held, run, capacity)
     histories.flops += _forward(run, rows, batch, config.schedule.relations[first:])
     held = resident | {"batch and items": [items, leading]}
-    vectors_program = _compiled("item vectors", evaluator._item_vectors, (params, items, leading), held, run)
+    vectors_program = _compiled("item vectors", evaluator._item_vectors, (params, items, leading), held, run, capacity)
 
     vectors = jax.eval_shape(evaluator._item_vectors, params, items, leading)
     spread = NamedSharding(run.mesh, PartitionSpec(run.mesh.axis_names if run.mesh.size > 1 else ()))
@@ -238,13 +250,13 @@ def evaluation(run: Run) -> list[Program]:
     ranked = whole(run, (np.zeros((X, vectors.shape[1]), np.float32), np.zeros(X, np.int32), seen))
     h, target, seen = ranked
     held = resident | {"batch and items": [vectors, ranked]}
-    ranking = _compiled("ranking", evaluator._rank, (h, vectors, target, seen), held, run)
+    ranking = _compiled("ranking", evaluator._rank, (h, vectors, target, seen), held, run, capacity)
     # Twice, as if all chunks held a target.
     ranking.flops = Flops({"float32 highest": 2 * 2 * X * vectors.shape[0] * vectors.shape[1]})
     return [*programs, histories, vectors_program, ranking]
 
 
-def scoring(run: Run, top_k: int) -> list[Program]:
+def scoring(run: Run, capacity: int | None = None, top_k: int = 100) -> list[Program]:
     """Those of `--mode=score`: users' states, and their best items. The catalogue's vectors are there whole, and once more in chunks."""
     config, prepared = run.config, run.prepared
     if config.eval.ranking != "item":
@@ -259,18 +271,22 @@ def scoring(run: Run, top_k: int) -> list[Program]:
     rows = evaluator.rows(targets)
     batch = sharded_batch(run, without_items(some_rows(rows, config.score.batch_rows)))
     held = _parameters(run) | {"item vectors": [vectors, vectors]}
-    states = _compiled("users' states", evaluator._history_vectors, (params, batch, None), held | {"batch and items": batch}, run)
+    of_batch = held | {"batch and items": batch}
+    states = _compiled("users' states", evaluator._history_vectors, (params, batch, None), of_batch, run, capacity)
     states.flops += _forward(run, rows, batch, config.schedule.relations)
     X = lists_at_once(config.score.part_users, C)
     seen = padded_seen(prepared.events, targets[:X], X)
     h, seen = whole(run, (np.zeros((X, width), np.float32), seen))
     arguments = h, vectors, seen, items, min(top_k, items)
-    return [states, _compiled("top items", top_items, arguments, held | {"batch and items": [h, seen]}, run)]
+    return [states, _compiled("top items", top_items, arguments, held | {"batch and items": [h, seen]}, run, capacity)]
 
 
-def _compiled(name: str, function, arguments: tuple, held: dict, run: Run) -> Program:
-    """The program of a jitted function for abstract arguments. held: arrays by kind, also such as are no arguments and stay in memory."""
+def _compiled(name: str, function, arguments: tuple, held: dict, run: Run, capacity: int | None) -> Program:
+    """The program of a jitted function for abstract arguments. held: arrays by kind, also such as are no arguments and stay in memory.
+    Where these alone are above the capacity, nothing is compiled."""
     program = Program(name, {kind: device_bytes(tree) for kind, tree in held.items()})
+    if capacity is not None and program.least > capacity:
+        return program
     start = time.monotonic()
     with jax.set_mesh(run.mesh):
         traced = function.trace(*arguments)
@@ -283,8 +299,7 @@ def _compiled(name: str, function, arguments: tuple, held: dict, run: Run) -> Pr
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             found = re.search(r"Used ([\d.]+)([MG]) of ([\d.]+)([MG]) hbm", str(error))
-            program.total = int(float(found[1]) * {"M": 2**20, "G": 2**30}[found[2]]) if found else None
-            program.refusal = str(error).splitlines()[0]
+            program.needed = int(float(found[1]) * {"M": 2**20, "G": 2**30}[found[2]]) if found else None
             compiled = None
     program.seconds = time.monotonic() - start
     if compiled is None:
@@ -293,7 +308,6 @@ def _compiled(name: str, function, arguments: tuple, held: dict, run: Run) -> Pr
     program.padding = max(0, memory.argument_size_in_bytes - passed)
     program.temporaries, program.code = memory.temp_size_in_bytes, memory.generated_code_size_in_bytes
     program.outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    program.total = sum(program.held.values()) + program.padding + program.temporaries + program.outputs + program.code
     with contextlib.suppress(NotImplementedError):
         program.traffic = hlo.traffic(compiled.as_text())
     return program

@@ -86,10 +86,11 @@ def test_adapters_of_a_pretrained_model(tmp_path):
     assert program.traffic.memory > held
 
 
-def plan(tmp_path, *flags):
+def plan(tmp_path, *flags, **shape_fields):
     shape = {"model_type": "llama", "vocab_size": 512, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2}
     shape |= {"num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "max_position_embeddings": 4096}
-    (tmp_path / "config.json").write_text(json.dumps(shape | {"tie_word_embeddings": True}))
+    shape |= {"tie_word_embeddings": True, "head_dim": 64}
+    (tmp_path / "config.json").write_text(json.dumps(shape | shape_fields))
     config = Path(__file__).parents[1] / "configs" / "llama3_1b_amazon.py"
     command = [sys.executable, "-m", "iam_jax.main", "--mode=plan", f"--config={config}:full", f"--config.model.pretrained={tmp_path}"]
     command += ["--config.model.schedule=intra inter", "--items=1000", f"--output={tmp_path / 'plan.json'}", *flags]
@@ -111,7 +112,7 @@ def test_a_plan(tmp_path):
 
 def test_a_plan_that_does_not_fit(tmp_path):
     """Known from the parameters alone: nothing is compiled."""
-    done = plan(tmp_path, "--topology=v5e:1x1", "--programs=training", "--items=20000000")
+    done = plan(tmp_path, "--topology=v5e:1x1", "--programs=training", "--items=100000", hidden_size=16_384)
     assert done.returncode == 3 and (tmp_path / "plan.json").exists()
     told = done.stderr.splitlines()[-1]
     assert told.startswith("error: v5e:1x1: training (training step) needs more than") and "and there are 15.52" in told

@@ -11,23 +11,20 @@ one JSON. Only one process at a time can hold libtpu.
 
 import argparse
 import json
-import math
 import platform
-import re
 import runpy
 import tempfile
-import time
 from importlib import metadata
 from pathlib import Path
 
-from tpu_memory import abstract_arguments, abstract_run, compile_run  # isort: skip  (first: it sets the platform)
+from tpu_memory import assumed_run  # isort: skip  (first: it sets the platform)
 
 import harness
-import jax
 
 from iam_jax.config import Config, resolve
 from iam_jax.model import pretrained
 from iam_jax.model.pretrained.importing import read_pretrained
+from iam_jax.plan import Program, training
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 SLICES = {"v5e:2x4": (1, 8, 1), "v5p:2x2x1": (1, 1, 1)}  # chips of which the first data x fsdp x tensor are used
@@ -67,45 +64,31 @@ SHAPES: dict[str, dict] = {
 }
 
 
-def make_config(name: str, variant: str, folder: Path, shape: dict | None = None, **model) -> Config:
-    """The config file's, with the model's config.json in `folder`. shape: instead of the public one's values; model: fields."""
+def write_shape(name: str, folder: Path, shape: dict | None = None) -> None:
+    """The model's config.json. shape: instead of the public one's values."""
     (folder / "config.json").write_text(json.dumps(SHAPES[name] | (shape or {})))
+
+
+def make_config(name: str, variant: str, folder: Path, mesh_shape: tuple[int, int, int], shape: dict | None = None, **model) -> Config:
+    """The config file's, with the model's config.json in `folder`. shape: instead of the public one's values; model: fields."""
+    write_shape(name, folder, shape)
     config = runpy.run_path(str(CONFIGS / f"{name}.py"))["get_config"](variant)
     config.model.update(pretrained=str(folder), attention="tpu", **model)
+    config.mesh.update(dict(zip(("data", "fsdp", "tensor"), mesh_shape, strict=True)))
     return pretrained.configure(resolve(config))
 
 
-def device_bytes(tree) -> int:
-    """What one device holds of a tree of abstract arrays."""
-    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+def measure(config: Config, chips: str, items: int) -> Program:
+    (program,) = training(assumed_run(config, chips, items, read_pretrained(config).vocabulary + 1))
+    return program
 
 
-def measure(config: Config, chips: str, mesh_shape: tuple[int, int, int], items: int) -> dict:
+def facts(program: Program) -> dict:
     """Bytes of a device; those that the compiler tells are None where the step does not fit."""
-    run = abstract_run(chips, mesh_shape, config, read_pretrained(config).vocabulary + 1, items)
-    arguments = state, *_, frozen = abstract_arguments(run, items)
-    result = {
-        "trained": device_bytes(state["params"]),
-        "frozen": device_bytes(frozen),
-        "optimizer": device_bytes(state["optimizer"]),
-        "temporaries": None,
-        "total": None,
-        "fits": True,
-    }
-    start = time.perf_counter()
-    try:
-        memory = compile_run(run, arguments).memory_analysis()
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        found = re.search(r"Used ([\d.]+)([MG]) of ([\d.]+)([MG]) hbm", str(error))
-        total = found and int(float(found[1]) * {"M": 2**20, "G": 2**30}[found[2]])
-        result |= {"total": total, "fits": False, "error": str(error)[:2000]}
-    else:
-        # The new state takes the place of the old one.
-        total = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes + memory.temp_size_in_bytes
-        result |= {"arguments": memory.argument_size_in_bytes, "temporaries": memory.temp_size_in_bytes, "total": total}
-    return result | {"compile_seconds": time.perf_counter() - start}
+    result = {kind.replace("parameters, ", ""): size for kind, size in program.held.items()}
+    total = program.total if program.temporaries is None else program.total - program.code
+    result |= {"temporaries": program.temporaries, "total": total, "fits": program.temporaries is not None}
+    return result | {"compile_seconds": program.seconds}
 
 
 def main() -> None:
@@ -123,10 +106,10 @@ def main() -> None:
         for variant in args.variants.split(","):
             for chips in args.slices.split(","):
                 with tempfile.TemporaryDirectory() as folder:
-                    config = make_config(name, variant, Path(folder))
+                    config = make_config(name, variant, Path(folder), SLICES[chips])
                     row = {"config": name, "variant": variant, "slice": chips, "mesh": SLICES[chips]}
                     row |= {"rows": config.train.batch_rows, "row_tokens": config.data.row_tokens}
-                    row |= measure(config, chips, SLICES[chips], ITEMS[name])
+                    row |= facts(measure(config, chips, ITEMS[name]))
                 rows.append(row)
                 sizes = ("-" if row[column] is None else f"{row[column] / 2**30:.2f}" for column in columns)
                 shown = "".join(f"{size:>13}" for size in sizes) + ("" if row["fits"] else "   does not fit")

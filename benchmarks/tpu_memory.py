@@ -15,23 +15,16 @@ from importlib import metadata
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no TPU machine to ask
 
 import harness
 import jax
-import jax.numpy as jnp
 import ml_collections
-import numpy as np
-from jax.experimental import topologies
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
 
+from iam_jax import topology
 from iam_jax.config import Config, default_config, resolve
-from iam_jax.model import make_model
-from iam_jax.objective import Items
-from iam_jax.parameters import abstract, frozen_names, select
-from iam_jax.sharding import BATCH
-from iam_jax.train import Run, abstract_state, make_train_step
+from iam_jax.data.assumed import Assumption, assume
+from iam_jax.plan import training_arguments
+from iam_jax.train import Run, make_run, make_train_step
 
 CHIPS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 ITEM = 12  # tokens
@@ -49,38 +42,24 @@ def make_config(row_tokens: int, rows: int, **model) -> ml_collections.ConfigDic
 
 def compile_step(chip: str, mesh_shape: tuple[int, int, int], row_tokens: int, rows: int, **model):
     """The compiled training step (jax.stages.Compiled) for the chip's first devices, with `model` fields over MODEL's."""
-    run = abstract_run(CHIPS[chip], mesh_shape, resolve(make_config(row_tokens, rows, **model)), vocabulary=1000, items=1000)
-    return compile_run(run, abstract_arguments(run, items=1000))
+    config = make_config(row_tokens, rows, **model)
+    config.mesh.update(dict(zip(("data", "fsdp", "tensor"), mesh_shape, strict=True)))
+    return compile_run(assumed_run(resolve(config), CHIPS[chip], items=1000, vocabulary=1000))
 
 
-def abstract_run(topology: str, mesh_shape: tuple[int, int, int], config: Config, vocabulary: int, items: int) -> Run:
-    """A run without data, for the first devices of a TPU slice such as "v5e:2x4". vocabulary: token ids, the boundary token included."""
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[: int(np.prod(mesh_shape))]
-    mesh = jax.sharding.Mesh(np.array(devices).reshape(mesh_shape), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
-    model = make_model(config, vocabulary, items, longest=ITEM)
-    return Run(config, None, mesh, model, None, None, frozen_names=frozenset(frozen_names(config, model.shapes())))
+def assumed_run(config: Config, slice_name: str, items: int, vocabulary: int) -> Run:
+    """A run on the first devices of a TPU slice, as many as the config's mesh has, with data that are assumed."""
+    mesh = config.mesh
+    topology.prepare(slice_name)
+    devices = topology.devices(slice_name)[: mesh.data * mesh.fsdp * mesh.tensor]
+    events = max(20, config.data.row_tokens // ITEM)  # of a user: as many items as a row holds
+    prepared, _ = assume(config.data, Assumption(items, ITEM, users=100, events=events), vocabulary)
+    return make_run(config, prepared, devices)
 
 
-def abstract_arguments(run: Run, items: int) -> tuple:
-    """What the training step takes, in shapes, types and shardings: state, batch, items, number of the step, frozen parameters."""
-    everywhere, split = NamedSharding(run.mesh, P()), NamedSharding(run.mesh, BATCH)
-    row_tokens, rows = run.config.data.row_tokens, run.config.train.batch_rows
-
-    def make(shape, dtype, sharding=everywhere):
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-
-    of_items = [jnp.bool_, jnp.float32, jnp.float32, jnp.uint32]
-    catalogue = Items(make((items, ITEM), jnp.int32), make((items,), jnp.int32), *(make((items,), dtype) for dtype in of_items))
-    widths = dict.fromkeys(("token", "user", "group", "position", "label"), row_tokens)
-    widths |= dict.fromkeys(("target", "target_at"), row_tokens // ITEM)
-    batch = {name: make((rows, width), jnp.int32, split) for name, width in widths.items()}
-    frozen = select(run.model.shapes(), lambda name: name in run.frozen_names)
-    return abstract_state(run), batch, catalogue, make((), jnp.int32), abstract(run.mesh, frozen, run.config.model.frozen_dtype)
-
-
-def compile_run(run: Run, arguments: tuple):
+def compile_run(run: Run):
     with jax.set_mesh(run.mesh):
-        return make_train_step(run).lower(*arguments).compile()
+        return make_train_step(run).lower(*training_arguments(run)).compile()
 
 
 def temporaries(compiled) -> int:

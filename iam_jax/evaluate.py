@@ -159,12 +159,17 @@ class Evaluator:
         at_once = math.ceil(self.config.eval.batch_rows / shards) * shards
         return CatalogueItems(self.prepared.catalogue, self.config.data.row_tokens, at_once)
 
-    def leading_states(self, params: Params, rows: Rows) -> jax.Array | None:
-        """The catalogue's states after the leading intra layers, where that is less work than to compute them for the rows."""
+    def leading_items(self, rows: Rows) -> CatalogueItems | None:
+        """The catalogue, where its states after the leading intra layers are less work than to compute them for the rows."""
         items = self._catalogue
         if items is None or (self.config.model.item_states == "auto" and items.rows["token"].size > len(rows) * rows.row_tokens):
             return None
-        return self._leading_states(params, shard_batch(self.mesh, items.rows), items.chunks)
+        return items
+
+    def leading_states(self, params: Params, rows: Rows) -> jax.Array | None:
+        """The states of `leading_items`."""
+        items = self.leading_items(rows)
+        return None if items is None else self._leading_states(params, shard_batch(self.mesh, items.rows), items.chunks)
 
     def rows(self, targets: np.ndarray, whole_text: bool = False) -> Rows:
         """The histories of the target events, packed; with `whole_text` followed by the targets' own text."""
@@ -215,7 +220,7 @@ class Evaluator:
         leading_XD = self.leading_states(params, self.rows(targets))
         h_nE = self.history_vectors(params, targets, leading_XD, poll, label)
         v_IE = self._item_vectors(params, self.items, leading_XD)
-        X = max(8, min(1024, _SCORES // min(self.config.eval.chunk_items, len(events.item_ids))))
+        X = self.at_once
         rank, ties = np.zeros(len(targets), np.int64), np.zeros(len(targets), np.int64)
         # By item: then few chunks hold the targets of a batch, and few are computed twice.
         order = np.argsort(events.item[targets], kind="stable")
@@ -224,7 +229,7 @@ class Evaluator:
             at = order[start : start + X]
             part, more = targets[at], X - len(at)
             target = np.pad(events.item[part], (0, more), mode="edge")
-            seen = _padded_seen(events, part, X) if self.config.eval.filter_seen else np.full((X, 1), -1, np.int32)
+            seen = padded_seen(events, part, X) if self.config.eval.filter_seen else np.full((X, 1), -1, np.int32)
             results = self._rank(np.pad(h_nE[at], ((0, more), (0, 0))), v_IE, target, seen)
             rank[at], ties[at], finite = (np.asarray(result)[: len(at)] for result in results)
             if not finite.all():
@@ -260,12 +265,17 @@ class Evaluator:
                 scores[x : x + B, c : c + C] = found[: len(targets) - x, : len(items)]
         return scores[:, text_I.reshape(-1)]
 
+    @property
+    def at_once(self) -> int:
+        """Targets that are ranked at one time."""
+        return max(8, min(1024, _SCORES // min(self.config.eval.chunk_items, len(self.prepared.events.item_ids))))
+
     def _progress(self, iterable, total: int, label: str):
         shown = self.config.log.progress and total >= 4 and not jax.process_index()
         return tqdm(iterable, label, total, leave=False, disable=not shown, mininterval=1)
 
 
-def _padded_seen(events: Events, targets: np.ndarray, rows: int) -> np.ndarray:
+def padded_seen(events: Events, targets: np.ndarray, rows: int) -> np.ndarray:
     """[rows, S] int32, -1 for none: the distinct items before each target except its own; S is a power of two, so that few shapes are
     compiled."""
     row, item = baselines.others(*baselines.histories(events, targets), events.item[targets], len(events.item_ids))

@@ -5,11 +5,13 @@
     python -m iam_jax.main --mode=score --workdir=DIR --users=TABLE [--items=TABLE] [--candidates=TABLE] --output=DIR [--top_k=100]
     python -m iam_jax.main --mode=score --workdir=DIR --vectors [--users=TABLE] [--items=TABLE] --output=DIR
     python -m iam_jax.main --mode=compare --runs=DIR,DIR[,DIR...] [--output=DIR]
+    python -m iam_jax.main --mode=plan --config=FILE --topology=v5e:2x4|local [--items=N --item_length=T --users=N --events=N]
+        [--programs=training,evaluation,scoring] [--price=USD] [--top_k=100] [--output=FILE]
 
 Every process of a job on several hosts: the same flags and --multihost [--coordinator=HOST:PORT --processes=N --process_id=K].
 
-Exit codes: 0 done; 2 bad input, flag or config; 4 stopped on non-finite training; 5 the job's other processes failed; 75 stopped by Ctrl-C
-or SIGTERM with everything saved.
+Exit codes: 0 done; 2 bad input, flag or config; 3 a plan that does not fit; 4 stopped on non-finite training; 5 the job's other processes
+failed; 75 stopped by Ctrl-C or SIGTERM with everything saved.
 """
 
 import time
@@ -50,15 +52,18 @@ _MODES = {
     "score": "top-K lists or vectors from a checkpoint",
     "export": "a checkpoint as a folder for others",
     "compare": "one table of finished runs",
+    "plan": "memory, time and cost of a run on devices that are not here",
 }
 _MODE = flags.DEFINE_enum("mode", "train", list(_MODES), "; ".join(f"{mode}: {what}" for mode, what in _MODES.items()) + ".")
 _STEP = flags.DEFINE_string("step", "best", "Checkpoint that --mode=evaluate, score and export read: a step, best or last.")
 _FORMAT = flags.DEFINE_enum("format", "huggingface", ["huggingface", "stablehlo"], "What --mode=export writes.")
-_OUTPUT = flags.DEFINE_string("output", "", "Folder that --mode=export or score makes, or into which --mode=compare writes its table.")
+_OUTPUT = flags.DEFINE_string(
+    "output", "", "Folder that --mode=export or score makes, or into which --mode=compare writes its table; a plan's JSON file."
+)
 _RUNS = flags.DEFINE_list("runs", [], "Working folders that --mode=compare compares, the first with every other.")
 _SCORE = {
-    "users": flags.DEFINE_string("users", "", "Score: interactions table of the users to score (user, item, timestamp)."),
-    "items": flags.DEFINE_string("items", "", "Score: table of items to add to the catalogue (item, then text columns)."),
+    "users": flags.DEFINE_string("users", "", "Score: interactions table of the users to score (user, item, timestamp). Plan: a number."),
+    "items": flags.DEFINE_string("items", "", "Score: table of items to add to the catalogue (item, then text columns). Plan: a number."),
     "candidates": flags.DEFINE_string("candidates", "", "Score: table of the pairs to score (user, item) instead of the catalogue."),
     "top_k": flags.DEFINE_integer("top_k", None, "Score: items of a list at most; 100 by default, with --candidates all of them."),
     "vectors": flags.DEFINE_bool("vectors", False, "Score: writes vectors instead of lists: the items', or with --users the users'."),
@@ -71,12 +76,26 @@ _JOB = {
 }
 
 
+_PLAN = {
+    "topology": flags.DEFINE_string("topology", "", "Plan: a TPU slice, such as v5e:2x4, or local, the devices that are here."),
+    "item_length": flags.DEFINE_integer("item_length", None, "Plan: tokens of an item, with --items; config.data.item_tokens by default."),
+    "events": flags.DEFINE_integer("events", None, "Plan: events of a user, with --items; 20 by default."),
+    "programs": flags.DEFINE_list("programs", [], "Plan: some of training, evaluation, scoring; all by default."),
+    "price": flags.DEFINE_float("price", None, "Plan: dollars for a chip an hour; what its cloud lists by default."),
+}
+
+
 def run(signals: Signals) -> None:
     _check_job()
     if _MODE.value == "compare":
         return _compare()
     config_file, _, variant = _config_file().partition(":")
     config = config_lib.resolve(_CONFIG.value)
+    if _MODE.value == "plan":
+        return _plan(config)
+    for name, flag in _PLAN.items():
+        if flag.value not in ("", None, []):
+            raise InputError(f"--{name} is for --mode=plan")
     if _MULTIHOST.value:
         distributed.join(*(flag.value for flag in _JOB.values()), config.mesh, signals)
     workdir = to_path(_WORKDIR.value or Path("runs") / "-".join(filter(None, (Path(config_file).stem, variant))))
@@ -207,6 +226,43 @@ def _compare() -> None:
     if _OUTPUT.value:
         compare.write(comparison, to_path(_OUTPUT.value))
         print(f"wrote {to_path(_OUTPUT.value) / 'comparison.md'}, .txt and .json")
+
+
+def _plan(config: config_lib.Config) -> None:
+    from iam_jax import topology
+
+    asked = {name: flag.value for name, flag in (_SCORE | _PLAN).items()}
+    for name in ("candidates", "vectors"):
+        if asked[name]:
+            raise InputError(f"--{name} is for --mode=score")
+    if not asked["items"] and (given := [name for name in ("item_length", "users", "events") if asked[name]]):
+        raise InputError(f"--{given[0]} goes with --items=N, which assumes data instead of reading the config's")
+    numbers = {"items": asked["items"], "users": asked["users"] or "100000"}
+    for name, value in numbers.items():
+        if value and not value.isdecimal():
+            raise InputError(f"--{name}={value}: with --mode=plan, a number")
+    topology.prepare(asked["topology"])
+
+    from iam_jax import estimate, plan
+    from iam_jax.data.assumed import Assumption
+
+    assumption = None
+    if asked["items"]:
+        length = config.data.item_tokens if asked["item_length"] is None else asked["item_length"]
+        events = 20 if asked["events"] is None else asked["events"]
+        assumption = Assumption(int(numbers["items"]), length, int(numbers["users"]), events)
+    parts = tuple(asked["programs"]) or plan.PARTS
+    if unknown := set(parts) - set(plan.PARTS):
+        raise InputError(f"--programs={min(unknown)}: must be of {', '.join(plan.PARTS)}")
+    made = plan.make_plan(config, plan.Request(asked["topology"], assumption, parts, asked["top_k"] or 100))
+    facts = estimate.record(made, asked["price"])
+    print(estimate.report(made, facts), flush=True)
+    wrong = estimate.verdict(made)
+    if _OUTPUT.value:
+        text = json.dumps(facts | {"verdict": wrong}, indent=2) + "\n"
+        write_atomically(Path(_OUTPUT.value), lambda path: path.write_text(text, encoding="utf-8"))
+    if wrong:
+        _fail(wrong, 3)
 
 
 def _config_file() -> str:

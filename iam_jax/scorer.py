@@ -140,7 +140,7 @@ class Scorer:
         h_nE = self.user_vectors(users.events.last(self.config.data.last_n))
         n, items = len(users), len(self.stored.item_ids)
         most = int(users.events.lengths.max(initial=1))
-        X = min(_power_of_two(n), max(8, min(1024, _SCORES // max(self._chunks.shape[1], most))))
+        X = lists_at_once(n, max(self._chunks.shape[1], most))
         found = np.zeros((n, k), np.int32), np.full((n, k), -np.inf, np.float32)
         for begin in range(0, n, X):
             seen = users.events[begin : begin + X] if self.config.eval.filter_seen else Lists(np.zeros(0, np.int32), np.zeros(1, np.int64))
@@ -232,6 +232,11 @@ class Scorer:
             for row, (_, text) in enumerate(texts):
                 scores[begin + row, : len(text)] = found[row, text.reshape(-1)]
         return scores
+
+
+def lists_at_once(users: int, chunk: int) -> int:
+    """Users whose lists are made at one time, with so many items of a chunk."""
+    return min(_power_of_two(users), max(8, min(1024, _SCORES // chunk)))
 
 
 def _power_of_two(n: int) -> int:

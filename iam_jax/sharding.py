@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +20,10 @@ BATCH = PartitionSpec(BATCH_AXES)
 _NAME = re.compile(r"_([A-Z]+)$")
 
 
-def make_mesh(config: MeshConfig) -> Mesh:
-    sizes = mesh_sizes(config, jax.device_count())
-    return jax.make_mesh(sizes, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """devices: None for those that are here."""
+    sizes = mesh_sizes(config, jax.device_count() if devices is None else len(devices))
+    return jax.make_mesh(sizes, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
 def mesh_sizes(config: MeshConfig, devices: int) -> tuple[int, int, int]:

@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -91,9 +91,10 @@ class Run:
         return pretrained.load(self.config, abstract(self.mesh, shapes, self.config.model.frozen_dtype))
 
 
-def make_run(config: Config, prepared: Prepared) -> Run:
+def make_run(config: Config, prepared: Prepared, devices: Sequence[jax.Device] | None = None) -> Run:
+    """devices: None for those that are here."""
     catalogue, data = prepared.catalogue, config.data
-    _check_attention(config)
+    _check_attention(config, jax.default_backend() if devices is None else devices[0].platform)
     rows = training_rows(
         prepared.events,
         catalogue,
@@ -106,18 +107,17 @@ def make_run(config: Config, prepared: Prepared) -> Run:
         raise InputError("there is nothing to train on: no user has two training events")
     model = make_model(config, catalogue.vocabulary, catalogue.items, int(catalogue.lengths.max()))
     items = objective.make_items(catalogue, prepared.events, rows.segments, config)
-    mesh = make_mesh(config.mesh)
+    mesh = make_mesh(config.mesh, devices)
     frozen = frozenset(frozen_names(config, model.shapes()))
     return Run(config, prepared, mesh, model, rows, items, _distinct_items(config, rows, mesh) or without_items, frozen)
 
 
-def _check_attention(config: Config) -> None:
+def _check_attention(config: Config, platform: str) -> None:
     """Raises InputError where model.attention names kernels that cannot do the work here."""
     model = config.model
     if model.attention not in ("tpu", "gpu"):
         return
     q = jax.ShapeDtypeStruct((1, config.data.row_tokens, model.heads, model.head_size or model.width // model.heads), model.dtype)
-    platform = jax.default_backend()
     try:
         if platform != model.attention:
             raise ValueError(f"there is a {platform} here, on which these kernels are only interpreted; auto takes what is there")

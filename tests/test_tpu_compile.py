@@ -1,10 +1,13 @@
-"""A whole training step, compiled ahead of time for TPUs that are not there. Needs libtpu (`pip install -e '.[test,tpu]'`), which one
-process at a time can hold: not for `pytest -n`."""
+"""A whole training step, and plans, compiled ahead of time for TPUs that are not there. Needs libtpu (`pip install -e '.[test,tpu]'`); by
+itself one process at a time can hold it: not for `pytest -n`."""
 
 import importlib
 import importlib.util
+import json
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -58,8 +61,9 @@ def test_adapters_of_a_pretrained_model(tmp_path):
     shape = {"vocab_size": 512, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2}
     shape |= {"num_attention_heads": 4, "num_key_value_heads": 2}
     model = {"schedule": "(full +inter)*2", "lora": {"rank": 4}}
-    config = module.make_config("llama3_1b_amazon", "lora", tmp_path, shape, **model)
-    row = module.measure(config, "v5e:2x2", (1, 2, 1), 1000)
+    config = module.make_config("llama3_1b_amazon", "lora", tmp_path, (1, 2, 1), shape, **model)
+    program = module.measure(config, "v5e:2x2", 1000)
+    row = module.facts(program)
 
     matrices = 256 * (256 + 128 + 128 + 256) + 3 * 256 * 512  # of a layer; every one has the axis D
     scales = 2 * 256  # of a layer; on every chip
@@ -70,7 +74,51 @@ def test_adapters_of_a_pretrained_model(tmp_path):
     assert row["frozen"] == 2 * frozen and row["trained"] == 4 * trained
     assert row["optimizer"] == 2 * 4 * trained + 2 * 4  # AdamW's two moments, two counts of steps
     held = row["frozen"] + row["trained"] + row["optimizer"]
-    batch = 4 * 1024 * 4 * 5 + 4 * 4 * 2 * (1024 // 12)  # four rows a chip: five numbers a slot, two a target
+    targets = 1 + 85 - 2  # a row is a user, whose first event is a target behind the prompt, and whose last two are not trained on
+    batch = 4 * 1024 * 4 * 5 + 4 * 4 * 3 * (targets - 1) + 4  # four rows a chip: five numbers a slot, three a target; the step
     items = 1000 * (4 * 12 + 4 + 1 + 4 + 4 + 4)
-    assert row["fits"] and held + batch + items <= row["arguments"] < 1.05 * (held + batch + items)  # arrays fill whole tiles
-    assert row["total"] >= row["arguments"] + row["temporaries"]
+    assert row["batch and items"] == batch + items
+    assert row["fits"] and program.padding < 0.05 * (held + batch + items)  # arrays fill whole tiles
+    assert row["total"] >= held + batch + items + row["temporaries"]
+    # The stack's matrices come together from both chips, forward and again for the backward pass, in every layer.
+    assert set(program.traffic.collectives) >= {"all-gather"} and program.traffic.unknown_loops == 0
+    assert program.traffic.collectives["all-gather"] > 2 * 2 * matrices  # in bfloat16, half of each sent by either
+    assert program.traffic.memory > held
+
+
+def plan(tmp_path, *flags, **shape_fields):
+    shape = {"model_type": "llama", "vocab_size": 512, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2}
+    shape |= {"num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "max_position_embeddings": 4096}
+    shape |= {"tie_word_embeddings": True, "head_dim": 64}
+    (tmp_path / "config.json").write_text(json.dumps(shape | shape_fields))
+    config = Path(__file__).parents[1] / "configs" / "llama3_1b_amazon.py"
+    command = [sys.executable, "-m", "iam_jax.main", "--mode=plan", f"--config={config}:full", f"--config.model.pretrained={tmp_path}"]
+    command += ["--config.model.schedule=intra inter", "--items=1000", f"--output={tmp_path / 'plan.json'}", *flags]
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, env=os.environ)
+
+
+def test_a_plan(tmp_path):
+    """Of a tiny model's training on four chips: what is printed and written agree; a config.json is all there is of it."""
+    done = plan(tmp_path, "--topology=v5e:2x2", "--programs=training", "--config.mesh.data=2", "--config.mesh.fsdp=-1")
+    assert done.returncode == 0, done.stderr
+    facts = json.loads((tmp_path / "plan.json").read_text())
+    assert facts["chip"] == "TPU v5e" and facts["mesh"] == {"data": 2, "fsdp": 2, "tensor": 1} and facts["verdict"] == ""
+    (step,) = facts["programs"]["training"]
+    assert f"{step['total'] / 2**30:.3f}" in done.stdout and "1.20 USD for a chip an hour" in done.stdout
+    fast, slow = facts["step"]["bounds"]
+    assert 0 < fast < slow == pytest.approx(sum(facts["step"]["seconds"].values()))
+    assert {"all-gather", "all-reduce"} & step["collective_bytes"].keys() and step["unknown_loops"] == 0
+
+
+def test_a_plan_that_does_not_fit(tmp_path):
+    """Known from the parameters alone: nothing is compiled."""
+    done = plan(tmp_path, "--topology=v5e:1x1", "--programs=training", "--items=100000", hidden_size=16_384)
+    assert done.returncode == 3 and (tmp_path / "plan.json").exists()
+    told = done.stderr.splitlines()[-1]
+    assert told.startswith("error: v5e:1x1: training (training step) needs more than") and "and there are 15.52" in told
+
+
+def test_a_slice_that_there_is_not(tmp_path):
+    done = plan(tmp_path, "--topology=v5e:3x5")
+    assert done.returncode == 2 and "error: --topology=v5e:3x5: libtpu has no such slice" in done.stderr
+    assert not (tmp_path / "plan.json").exists()

@@ -1,0 +1,53 @@
+"""Data that are only assumed: so many users with so many events each, items of so many tokens. For plans (plan.py); all token ids are 0."""
+
+import dataclasses
+import math
+
+import numpy as np
+import polars as pl
+
+from iam_jax.config import DataConfig
+from iam_jax.data.catalogue import Catalogue
+from iam_jax.data.prepare import Prepared
+from iam_jax.data.splits import TEST, TRAIN, VALIDATION, Events, Split
+from iam_jax.errors import InputError
+
+_USERS = 2000  # as many stand for all
+
+
+@dataclasses.dataclass(frozen=True)
+class Assumption:
+    items: int
+    item_length: int  # tokens, separator and boundary included
+    users: int
+    events: int  # of a user: the last two are for validation and test
+
+    def check(self) -> None:
+        for name, least in (("items", 1), ("item_length", 1), ("users", 1), ("events", 4)):
+            if getattr(self, name) < least:
+                raise InputError(f"--{name}={getattr(self, name)}: must be {least} or more")
+
+
+def assume(config: DataConfig, assumption: Assumption, vocabulary: int) -> tuple[Prepared, float]:
+    """The data, with fewer users where they are many, and how many users each of them stands for. vocabulary: token ids, boundary included.
+    Prompt and suffix: a token every four letters. Raises InputError where the items do not fit a row."""
+    assumption.check()
+    users = min(assumption.users, _USERS)
+    label = np.full(assumption.events, TRAIN, np.uint8)
+    label[-2:] = VALIDATION, TEST
+    item = (np.arange(users * assumption.events) % assumption.items).astype(np.int32)
+    ids = (np.full(count, "", object) for count in (users, assumption.items))  # nothing reads them
+    offsets = np.arange(users + 1, dtype=np.int64) * assumption.events
+    events = Events(*ids, item, offsets, np.arange(len(item)), np.tile(label, users))
+
+    frame = [math.ceil(len(text) / 4) for text in (config.prompt, config.suffix)]
+    needed = sum(frame) + (config.context_items + 1) * assumption.item_length
+    if needed > config.row_tokens:
+        raise InputError(
+            f"config.data.row_tokens = {config.row_tokens} is too small: prompt, suffix and {config.context_items} + 1 items "
+            f"(config.data.context_items) of {assumption.item_length} tokens (--item_length) need {needed}"
+        )
+    lengths = np.concatenate([np.full(assumption.items, assumption.item_length), frame])
+    catalogue_offsets = np.concatenate([[0], np.cumsum(lengths)])
+    catalogue = Catalogue(np.zeros(catalogue_offsets[-1], np.int32), catalogue_offsets, vocabulary, 0, "")
+    return Prepared(Split(events, pl.DataFrame(), "", ()), catalogue), assumption.users / users

@@ -68,9 +68,10 @@ def child(job, out, err):
     if job["kill"]:
         kind, *how = job["kill"]
         {"batch": die_at_batch, "save": die_in_save}[kind](*how)
+    sys.argv[:] = ["iam_jax.main", *job["arguments"]]  # ml_collections looks there for the config's overrides
     code = 0
     try:
-        app.run(main._main, ["iam_jax.main", *job["arguments"]], flags_parser=main._parse)
+        app.run(main._main, flags_parser=main._parse)
     except SystemExit as end:
         code = end.code or 0
     finally:

@@ -44,7 +44,8 @@ def one(folder):
 def two(folder):
     """The whole run of two processes, uninterrupted."""
     told = run_job(folder, 2, "--config=tiny.py", "--workdir=two")
-    assert told.count("[0] ") > 5 and told.count("[1] ") == told.count("[1] [Gloo]")  # only the first process tells
+    for said in ("split ", "data ready ", "12,608 parameters; ", "step 42: validation ", "test: 60 users", "wrote two/evaluation.json"):
+        assert told.count(f"[0] {said}") == 1 and f"[1] {said}" not in told  # only the first process tells
     return folder / "two"
 
 
@@ -52,9 +53,9 @@ def assert_alike(left, right):
     """The same curve within 1e-4, and ranks that rounding moves for one user at most."""
     for a, b in zip(lines(left), lines(right), strict=True):
         assert a.keys() == b.keys() and [a["step"], a.get("tokens_seen")] == [b["step"], b.get("tokens_seen")]
-        assert a.get("item_loss") == pytest.approx(b.get("item_loss"), rel=1e-4), a["step"]
-        if a["step"] <= 12:  # a gradient's norm moves further later on
-            assert a["gradient_norm"] == pytest.approx(b["gradient_norm"], rel=1e-4), a["step"]
+        if "item_loss" in a:  # no validation
+            assert a["item_loss"] == pytest.approx(b["item_loss"], rel=1e-4), a["step"]
+            assert a["step"] > 12 or a["gradient_norm"] == pytest.approx(b["gradient_norm"], rel=1e-4), a["step"]
     a, b = (pl.read_parquet(workdir / "ranks.parquet") for workdir in (left, right))
     assert a["split", "user", "target"].equals(b["split", "user", "target"]) and len(a) == 120
     assert a["user"].filter(a["rank"] != b["rank"]).n_unique() <= 1
@@ -105,7 +106,7 @@ def test_killed_stopped_and_gone_on_with(folder, two):
     job = start_job(folder, 2, *flags)
     wait_for(job, (saved / "24").exists)
     os.kill(process_of(job, 1), signal.SIGKILL)
-    told, _ = job.communicate(timeout=120)
+    told, _ = job.communicate(timeout=400)
     assert job.returncode == 128 + signal.SIGKILL and "process 1 was ended by SIGKILL" in told
     assert "[0] error: " in told or "heartbeat" in told  # the first process found out by itself
     assert "killed" not in told
@@ -113,7 +114,7 @@ def test_killed_stopped_and_gone_on_with(folder, two):
     job = start_job(folder, 2, *flags)
     wait_for(job, (saved / "48").exists)
     job.send_signal(signal.SIGTERM)
-    told, _ = job.communicate(timeout=120)
+    told, _ = job.communicate(timeout=400)
     assert job.returncode == 75 and told.count("stopped; the same command goes on from here") == 1
     last = max(int(path.name) for path in saved.iterdir() if path.name.isdecimal())
     assert 48 <= last < STEPS and lines(folder / "again")[-1]["step"] <= last

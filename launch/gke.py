@@ -21,7 +21,7 @@ import sys
 from pathlib import Path
 
 import commands
-import topology
+import slices
 
 from iam_jax.errors import InputError
 
@@ -70,7 +70,7 @@ def program(flags: list[str]) -> list[str]:
 
 def manifest(args: argparse.Namespace, flags: list[str]) -> str:
     """The JobSet, YAML. Raises InputError where the topology and the hosts do not fit together."""
-    asked = topology.parse(args.topology)
+    asked = slices.parse(args.topology)
     per_host = min(args.chips_per_host, asked.chips)
     if per_host < 1 or asked.chips % per_host:
         raise InputError(f"--chips_per_host={args.chips_per_host}: {args.topology} is no whole number of such hosts")
@@ -99,7 +99,7 @@ def manifest(args: argparse.Namespace, flags: list[str]) -> str:
 
 
 def xpk_command(args: argparse.Namespace, flags: list[str]) -> list[str]:
-    asked = topology.parse(args.topology)
+    asked = slices.parse(args.topology)
     return [
         "xpk", "workload", "create",
         f"--cluster={args.xpk}",

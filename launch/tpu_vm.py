@@ -22,7 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import commands
-import topology
+import slices
 
 from iam_jax.errors import InputError
 
@@ -98,7 +98,7 @@ def state_command(args: argparse.Namespace) -> list[str]:
 
 
 def create_command(args: argparse.Namespace) -> list[str]:
-    asked = topology.parse(args.topology)
+    asked = slices.parse(args.topology)
     # A number of chips has one shape in two dimensions, and several in three.
     by_size = asked.kind.axes == 2
     size = [f"--accelerator-type={asked.accelerator_type}"] if by_size else [f"--type={asked.kind.api}", f"--topology={asked.shape}"]

@@ -19,7 +19,7 @@ LAUNCH = ROOT / "launch"
 sys.path.append(str(LAUNCH))
 
 import gke  # noqa: E402
-import topology  # noqa: E402
+import slices  # noqa: E402
 import tpu_vm  # noqa: E402
 
 from iam_jax.errors import InputError  # noqa: E402
@@ -56,14 +56,14 @@ def test_shellcheck():
     [("v5e:4x4", "v5litepod-16", 16), ("v6e:2x4", "v6e-8", 8), ("v5p:2x4x4", "v5p-64", 32), ("v4:2x2x1", "v4-8", 4)],
 )
 def test_topologies(name, accelerator, chips):
-    asked = topology.parse(name)
+    asked = slices.parse(name)
     assert (asked.accelerator_type, asked.chips, asked.shape) == (accelerator, chips, name.partition(":")[2])
 
 
 @pytest.mark.parametrize("name", ["v5e", "v5e:", "v5e:4x", "v5e:4x0", "v5e:4x4x4", "v5p:4x4", "h100:8", "v5e:ax4"])
 def test_no_topologies(name):
     with pytest.raises(InputError, match=f"--topology={name}: "):
-        topology.parse(name)
+        slices.parse(name)
 
 
 # ---- Cloud TPU VMs

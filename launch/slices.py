@@ -25,7 +25,7 @@ KINDS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Topology:
+class Slice:
     kind: Kind
     shape: str  # "4x4", in chips
     chips: int
@@ -35,7 +35,7 @@ class Topology:
         return f"{self.kind.api}-{self.chips * self.kind.cores}"
 
 
-def parse(text: str) -> Topology:
+def parse(text: str) -> Slice:
     """Raises InputError where there is no such slice."""
     name, _, shape = text.partition(":")
     sizes = shape.split("x")
@@ -44,4 +44,4 @@ def parse(text: str) -> Topology:
     kind = KINDS[name]
     if len(sizes) != kind.axes:
         raise InputError(f"--topology={text}: a {name} slice has {kind.axes} axes")
-    return Topology(kind, shape, math.prod(map(int, sizes)))
+    return Slice(kind, shape, math.prod(map(int, sizes)))

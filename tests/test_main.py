@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import polars as pl
@@ -66,9 +67,11 @@ def contents(folder):
 
 
 def checkpoint(workdir, step):
-    saved = {}
+    """The state, on one device, whatever devices it was saved from."""
+    here, saved = jax.sharding.SingleDeviceSharding(jax.devices()[0]), {}
+    checkpointer = ocp.Checkpointer(ocp.StandardCheckpointHandler())
     for item in ("params", "rest"):
-        saved |= ocp.StandardCheckpointer().restore(workdir / "checkpoints" / str(step) / item)
+        saved |= checkpointer.restore(workdir / "checkpoints" / str(step) / item, args=ocp.args.StandardRestore(fallback_sharding=here))
     return saved
 
 

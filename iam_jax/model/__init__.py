@@ -20,8 +20,8 @@ class Model:
     bind: Callable[[Params], Recommender]
 
     def shapes(self) -> Params:
-        """The parameters' shapes and types, without allocating them."""
-        return jax.eval_shape(self.init, jax.random.key(0))
+        """The parameters' shapes and types, without allocating them or running anything: the mesh may be of devices that are not here."""
+        return jax.eval_shape(lambda: self.init(jax.random.key(0)))
 
 
 def make_model(config: Config, vocabulary: int, items: int, longest: int | None = None) -> Model:

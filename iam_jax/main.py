@@ -26,6 +26,7 @@ import re  # noqa: E402
 import signal  # noqa: E402
 import sys  # noqa: E402
 import traceback  # noqa: E402
+from collections.abc import Iterator  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import NoReturn  # noqa: E402
 
@@ -329,11 +330,18 @@ def _fail(error: Exception | str, code: int) -> NoReturn:
     sys.exit(code)
 
 
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """The error and what it came from: libraries wrap what a collective raises."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
 def _fail_job(error: Exception) -> NoReturn:
     """A process of several met what no one expected, or another one is gone: then a collective fails."""
     import jax
 
-    if isinstance(error, jax.errors.JaxRuntimeError):
+    if any(isinstance(cause, jax.errors.JaxRuntimeError) for cause in _causes(error)):
         told = f"the devices' program failed, another process of the job may be gone: {' '.join(str(error).split())}"
         print(f"error: process {jax.process_index()}: {told}", file=sys.stderr)
         distributed.leave(distributed.FAILED, with_others=False)

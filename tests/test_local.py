@@ -108,7 +108,7 @@ def test_killed_stopped_and_gone_on_with(folder, two):
     os.kill(process_of(job, 1), signal.SIGKILL)
     told, _ = job.communicate(timeout=120)  # what is promised
     assert job.returncode == 128 + signal.SIGKILL and "process 1 was ended by SIGKILL" in told
-    assert "[0] error: " in told or "heartbeat" in told  # the first process found out by itself
+    assert "error: process 0: " in told or "heartbeat" in told  # the first process found out by itself
     assert "killed" not in told
 
     job = start_job(folder, 2, *flags)

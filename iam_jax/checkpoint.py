@@ -4,6 +4,7 @@ They are written in the background, while training goes on, and read without bar
 """
 
 import contextlib
+import functools
 import gc
 import json
 import logging
@@ -270,6 +271,7 @@ class Checkpoints:
             except Exception as error:  # of whatever type: tensorstore raises ValueError, Orbax at times Exception itself
                 damage = self._damage(step, item, error)
             gc.collect()
+        _forget_reads()
         raise damage  # without the other, whose frames hold the reads that were under way
 
     def _damage(self, step: int, name: str, error: Exception) -> DamagedError:
@@ -289,6 +291,18 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         sys.excepthook, sys.unraisablehook = hooks
+
+
+@functools.cache
+def _forget_reads() -> None:
+    """From here on: reads that were under way when another one failed may end later still, and would tell that the event loop they report
+    to is closed."""
+
+    def but_closed_loops(hook: Callable, error_of: Callable[..., BaseException | None]) -> Callable:
+        return lambda *told: None if "Event loop is closed" in str(error_of(*told)) else hook(*told)
+
+    sys.excepthook = but_closed_loops(sys.excepthook, lambda kind, error, traceback: error)
+    sys.unraisablehook = but_closed_loops(sys.unraisablehook, lambda told: told.exc_value)
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:

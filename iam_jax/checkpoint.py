@@ -40,6 +40,7 @@ class Checkpoints:
         self.folder = storage.teach_orbax(folder) if storage.is_remote(folder) else folder.absolute()
         for name in ("absl", "asyncio"):  # Orbax tells every step of a save, and every error twice
             logging.getLogger(name).setLevel(logging.CRITICAL)
+        _forget_closed_loops()
         if self.folder.exists() and not self.folder.is_dir():
             raise InputError(f"{self.folder} is not a folder")
         if read_only and not self.folder.is_dir():
@@ -271,7 +272,6 @@ class Checkpoints:
             except Exception as error:  # of whatever type: tensorstore raises ValueError, Orbax at times Exception itself
                 damage = self._damage(step, item, error)
             gc.collect()
-        _forget_reads()
         raise damage  # without the other, whose frames hold the reads that were under way
 
     def _damage(self, step: int, name: str, error: Exception) -> DamagedError:
@@ -294,9 +294,8 @@ def _quiet() -> Iterator[None]:
 
 
 @functools.cache
-def _forget_reads() -> None:
-    """From here on: reads that were under way when another one failed may end later still, and would tell that the event loop they report
-    to is closed."""
+def _forget_closed_loops() -> None:
+    """When one of many reads or writes fails, the others end later, and each would tell that the event loop it reports to is closed."""
 
     def but_closed_loops(hook: Callable, error_of: Callable[..., BaseException | None]) -> Callable:
         return lambda *told: None if "Event loop is closed" in str(error_of(*told)) else hook(*told)

@@ -1,8 +1,8 @@
 """Tiny configs, histories and batches for the tests of the model, and the model once more: plain NumPy loops in float64."""
 
 import dataclasses
-import functools
 import json
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,8 +20,10 @@ from iam_jax.model import Model
 from iam_jax.schedule import parse_schedule
 from iam_jax.telemetry import is_timing
 
-# XLA compiles a CPU program in half the time, and these run but a few times.
-quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+def on_devices(count: int) -> dict[str, str]:
+    """The environment of a program that has so many CPU devices."""
+    return {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={count}", "JAX_PLATFORMS": "cpu"}
 
 
 def make_config(**sections: dict) -> Config:

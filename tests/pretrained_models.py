@@ -8,9 +8,10 @@ import json
 import zlib
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
-from helpers import quick_jit, random_params
+from helpers import random_params
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, models
 
@@ -208,4 +209,4 @@ def logits(config: Config, given: dict, token: np.ndarray | None = None) -> np.n
     ones = np.ones_like(token)
     batch = {"token": token, "user": ones, "group": ones, "position": np.arange(token.shape[1], dtype=np.int32) * ones}
     bound = model_of(config).bind(complete(config, given))
-    return np.asarray(quick_jit(lambda batch: bound.states(batch) @ bound.output_embedding()[0].T)(batch))
+    return np.asarray(jax.jit(lambda batch: bound.states(batch) @ bound.output_embedding()[0].T)(batch))

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import _norm, make_config, quick_jit, random_params, reference_states
+from helpers import _norm, make_config, random_params, reference_states
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -51,7 +51,7 @@ def model_of(name, **more):
 def sums(name, **more):
     model, params = model_of(name, **more)
     batch = candidate_rows(CATALOGUE, HISTORIES, [np.arange(CATALOGUE.items)] * len(HISTORIES), TOKENS)
-    return np.asarray(quick_jit(lambda batch: log_likelihoods(model.bind(params), batch, CATALOGUE.items))(batch))
+    return np.asarray(jax.jit(lambda batch: log_likelihoods(model.bind(params), batch, CATALOGUE.items))(batch))
 
 
 def likelihoods(name, normalize=False, **more):
@@ -61,7 +61,7 @@ def likelihoods(name, normalize=False, **more):
 
 def searched(name, beams, normalize=False, chunk=2048, **more):
     model, params = model_of(name, **more)
-    run = quick_jit(lambda trie, batch: search(model.bind(params), trie, batch, beams, normalize=normalize, chunk=chunk))
+    run = jax.jit(lambda trie, batch: search(model.bind(params), trie, batch, beams, normalize=normalize, chunk=chunk))
     return jax.tree.map(np.asarray, run(make_trie(CATALOGUE), BATCH))
 
 
@@ -156,7 +156,7 @@ def test_cached_states_are_those_of_whole_rows(name):
     rows = candidate_rows(CATALOGUE, HISTORIES, [candidates] * 3, TOKENS)
     token_2T = np.array([[*TEXTS[item], END] for item in candidates])
 
-    @quick_jit
+    @jax.jit
     def run(rows, batch):
         recommender = model.bind(params)
         history_B, group_B = (batch["user"] > 0).sum(1), batch["group"].max(1) + 1
@@ -294,8 +294,8 @@ def widened(trie):
 @functools.cache
 def made_programs():
     model, params = made_model()
-    run = [quick_jit(lambda trie, batch, beams=beams: search(model.bind(params), trie, batch, beams)) for beams in (2, MADE)]
-    return run, quick_jit(lambda batch: log_likelihoods(model.bind(params), batch, MADE))
+    run = [jax.jit(lambda trie, batch, beams=beams: search(model.bind(params), trie, batch, beams)) for beams in (2, MADE)]
+    return run(lambda batch: log_likelihoods(model.bind(params), batch, MADE))
 
 
 @settings(deadline=None, max_examples=60)
@@ -371,5 +371,5 @@ def test_nothing_is_missing_in_silence():
     number = jnp.array([1, 1])
     for first in (-1, jnp.nan):
         beam = _Beam(jnp.array([first, -2.0]), number, jnp.array([1, 2]), number, number)
-        sums = quick_jit(functools.partial(_extend, trie, (jnp.zeros((8, 4)),), width=2, normalize=False))(jnp.ones((2, 4)), beam).sum_BW
+        sums = jax.jit(functools.partial(_extend, trie, (jnp.zeros((8, 4)),), width=2, normalize=False))(jnp.ones((2, 4)), beam).sum_BW
         np.testing.assert_allclose(sums, np.array([-1, -2]) - np.log(8) if first == -1 else np.array([np.nan] * 2), rtol=1e-6)

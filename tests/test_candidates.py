@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import allowed_keys, make_config, quick_jit, random_params, tiny_data
+from helpers import allowed_keys, make_config, random_params, tiny_data
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -41,7 +41,7 @@ def model_of(name):
 @functools.cache
 def states_of(name):
     model, params = model_of(name)
-    return quick_jit(lambda batch, params=params: model.bind(params).states(batch))
+    return jax.jit(lambda batch, params=params: model.bind(params).states(batch))
 
 
 def alone(history, candidate):
@@ -171,7 +171,7 @@ def test_nothing_leaks_between_candidates(name):
     batch = ROWS | {"token": np.arange(size, dtype=np.int32).reshape(ROWS["token"].shape)}  # a row of the embedding for every slot
     chosen = (ROWS["candidate"] == 2)[..., None] * direction
 
-    @quick_jit
+    @jax.jit
     def run(embedding):
         def states(embedding):
             return model.bind(params | {"decoder": params["decoder"] | {"embedding_VD": embedding}}).decoder(batch)
@@ -196,7 +196,7 @@ def test_nothing_leaks_between_candidates(name):
 def test_log_likelihoods_are_those_of_one_candidate_at_a_time(name):
     model, params = model_of(name)
 
-    @quick_jit
+    @jax.jit
     def run(batch):
         return [log_likelihoods(model.bind(params), batch, 5, chunk=16, normalize=normalize) for normalize in (False, True)]
 

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import allowed_keys, make_config, pack_row, packed_batch, quick_jit, random_params, reference_states, stack
+from helpers import allowed_keys, make_config, pack_row, packed_batch, random_params, reference_states, stack
 
 from iam_jax.model import make_model
 from iam_jax.model.attention import key_ranges
@@ -26,7 +26,7 @@ def model_of(longest=None, **fields):
 @functools.cache
 def states_of(layers=None, **fields):
     model, _ = model_of(**fields)
-    return quick_jit(lambda params, batch: model.bind(params).decoder(batch, last=layers))
+    return jax.jit(lambda params, batch: model.bind(params).decoder(batch, last=layers))
 
 
 def run(batch=BATCH, layers=None, **fields):
@@ -81,7 +81,7 @@ def test_the_variants_differ():
 
 def test_parameters_at_the_start():
     model, _ = model_of(schedule="intra*100", qkv_bias=True, out_bias=True, mlp_bias=True, norm="layer")
-    params = quick_jit(model.init)(jax.random.key(0))["decoder"]
+    params = jax.jit(model.init)(jax.random.key(0))["decoder"]
     block = params["blocks"]["0_0"]
     assert block["attention"]["query_DNH"].shape == (100, 16, 2, 8) and block["mlp"]["gate_F"].shape == (100, 24)
     for name, fan_in, scale in (("query_DNH", 16, 1), ("value_DKH", 16, 1), ("out_NHD", 16, 200**-0.5)):
@@ -232,7 +232,7 @@ def test_states_are_the_same_by_every_implementation(implementation, name):
     programs = [jax.make_jaxpr(lambda p, m=m: m.bind(p).decoder(BATCH))(params) for m in (model, other)]
     mark = "custom_vjp" if implementation == "local" else "pallas_call"
     assert [mark in str(program) for program in programs] == [False, True]
-    expected, got = (np.asarray(quick_jit(lambda p, m=m: m.bind(p).decoder(BATCH))(params)) for m in (model, other))
+    expected, got = (np.asarray(jax.jit(lambda p, m=m: m.bind(p).decoder(BATCH))(params)) for m in (model, other))
     np.testing.assert_allclose(got[REAL], expected[REAL], rtol=2e-5, atol=2e-5)
 
 
@@ -248,7 +248,7 @@ def test_layers_compose(at, scan):
     model, params = model_of(**STATES, scan=scan)
     key = jax.random.key(0)
 
-    @quick_jit
+    @jax.jit
     def run(params):
         decoder = model.bind(params).decoder
         first = decoder(BATCH, key=key, last=at)
@@ -286,7 +286,7 @@ def test_scan_and_remat_are_the_plain_loop():
     assert {name: ("scan[" in jaxpr, "checkpoint" in jaxpr or "remat" in jaxpr) for name, jaxpr in text.items()} == {
         "loop": (False, False), "scan": (True, False), "scan, remat": (True, True),
     }  # fmt: skip
-    programs = {name: quick_jit(run) for name, run in programs.items()}
+    programs = {name: jax.jit(run) for name, run in programs.items()}
     results = {name: run(params, key) for name, run in programs.items()}
     (_, states), grads = results.pop("loop")
     for (_, x), g in results.values():
@@ -381,8 +381,8 @@ def test_leading_intra_states_depend_on_the_item_alone():
 
 def test_bfloat16_stays_near_float32():
     fields = {"schedule": "intra inter", "qk_norm": True}
-    (_, exact), grads = quick_jit(trained_by(**fields))(model_of(**fields)[1], None)
-    (_, states), low_grads = quick_jit(trained_by(**fields, dtype="bfloat16"))(model_of(**fields)[1], None)
+    (_, exact), grads = jax.jit(trained_by(**fields))(model_of(**fields)[1], None)
+    (_, states), low_grads = jax.jit(trained_by(**fields, dtype="bfloat16"))(model_of(**fields)[1], None)
     assert states.dtype == jnp.bfloat16 and exact.dtype == jnp.float32
     error = np.linalg.norm(np.asarray(states, np.float32) - exact) / np.linalg.norm(exact)
     assert 1e-4 < error < 2e-2

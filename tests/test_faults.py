@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
-from helpers import metrics_lines
+from helpers import metrics_lines, on_devices
 from test_main import assert_same, checkpoint, config_text, contents, start, wait_for
 
 from iam_jax.config import LogConfig
@@ -24,7 +24,6 @@ from iam_jax.logs import MetricsLog
 
 TESTS = Path(__file__).parent
 STEPS = 12
-FLAGS = "--xla_backend_optimization_level=0"  # compiles faster
 
 
 class Forks:
@@ -33,7 +32,6 @@ class Forks:
     def __init__(self, folder):
         self.folder = folder
         env = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS.parent), *filter(None, [os.environ.get("PYTHONPATH")])])}
-        env["XLA_FLAGS"] = FLAGS
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
         self.process = subprocess.Popen([sys.executable, str(TESTS / "faults_driver.py")], env=env, **pipes)
 
@@ -141,9 +139,8 @@ def test_the_newest_checkpoint_damaged_the_one_before_it_is_used(forks, whole):
 
 
 def test_on_another_mesh_no_example_is_repeated_or_skipped(forks, whole):
-    flags = {"XLA_FLAGS": f"{FLAGS} --xla_force_host_platform_device_count=4"}
     forks.run("--config=tiny.py", "--workdir=meshes", kill=["batch", 7, 0.0])
-    forks.run("--config=tiny.py", "--workdir=meshes", "--config.mesh.fsdp=2", **flags)
+    forks.run("--config=tiny.py", "--workdir=meshes", "--config.mesh.fsdp=2", **on_devices(4))
     there, here = progress(forks.folder / "meshes"), progress(whole)
     assert [there[name] for name in ("step", "next_batch", "tokens")] == [here[name] for name in ("step", "next_batch", "tokens")]
     for one, other in zip(metrics_lines(forks.folder / "meshes"), metrics_lines(whole), strict=True):

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import make_config, packed_batch, quick_jit, random_params, reference_states
+from helpers import make_config, packed_batch, random_params, reference_states
 
 from iam_jax.model import make_model
 
@@ -23,7 +23,7 @@ def recommender(**objective):
 @functools.cache
 def vectors_of(text_layers):
     model = recommender(text_layers=text_layers)[1]
-    return quick_jit(lambda params, token: model.bind(params).text_vectors(token, LENGTH))
+    return jax.jit(lambda params, token: model.bind(params).text_vectors(token, LENGTH))
 
 
 def rms(x, scale, epsilon=1e-6):
@@ -65,7 +65,7 @@ def test_text_vectors_do_not_depend_on_the_padding():
 def test_states_are_normed_and_their_last_is_not_the_items_own_vector():
     config, model, params = recommender()
     batch = packed_batch()
-    states = quick_jit(lambda params: model.bind(params).states(batch))(params)
+    states = jax.jit(lambda params: model.bind(params).states(batch))(params)
     expected = rms(reference_states(config.model, params["decoder"], batch), params["decoder"]["final_norm"]["scale"])
     np.testing.assert_allclose(states, expected, rtol=5e-5, atol=5e-5)
     bound = model.bind(params)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import make_config, quick_jit, random_params, stack, tiny_data, tiny_rows
+from helpers import make_config, random_params, stack, tiny_data, tiny_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -176,7 +176,7 @@ def test_losses_and_gradients_are_the_plain_ones(name):
     cache = jax.random.normal(jax.random.key(1), (prepared.catalogue.items, config.model.width))
     key = jax.random.key(3) if config.softmax == "sampled" else None
 
-    @quick_jit
+    @jax.jit
     def run(params, batch):
         return jax.value_and_grad(lambda p: sum(objective.losses(model.bind(p), config, items, batch, key, cache).values()))(params)
 
@@ -194,7 +194,7 @@ def test_what_is_skipped_does_not_matter():
     prepared, _, _, _, model, params = case("table")
     rows, _ = pack_items(prepared.catalogue, np.arange(prepared.catalogue.items), 24, rows=8)
     assert not rows["user"][-1].any() and rows["user"][0].any()
-    run = quick_jit(lambda params, rows, chunks: model.bind(params).leading_states(rows, chunks), static_argnums=2)
+    run = jax.jit(lambda params, rows, chunks: model.bind(params).leading_states(rows, chunks), static_argnums=2)
     parts, whole = (np.asarray(run(params, rows, chunks)).reshape(8, 24, -1) for chunks in (8, 1))
     real = rows["user"] > 0
     np.testing.assert_allclose(parts[real], whole[real], rtol=1e-5, atol=1e-6)

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import quick_jit
 from pretrained_models import MODELS, complete, config_of, flat, load, model_of, nested, tokens, write_model
 
 from iam_jax.config import LoraConfig
@@ -35,7 +34,7 @@ def batch_of(token):
 def logits(config, params):
     """Of all of the parameters, or of the given ones and random ones."""
     model, params = model_of(config), nested(flat(complete(config, {})) | flat(params))
-    return np.asarray(quick_jit(lambda p: model.bind(p).states(batch_of(tokens())) @ model.bind(p).output_embedding()[0].T)(params))
+    return np.asarray(jax.jit(lambda p: model.bind(p).states(batch_of(tokens())) @ model.bind(p).output_embedding()[0].T)(params))
 
 
 def test_an_adapter_adds_a_product_of_two_matrices(folder):
@@ -59,9 +58,9 @@ def test_an_adapter_adds_a_product_of_two_matrices(folder):
 
     model, batch = model_of(config), batch_of(tokens())
     direction = np.random.default_rng(0).standard_normal((1, tokens().shape[1], 32)).astype(np.float32)
-    value = quick_jit(jax.value_and_grad(lambda params: (model.bind(params).states(batch) * direction).sum()))
+    value = jax.jit(jax.value_and_grad(lambda params: (model.bind(params).states(batch) * direction).sum()))
     plain = model_of(pretrained.configure(config_of(folder)))
-    twin = quick_jit(jax.value_and_grad(lambda p: (plain.bind(merge(p, config.model.lora)).states(batch) * direction).sum()))
+    twin = jax.jit(jax.value_and_grad(lambda p: (plain.bind(merge(p, config.model.lora)).states(batch) * direction).sum()))
     (got, gradient), (expected, expected_gradient) = value(params), twin(params)
     np.testing.assert_allclose(got, expected, rtol=1e-5)
     assert flat(gradient).keys() == flat(expected_gradient).keys()
@@ -89,7 +88,7 @@ def test_merged_equals_unmerged(folder, base):
 
 def test_untouched_at_the_start_and_only_where_the_pattern_says(folder):
     config = configured(folder, targets=r"attention\.(query|value)|down")
-    made = quick_jit(model_of(config).init)(jax.random.key(0))
+    made = jax.jit(model_of(config).init)(jax.random.key(0))
     adapters = sorted(name for name in flat(made) if "_lora_" in name)
     assert [name.removeprefix("decoder.blocks.0_0.") for name in adapters] == [
         "attention.query_lora_DL", "attention.query_lora_LNH", "attention.value_lora_DL", "attention.value_lora_LKH",
@@ -110,13 +109,13 @@ def _join(given, more):
 def test_dropout_of_the_adapters_inputs(folder):
     config = configured(folder, dropout=0.5)
     model, params, batch = model_of(config), complete(config, load(config)), batch_of(tokens())
-    states = quick_jit(lambda params, key: model.bind(params).states(batch, key))
+    states = jax.jit(lambda params, key: model.bind(params).states(batch, key))
     one, again, other = (states(params, jax.random.key(seed)) for seed in (0, 0, 1))
     np.testing.assert_array_equal(one, again)
     assert (np.asarray(one) != other).any()
     without = {name: x * (0 if "_lora_L" in name else 1) for name, x in flat(params).items()}
     np.testing.assert_array_equal(*(states(_join({}, without), jax.random.key(seed)) for seed in (0, 1)))  # nothing else is dropped
-    plain = quick_jit(lambda params: model.bind(params).states(batch))
+    plain = jax.jit(lambda params: model.bind(params).states(batch))
     np.testing.assert_array_equal(plain(params), plain(params))
     assert (np.asarray(plain(params)) != one).any()
 
@@ -126,7 +125,7 @@ def test_inserted_layers_leave_the_logits_as_they_were(folder, schedule):
     """Bitwise at the start; and not any more once their output projections are something."""
     plain, config = (pretrained.configure(config_of(folder, schedule)) for schedule in ("full*2", schedule))
     given = load(config)
-    start = flat(quick_jit(model_of(config).init)(jax.random.key(1)))
+    start = flat(jax.jit(model_of(config).init)(jax.random.key(1)))
     inserted = {name: x for name, x in start.items() if name not in flat(given)}
     expected = logits(plain, load(plain))
     np.testing.assert_array_equal(logits(config, _join(given, inserted)), expected)
@@ -140,15 +139,15 @@ def test_inserted_layers_leave_the_logits_as_they_were(folder, schedule):
 
 @pytest.mark.parametrize("schedule", ["(full*2 +intra +inter)*2", "+inter full*4 +intra"])
 def test_inserted_layers_leave_bfloat16_as_it_was(tmp_path, schedule):
-    """Whatever else XLA fuses with the states between two layers (quick_jit would fuse less)."""
+    """Whatever else XLA fuses with the states between two layers (jax.jit would fuse less)."""
     at, found = write_model(tmp_path / "model", MODELS["llama3"] | {"num_hidden_layers": 4}), []
     for layers in ("full*4", schedule):
         config = pretrained.configure(config_of(at, layers, dtype="bfloat16"))
         model = model_of(config)
-        params = _join(quick_jit(model.init)(jax.random.key(1)), flat(load(config)))
+        params = _join(jax.jit(model.init)(jax.random.key(1)), flat(load(config)))
         found.append(
             np.asarray(jax.jit(lambda p, model=model: model.bind(p).states(batch_of(tokens())))(params))
-        )  # not quick_jit: it fuses less
+        )  # not jax.jit: it fuses less
     np.testing.assert_array_equal(*found)
 
 
@@ -160,7 +159,7 @@ def test_inserted_layers_of_other_families(tmp_path, kind, away):
     for schedule in ("full*4", "(full*2 +intra +inter)*2"):
         config = pretrained.configure(config_of(at, schedule))
         model = model_of(config)
-        params = _join(quick_jit(model.init)(jax.random.key(1)), flat(load(config)))
+        params = _join(jax.jit(model.init)(jax.random.key(1)), flat(load(config)))
         found.append(np.asarray(jax.jit(lambda p, model=model: model.bind(p).states(batch_of(tokens())))(params)))
     np.testing.assert_allclose(*found, rtol=0, atol=away)
 
@@ -177,7 +176,7 @@ def test_inserted_layers_leave_a_real_checkpoint_as_it_was(schedule, dtype):
     for layers in ("full*5", schedule):
         config = pretrained.configure(config_of(STORIES, layers, row_tokens=256, dtype=dtype))
         model = model_of(config)
-        params = _join(quick_jit(model.init)(jax.random.key(0)), flat(load(config)))
+        params = _join(jax.jit(model.init)(jax.random.key(0)), flat(load(config)))
         found.append(jax.jit(lambda p, model=model: model.bind(p).states(batch) @ model.bind(p).output_embedding()[0].T)(params))
     np.testing.assert_array_equal(*found)
     assert np.isfinite(found[0]).all() and np.std(found[0].astype(np.float32)) > 1

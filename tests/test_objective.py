@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import make_config, quick_jit, random_params, reference_states, softmax, stack, tiny_data, tiny_rows
+from helpers import make_config, random_params, reference_states, softmax, stack, tiny_data, tiny_rows
 
 from iam_jax import objective
 from iam_jax.model import make_model
@@ -181,23 +181,21 @@ def case(name):
 @functools.cache
 def sums_of(name):
     config, model, *_ = case(name)
-    return quick_jit(lambda params, items, batch, key=None, cache=None: losses(model.bind(params), config, items, batch, key, cache))
+    return jax.jit(lambda params, items, batch, key=None, cache=None: losses(model.bind(params), config, items, batch, key, cache))
 
 
 @functools.cache
 def gradients_of(name):
     config, model, *_ = case(name)
-    return quick_jit(
-        jax.grad(lambda params, items, batch, cache=None: losses(model.bind(params), config, items, batch, None, cache)["item"])
-    )
+    return jax.jit(jax.grad(lambda params, items, batch, cache=None: losses(model.bind(params), config, items, batch, None, cache)["item"]))
 
 
 @functools.cache
 def vectors_of(name, chunk=1024):
     """(text vectors, vectors as ranked) of all items."""
     config, model, params, items, _ = case(name)
-    text = quick_jit(lambda params: all_text_vectors(model.bind(params), items, chunk=chunk))
-    ranked = quick_jit(lambda params: item_vectors(model.bind(params), config, items))
+    text = jax.jit(lambda params: all_text_vectors(model.bind(params), items, chunk=chunk))
+    ranked = jax.jit(lambda params: item_vectors(model.bind(params), config, items))
     return text(params) if config.uses_text else None, ranked(params)
 
 
@@ -256,7 +254,7 @@ def test_item_vectors_are_table_plus_text():
     text, ranked = vectors_of("both and token")
     np.testing.assert_allclose(ranked, text + bound.table(items.trained_I), rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(vectors_of("both and token", chunk=4)[0], text, rtol=1e-5, atol=1e-6)  # 9 items in threes
-    one = quick_jit(bound.text_vectors)(items.token_IT[5:6], items.length_I[5:6])
+    one = jax.jit(bound.text_vectors)(items.token_IT[5:6], items.length_I[5:6])
     np.testing.assert_allclose(text[5:6], one, rtol=1e-5, atol=1e-6)
 
 
@@ -282,7 +280,7 @@ def test_a_fresh_cache_gives_the_full_loss_and_teaches_the_text():
         v_IE = jnp.where(is_target[:, None], v_IE, jax.lax.stop_gradient(v_IE))
         return cross_entropy(h_XE, v_IE, batch["target"].reshape(-1), allowed_C=items.trained_I)
 
-    got, expected = gradients_of("cached")(params, items, batch, cache), quick_jit(jax.grad(loss))(params)
+    got, expected = gradients_of("cached")(params, items, batch, cache)(jax.grad(loss))(params)
     assert np.abs(got["text_DE"]).max() > 0.1 and np.abs(got["text_norm"]["scale"]).max() > 0.01
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * max(1, np.abs(b).max()))
@@ -326,7 +324,7 @@ def test_of_a_repeated_target_the_first_fresh_vector_counts(monkeypatch):
         monkeypatch.setattr(type(bound), "text_vectors", lambda self, token, length, key=None: fresh)
         return losses(bound, config, items, batch, None, jnp.asarray(cache))["item"], seen["v"]
 
-    gradient, vectors = quick_jit(jax.grad(loss, has_aux=True))(fresh)
+    gradient, vectors = jax.jit(jax.grad(loss, has_aux=True))(fresh)
     np.testing.assert_array_equal(vectors, expected)
     assert np.flatnonzero(np.asarray(gradient).any(1)).tolist() == sorted(first.values())
 
@@ -346,7 +344,7 @@ def test_what_the_sampled_loss_samples(monkeypatch):
 
     monkeypatch.setattr(objective, "sampled_cross_entropy", spy)
 
-    @quick_jit
+    @jax.jit
     def run(key):
         sums = losses(model.bind(params), config, items, batch, key, None)
         return sums, dict(seen)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import on_devices
 from pretrained_models import (
     LLAMA3,
     LOGITS,
@@ -196,7 +197,7 @@ def import_on(mesh_shape: tuple[int, int, int], folder: str) -> dict:
 
 def test_many_devices_hold_what_one_does(folders):
     """Bitwise, on a (2, 2, 2) mesh, every device its part."""
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    env = os.environ | on_devices(8)
     command = [sys.executable, __file__, folders["gpt2"], folders["llama3"]]
     done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=Path(__file__).parents[1], timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import polars as pl
 import pytest
+from helpers import on_devices
 from jobs import two_processes
 from test_main import run
 
@@ -87,7 +88,7 @@ def test_ranks_of_a_trained_model(trained, tmp_path, kind, processes, devices, m
     shutil.copytree(workdir, tmp_path / "run", ignore=shutil.ignore_patterns("ranks.parquet", "evaluation.json"))
     flags = "--workdir=run", "--mode=evaluate", f"--config.mesh.{mesh}"
     if processes == 1:
-        run(tmp_path, *flags, XLA_FLAGS=f"--xla_force_host_platform_device_count={devices}")
+        run(tmp_path, *flags, **on_devices(devices))
     else:
         told = two_processes([sys.executable, "-c", MAIN, *flags], devices, tmp_path)
         assert "wrote run/evaluation.json" in told[0] and not GLOO.sub("", told[1])

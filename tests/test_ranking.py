@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import tiny_data
+from helpers import on_devices, tiny_data
 from jobs import join_job, two_processes
 from test_evaluate import history_of, integers, make_evaluator, recent, tokens_of
 
@@ -81,7 +81,7 @@ def expected():
 
 @pytest.fixture(scope="module")
 def eight():
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    env = os.environ | on_devices(8)
     done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, env=env, cwd=Path(__file__).parents[1], timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
     return dict(zip(MESHES[1:], json.loads(done.stdout), strict=True))

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import make_config, random_params, stack, tiny_data
+from helpers import make_config, on_devices, random_params, stack, tiny_data
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
@@ -224,9 +224,7 @@ def finetune_on(mesh_shape: tuple[int, int, int], folder: Path) -> dict:
 
 @pytest.fixture(scope="module")
 def results():
-    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"  # 0: compiles in half the time
-    env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
-    root = Path(__file__).parents[1]
+    env, root = os.environ | on_devices(8), Path(__file__).parents[1]
     done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, env=env, cwd=root, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     training, *others = json.loads(done.stdout)

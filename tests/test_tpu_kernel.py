@@ -6,14 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import attention_arrays, dense_attention, quick_jit, range_mask
+from helpers import attention_arrays, dense_attention, range_mask
 from test_kernels import BLOCK, any_ranges, needed_pairs, packing
 
 from iam_jax.kernels import tpu
 from iam_jax.kernels.range_attention import range_attention
 
 
-@quick_jit
+@jax.jit
 def attend(q, k, v, do, start, stop):
     o, pullback = jax.vjp(lambda q, k, v: range_attention(q, k, v, start, stop, implementation="tpu"), q, k, v)
     return o, *pullback(do)
@@ -27,7 +27,7 @@ def test_a_block_of_the_real_size():
     o, lse, *grads = dense_attention(*arrays, mask)
     for x, y in zip(attend(*arrays, *bounds), (o, *grads), strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)
-    got_o, got_lse = quick_jit(partial(tpu.forward, reach=None, dtype=jnp.float32))(*arrays[:3], *bounds)
+    got_o, got_lse = jax.jit(partial(tpu.forward, reach=None, dtype=jnp.float32))(*arrays[:3], *bounds)
     np.testing.assert_allclose(got_lse, lse, rtol=1e-5, atol=1e-5)
     assert not mask.any(-1).all() and not np.asarray(got_o)[~mask.any(-1)].any()
 

@@ -75,8 +75,6 @@ _JOB = {
     "processes": flags.DEFINE_integer("processes", None, "With --multihost: how many there are."),
     "process_id": flags.DEFINE_integer("process_id", None, "With --multihost: which one this is, from 0."),
 }
-
-
 _PLAN = {
     "topology": flags.DEFINE_string("topology", "", "Plan: a TPU slice, such as v5e:2x4, or local, the devices that are here."),
     "item_length": flags.DEFINE_integer("item_length", None, "Plan: tokens of an item, with --items; config.data.item_tokens by default."),

@@ -298,8 +298,10 @@ def _compiled(name: str, function, arguments: tuple, held: dict, run: Run, capac
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            found = re.search(r"Used ([\d.]+)([MG]) of ([\d.]+)([MG]) hbm", str(error))
-            program.needed = int(float(found[1]) * {"M": 2**20, "G": 2**30}[found[2]]) if found else None
+            # What the second form calls temporaries grows with the arguments, byte for byte: it is the total.
+            found = re.search(r"Used ([\d.]+)([MG]) of|required for HLO temporaries \(([\d.]+)([MG])\)", str(error))
+            size, unit = [part for part in found.groups() if part] if found else (0, "G")
+            program.needed = int(float(size) * {"M": 2**20, "G": 2**30}[unit]) or None
             compiled = None
     program.seconds = time.monotonic() - start
     if compiled is None:

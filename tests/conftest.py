@@ -15,7 +15,8 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # the workers inherit it
     os.environ["JAX_COMPILATION_CACHE_DIR"] = f"{_FOLDER}/compiled"  # commands in subprocesses compile the same few functions
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
     # Compiling takes most of the suite's time, and what is compiled runs but a few times.
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
+    fast = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {fast}".strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 flags.FLAGS.mark_as_parsed()  # grain asks them
 

@@ -8,6 +8,7 @@ from flax import nnx
 
 from iam_jax.config import Config
 from iam_jax.model.heads import Recommender
+from iam_jax.model.lora import Keys
 
 Params = dict
 
@@ -18,10 +19,11 @@ class Model:
 
     init: Callable[[jax.Array], Params]
     bind: Callable[[Params], Recommender]
+    _shapes: Params
 
     def shapes(self) -> Params:
-        """The parameters' shapes and types, without allocating them or running anything: the mesh may be of devices that are not here."""
-        return jax.eval_shape(lambda: self.init(jax.random.key(0)))
+        """The parameters' shapes and types; nothing is allocated or run: the mesh may be of devices that are not here."""
+        return jax.tree.map(lambda x: x, self._shapes)
 
 
 def make_model(config: Config, vocabulary: int, items: int, longest: int | None = None) -> Model:
@@ -29,10 +31,10 @@ def make_model(config: Config, vocabulary: int, items: int, longest: int | None 
     bounds what an intra layer has to look at; None: not known, then intra layers cost more on a CPU."""
 
     def build(key: jax.Array) -> Recommender:
-        return Recommender(config, vocabulary, items, longest, nnx.Rngs(params=key))
+        return Recommender(config, vocabulary, items, longest, Keys(key))
 
     def init(key: jax.Array) -> Params:
         return nnx.to_pure_dict(nnx.split(build(key))[1])
 
-    graph = nnx.split(nnx.eval_shape(lambda: build(jax.random.key(0))))[0]
-    return Model(init, lambda params: nnx.merge(graph, params))
+    graph, shapes = nnx.split(nnx.eval_shape(lambda: build(jax.random.key(0))))
+    return Model(init, lambda params: nnx.merge(graph, params), nnx.to_pure_dict(shapes))

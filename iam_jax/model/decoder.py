@@ -14,7 +14,7 @@ from flax import nnx
 from iam_jax.config import ModelConfig
 from iam_jax.kernels.range_attention import range_attention
 from iam_jax.model.attention import Ranges, key_ranges, rotary
-from iam_jax.model.lora import add_adapters, dropout, linear, weight
+from iam_jax.model.lora import Keys, add_adapters, dropout, linear, weight
 from iam_jax.schedule import Schedule
 from iam_jax.sharding import at_block_boundary, looked_up
 
@@ -41,14 +41,14 @@ class Norm(nnx.Module):
 
 
 class Attention(nnx.Module):
-    def __init__(self, config: ModelConfig, out_scale: float, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, out_scale: float, keys: Keys):
         D, N = config.width, config.heads
         K, H = config.kv_heads or N, config.head_size or D // N
         self.config = config
-        self.query_DNH = weight(rngs, (D, N, H), D)
-        self.key_DKH = weight(rngs, (D, K, H), D)
-        self.value_DKH = weight(rngs, (D, K, H), D)
-        self.out_NHD = weight(rngs, (N, H, D), N * H, out_scale)
+        self.query_DNH = weight(keys, (D, N, H), D)
+        self.key_DKH = weight(keys, (D, K, H), D)
+        self.value_DKH = weight(keys, (D, K, H), D)
+        self.out_NHD = weight(keys, (N, H, D), N * H, out_scale)
         if config.qkv_bias:
             self.query_NH, self.key_KH, self.value_KH = (nnx.Param(jnp.zeros((heads, H))) for heads in (N, K, K))
         if config.out_bias:
@@ -82,14 +82,14 @@ class Attention(nnx.Module):
 
 
 class MLP(nnx.Module):
-    def __init__(self, config: ModelConfig, out_scale: float, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, out_scale: float, keys: Keys):
         D, gated = config.width, config.mlp == "gated"
         F = config.mlp_width or (3 if gated else 4) * D
         self.config, self.gated = config, gated
-        self.up_DF = weight(rngs, (D, F), D)
+        self.up_DF = weight(keys, (D, F), D)
         if gated:
-            self.gate_DF = weight(rngs, (D, F), D)
-        self.down_FD = weight(rngs, (F, D), F, out_scale)
+            self.gate_DF = weight(keys, (D, F), D)
+        self.down_FD = weight(keys, (F, D), F, out_scale)
         if config.mlp_bias:
             self.up_F, self.down_D = nnx.Param(jnp.zeros(F)), nnx.Param(jnp.zeros(D))
             if gated:
@@ -105,14 +105,14 @@ class MLP(nnx.Module):
 class Block(nnx.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)). An inserted block adds nothing at the start: its output projections are zero."""
 
-    def __init__(self, config: ModelConfig, layers: int, inserted: bool, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, layers: int, inserted: bool, keys: Keys):
         self.config = config
         # Scaled so that the residual stream keeps its size whatever the depth.
         out_scale = 0.0 if inserted else (2 * layers) ** -0.5
         self.attention_norm, self.mlp_norm = Norm(config, config.width), Norm(config, config.width)
-        self.attention, self.mlp = Attention(config, out_scale, rngs), MLP(config, out_scale, rngs)
+        self.attention, self.mlp = Attention(config, out_scale, keys), MLP(config, out_scale, keys)
         if not inserted:
-            add_adapters(config.lora, rngs, attention=self.attention, mlp=self.mlp)
+            add_adapters(config.lora, keys, attention=self.attention, mlp=self.mlp)
 
     def __call__(self, x_BTD, ranges, position_BT, reach, include_self: bool, key: jax.Array | None, cache=None):
         rate = self.config.dropout
@@ -125,22 +125,28 @@ class Block(nnx.Module):
 class Decoder(nnx.Module):
     """Token ids to states. Each layer of a stage holds its parameters for all repeats, stacked along a leading axis."""
 
-    def __init__(self, config: ModelConfig, schedule: Schedule, vocabulary: int, max_positions: int, longest: int | None, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, schedule: Schedule, vocabulary: int, max_positions: int, longest: int | None, keys: Keys):
         """longest: tokens of the longest group, item or prompt; None: not known."""
         self.config, self.schedule = config, schedule
         D, layers = config.width, len(schedule.relations)
         if config.pretrained:  # its embedding stays as it is; the boundary token, the highest id, has a row of its own
-            self.embedding_VD, self.boundary_D = weight(rngs, (vocabulary - 1, D), D), nnx.Param(jnp.zeros(D))
+            self.embedding_VD, self.boundary_D = weight(keys, (vocabulary - 1, D), D), nnx.Param(jnp.zeros(D))
         else:
-            self.embedding_VD, self.boundary_D = weight(rngs, (vocabulary, D), D), None
-        self.position_PD = weight(rngs, (config.max_positions or max_positions, D), D) if config.positions == "learned" else None
+            self.embedding_VD, self.boundary_D = weight(keys, (vocabulary, D), D), None
+        self.position_PD = weight(keys, (config.max_positions or max_positions, D), D) if config.positions == "learned" else None
         self.final_norm = Norm(config, D)
         self.longest = longest
 
         def stacked(repeats: int, inserted: bool) -> Block:
-            graph, _ = nnx.split(nnx.eval_shape(lambda: Block(config, layers, inserted, nnx.Rngs(0))))
-            keys = jax.random.split(rngs.params(), repeats)
-            return nnx.merge(graph, jax.vmap(lambda key: nnx.split(Block(config, layers, inserted, nnx.Rngs(params=key)))[1])(keys))
+            graphs = []
+
+            def state(key: jax.Array) -> nnx.State:
+                graph, state = nnx.split(Block(config, layers, inserted, Keys(key)))
+                graphs.append(graph)
+                return state
+
+            states = jax.vmap(state)(jax.random.split(keys(), repeats))
+            return nnx.merge(graphs[0], states)
 
         self.blocks = nnx.Dict(
             {

@@ -6,30 +6,30 @@ from flax import nnx
 
 from iam_jax.config import Config
 from iam_jax.model.decoder import Cache, Decoder, Norm
-from iam_jax.model.lora import weight
+from iam_jax.model.lora import Keys, weight
 from iam_jax.sharding import split_rows
 
 
 class Recommender(nnx.Module):
     """Scores are products of projected history states h_XE and item vectors v_CE, both float32."""
 
-    def __init__(self, config: Config, vocabulary: int, items: int, longest: int | None, rngs: nnx.Rngs):
+    def __init__(self, config: Config, vocabulary: int, items: int, longest: int | None, keys: Keys):
         model, D = config.model, config.model.width
         self.config = config
-        self.decoder = Decoder(model, config.schedule, vocabulary, config.data.row_tokens, longest, rngs)
+        self.decoder = Decoder(model, config.schedule, vocabulary, config.data.row_tokens, longest, keys)
         if config.objective.item and not model.tie_items:
             # The projections start as the identity: an untrained history prefers items whose text is like its last item's. From
             # random ones the first epochs pass before any of the text counts (configs/demo.py: validation NDCG@10 0.03 instead
             # of 0.19).
             self.state_DE = nnx.Param(jnp.eye(D))
             if config.objective.vectors != "text":
-                self.table_IE = weight(rngs, (items, D), D)
+                self.table_IE = weight(keys, (items, D), D)
         if config.objective.item and config.uses_text:
             # A projection of its own: without it a user's first item state would equal its own vector.
             self.text_norm = Norm(model, D)
             self.text_DE = nnx.Param(jnp.eye(D) * D**-0.5)  # vectors of the size of a table row
         if (config.objective.token or model.pretrained) and not model.tie_tokens:
-            self.output_VD = weight(rngs, (vocabulary - bool(model.pretrained), D), D)
+            self.output_VD = weight(keys, (vocabulary - bool(model.pretrained), D), D)
             if model.pretrained:
                 self.output_boundary_D = nnx.Param(jnp.zeros(D))
 

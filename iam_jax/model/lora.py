@@ -4,6 +4,7 @@ The axis letters in a matrix' name tell what it maps: query_DNH from D to N, H; 
 is query_NH, its adapter query_lora_DL and query_lora_LNH (L: the adapter's rank).
 """
 
+import itertools
 import re
 
 import jax
@@ -16,9 +17,19 @@ from iam_jax.errors import InputError
 _ADAPTER = re.compile(r"(.+)_lora_([A-Z]+)L$")
 
 
-def weight(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int, scale: float = 1.0) -> nnx.Param:
+class Keys:
+    """Keys of parameters, one after the other: those of nnx.Rngs, whose counter is an array, which takes most of a model's tracing."""
+
+    def __init__(self, key: jax.Array):
+        self._key, self._count = key, itertools.count()
+
+    def __call__(self) -> jax.Array:
+        return jax.random.fold_in(self._key, next(self._count))
+
+
+def weight(keys: Keys, shape: tuple[int, ...], fan_in: int, scale: float = 1.0) -> nnx.Param:
     """A float32 matrix whose product keeps the variance of its input, times `scale` ** 2."""
-    return nnx.Param(scale * jax.random.truncated_normal(rngs.params(), -2, 2, shape) / (0.87962566 * fan_in**0.5))
+    return nnx.Param(scale * jax.random.truncated_normal(keys(), -2, 2, shape) / (0.87962566 * fan_in**0.5))
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
@@ -48,7 +59,7 @@ def linear(module: nnx.Module, name: str, x: jax.Array, key: jax.Array | None = 
     return y
 
 
-def add_adapters(config: LoraConfig, rngs: nnx.Rngs, **modules: nnx.Module) -> None:
+def add_adapters(config: LoraConfig, keys: Keys, **modules: nnx.Module) -> None:
     """Adapters for the matrices of the modules whose names ("attention.query_DNH") the pattern finds. Raises InputError for none."""
     if not config.rank:
         return
@@ -65,7 +76,7 @@ def add_adapters(config: LoraConfig, rngs: nnx.Rngs, **modules: nnx.Module) -> N
         fan_in = 1
         for letter in inputs:
             fan_in *= shape[letter]
-        setattr(module, f"{stem}_lora_{inputs}L", weight(rngs, (*(shape[a] for a in inputs), config.rank), fan_in))
+        setattr(module, f"{stem}_lora_{inputs}L", weight(keys, (*(shape[a] for a in inputs), config.rank), fan_in))
         setattr(module, f"{stem}_lora_L{outputs}", nnx.Param(jnp.zeros((config.rank, *(shape[a] for a in outputs)))))
 
 

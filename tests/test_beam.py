@@ -295,7 +295,7 @@ def widened(trie):
 def made_programs():
     model, params = made_model()
     run = [jax.jit(lambda trie, batch, beams=beams: search(model.bind(params), trie, batch, beams)) for beams in (2, MADE)]
-    return run(lambda batch: log_likelihoods(model.bind(params), batch, MADE))
+    return run, jax.jit(lambda batch: log_likelihoods(model.bind(params), batch, MADE))
 
 
 @settings(deadline=None, max_examples=60)

@@ -19,7 +19,7 @@ class Model:
 
     init: Callable[[jax.Array], Params]
     bind: Callable[[Params], Recommender]
-    _shapes: Params
+    _shapes: Params = dataclasses.field(repr=False, compare=False)
 
     def shapes(self) -> Params:
         """The parameters' shapes and types; nothing is allocated or run: the mesh may be of devices that are not here."""

@@ -280,7 +280,7 @@ def test_a_fresh_cache_gives_the_full_loss_and_teaches_the_text():
         v_IE = jnp.where(is_target[:, None], v_IE, jax.lax.stop_gradient(v_IE))
         return cross_entropy(h_XE, v_IE, batch["target"].reshape(-1), allowed_C=items.trained_I)
 
-    got, expected = gradients_of("cached")(params, items, batch, cache)(jax.grad(loss))(params)
+    got, expected = gradients_of("cached")(params, items, batch, cache), jax.jit(jax.grad(loss))(params)
     assert np.abs(got["text_DE"]).max() > 0.1 and np.abs(got["text_norm"]["scale"]).max() > 0.01
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * max(1, np.abs(b).max()))

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +20,12 @@ from iam_jax.data.splits import TEST, TRAIN, VALIDATION, Events, Split
 from iam_jax.model import Model
 from iam_jax.schedule import parse_schedule
 from iam_jax.telemetry import is_timing
+
+
+def optimized_jit(function: Callable) -> Callable:
+    """jax.jit with the optimizations that conftest.py turns off."""
+    emitters = {"xla_cpu_use_fusion_emitters": True} if "xla_cpu_use_fusion_emitters" in os.environ["XLA_FLAGS"] else {}
+    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 3} | emitters)
 
 
 def on_devices(count: int) -> dict[str, str]:

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import optimized_jit
 from pretrained_models import MODELS, complete, config_of, flat, load, model_of, nested, tokens, write_model
 
 from iam_jax.config import LoraConfig
@@ -139,15 +140,13 @@ def test_inserted_layers_leave_the_logits_as_they_were(folder, schedule):
 
 @pytest.mark.parametrize("schedule", ["(full*2 +intra +inter)*2", "+inter full*4 +intra"])
 def test_inserted_layers_leave_bfloat16_as_it_was(tmp_path, schedule):
-    """Whatever else XLA fuses with the states between two layers (jax.jit would fuse less)."""
+    """Whatever else XLA fuses with the states between two layers."""
     at, found = write_model(tmp_path / "model", MODELS["llama3"] | {"num_hidden_layers": 4}), []
     for layers in ("full*4", schedule):
         config = pretrained.configure(config_of(at, layers, dtype="bfloat16"))
         model = model_of(config)
         params = _join(jax.jit(model.init)(jax.random.key(1)), flat(load(config)))
-        found.append(
-            np.asarray(jax.jit(lambda p, model=model: model.bind(p).states(batch_of(tokens())))(params))
-        )  # not jax.jit: it fuses less
+        found.append(np.asarray(optimized_jit(lambda p, model=model: model.bind(p).states(batch_of(tokens())))(params)))
     np.testing.assert_array_equal(*found)
 
 
@@ -160,7 +159,7 @@ def test_inserted_layers_of_other_families(tmp_path, kind, away):
         config = pretrained.configure(config_of(at, schedule))
         model = model_of(config)
         params = _join(jax.jit(model.init)(jax.random.key(1)), flat(load(config)))
-        found.append(np.asarray(jax.jit(lambda p, model=model: model.bind(p).states(batch_of(tokens())))(params)))
+        found.append(np.asarray(optimized_jit(lambda p, model=model: model.bind(p).states(batch_of(tokens())))(params)))
     np.testing.assert_allclose(*found, rtol=0, atol=away)
 
 
@@ -177,7 +176,7 @@ def test_inserted_layers_leave_a_real_checkpoint_as_it_was(schedule, dtype):
         config = pretrained.configure(config_of(STORIES, layers, row_tokens=256, dtype=dtype))
         model = model_of(config)
         params = _join(jax.jit(model.init)(jax.random.key(0)), flat(load(config)))
-        found.append(jax.jit(lambda p, model=model: model.bind(p).states(batch) @ model.bind(p).output_embedding()[0].T)(params))
+        found.append(optimized_jit(lambda p, model=model: model.bind(p).states(batch) @ model.bind(p).output_embedding()[0].T)(params))
     np.testing.assert_array_equal(*found)
     assert np.isfinite(found[0]).all() and np.std(found[0].astype(np.float32)) > 1
 

@@ -1,4 +1,4 @@
-"""Working folders on object storage: whole commands against emulators of S3 and of Google Cloud Storage, where the extra `storage_test` is
+"""Working folders on object storage: whole commands against emulators of S3 and of Google Cloud Storage, where the extra `emulators` is
 installed; the code of the small files, everywhere, on a store in memory."""
 
 import importlib.util
@@ -216,7 +216,7 @@ def clients():
     """{scheme: a client of its emulator}, and the environment that leads commands to them."""
     missing = [name for name in ("moto", "s3fs", "gcsfs", "gcp_storage_emulator") if importlib.util.find_spec(name) is None]
     if missing:
-        pytest.skip(f"the extra storage_test is not installed: no {', '.join(missing)}")
+        pytest.skip(f"the extra emulators is not installed: no {', '.join(missing)}")
     import gcsfs
     import s3fs
 

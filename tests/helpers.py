@@ -24,13 +24,13 @@ from iam_jax.telemetry import is_timing
 
 def optimized_jit(function: Callable) -> Callable:
     """jax.jit with the optimizations that conftest.py turns off."""
-    emitters = {"xla_cpu_use_fusion_emitters": True} if "xla_cpu_use_fusion_emitters" in os.environ["XLA_FLAGS"] else {}
+    emitters = {"xla_cpu_use_fusion_emitters": True} if "xla_cpu_use_fusion_emitters" in os.environ.get("XLA_FLAGS", "") else {}
     return jax.jit(function, compiler_options={"xla_backend_optimization_level": 3} | emitters)
 
 
 def on_devices(count: int) -> dict[str, str]:
     """The environment of a program that has so many CPU devices."""
-    return {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={count}", "JAX_PLATFORMS": "cpu"}
+    return {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count}", "JAX_PLATFORMS": "cpu"}
 
 
 def make_config(**sections: dict) -> Config:

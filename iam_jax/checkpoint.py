@@ -198,7 +198,8 @@ class Checkpoints:
         """The newest step that can be read, its state and progress, to go on from there; None where nothing was ever saved. Newer steps
         are set aside, so that they can be saved again. Raises InputError where there are steps, but none can be read."""
         if not self._steps:
-            if aside := sorted(path.name for path in self.folder.iterdir() if path.name.endswith(_ASIDE)):
+            there = self.folder.iterdir() if self.folder.is_dir() else ()  # object storage has no empty folders
+            if aside := sorted(path.name for path in there if path.name.endswith(_ASIDE)):
                 raise InputError(f"{self.folder}: no checkpoint but damaged ones, set aside as {some(aside)}")
             return None
         step, (state, progress) = self._first_readable("last", lambda step: (self.restore(step, abstract), self.progress(step)))

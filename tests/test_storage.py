@@ -217,6 +217,7 @@ def clients():
     missing = [name for name in ("moto", "s3fs", "gcsfs", "gcp_storage_emulator") if importlib.util.find_spec(name) is None]
     if missing:
         pytest.skip(f"the extra emulators is not installed: no {', '.join(missing)}")
+    os.environ |= {name: value for name, value in SETTINGS.items() if name.startswith("GCSFS_")}  # of this process' client too
     import gcsfs
     import s3fs
 
@@ -255,7 +256,7 @@ def folder(tmp_path_factory, tiny):
     events = "".join(f"u{u},i{(7 * u + t * (t + u)) % 12},{t}\n" for u in range(40) for t in range(6))
     (folder / "interactions.csv").write_text(f"user,item,timestamp\n{events}")
     fields = {name: value for name, value in tiny.items() if not name.startswith("data.synthetic")} | {
-        "data.source": "table", "data.path": ".", "train.steps": 3000, "train.eval_every": 3000, "train.save_every": 1000, "log.every": 50,
+        "data.source": "table", "data.path": ".", "train.steps": 300, "train.eval_every": 300, "train.save_every": 100, "log.every": 5,
     }  # fmt: skip
     (folder / "run.py").write_text(
         TABLE + "".join(f"    config.{name} = {value!r}\n" for name, value in fields.items()) + "    return config\n"
@@ -275,7 +276,7 @@ def fetched(client, url, to):
 
 
 def trained(workdir):
-    return [ocp.StandardCheckpointer().restore(workdir / "checkpoints" / "3000" / item) for item in ("params", "rest")]
+    return [ocp.StandardCheckpointer().restore(workdir / "checkpoints" / "300" / item) for item in ("params", "rest")]
 
 
 @pytest.mark.parametrize("scheme", ["s3", "gs"])
@@ -294,7 +295,7 @@ def test_a_run_stopped_and_resumed_ends_where_it_would_have_on_a_disk(folder, cl
     out, err = process.communicate(timeout=300)
     assert process.returncode == 75 and err.endswith("stopped; the same command goes on from here\n"), (out, err)
     *_, before, last = saved()
-    assert 0 < before < last < 3000
+    assert 0 < before < last < 300
     client.rm_file(f"bucket/runs/a/checkpoints/{last}/commit_success.txt")  # as if it had been killed while it saved
     out, _ = run(folder, env, "--config=run.py", f"--workdir={url}")
     assert f"continuing from step {before}\n" in out and f"wrote {url}/evaluation.json" in out

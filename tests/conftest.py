@@ -19,7 +19,7 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # the workers inherit it
     os.environ["JAX_COMPILATION_CACHE_DIR"] = f"{_FOLDER}/compiled"  # commands in subprocesses compile the same few functions
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
     # Compiling takes most of the suite's time, and what is compiled runs but a few times. XLA ends a program whose flags it does not know;
-    # libtpu reads them too, and then takes many times longer.
+    # libtpu reads them too, and is to compile as it does outside the tests.
     for flag in ("--xla_backend_optimization_level=0", "--xla_cpu_use_fusion_emitters=false") if find_spec("libtpu") is None else ():
         more = {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()}
         if not subprocess.run([sys.executable, "-c", "import jax; jax.devices()"], env=os.environ | more, capture_output=True).returncode:

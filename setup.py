@@ -38,8 +38,9 @@ setup(
         "gcs": ["gcsfs>=2026.4"],  # working folders at gs://
         # Working folders at s3://. The part of Orbax that iam_jax/storage.py leads there is not public: other versions may have another.
         "s3": ["s3fs>=2026.4", "orbax-checkpoint>=0.12,<0.13"],
-        # tests/test_storage.py only: servers on this machine that stand for S3 and Google Cloud Storage, and the clients.
-        "emulators": ["iam_jax[gcs,s3]", "moto[server]>=5,<6", "gcp-storage-emulator>=2026.7"],
+        # tests/test_storage.py only: servers on this machine that stand for S3 and Google Cloud Storage, and the clients. aiobotocore,
+        # which s3fs needs, takes few versions of botocore: named here, it is settled before moto's boto3, else pip may search for hours.
+        "emulators": ["iam_jax[gcs,s3]", "aiobotocore>=3.9,<4", "moto[server]>=5,<6", "gcp-storage-emulator>=2026.7"],
         # Tests and benchmarks only: of imported models with transformers, of metrics with ranx.
         "parity": ["torch==2.13.0", "transformers>=5.20,<6", "ranx>=0.3.20,<0.4"],
         # benchmarks/sasrec.py only: what RecTools 0.19 needs. Before Python 3.13 it asks for numpy<2, with which this project does not

@@ -88,7 +88,8 @@ def export_scorer(config: Config, catalogue: Catalogue, params: Params, width: i
         batch = {"token": token_BT, "user": real_BT.astype(np.int32), "group": jnp.maximum(group_BT, 0), "position": position_BT}
         last_B = jnp.maximum(real_BT.sum(1) - 1, 0)
         x_BD = jnp.take_along_axis(recommender.states(batch), last_B[:, None, None], axis=1)[:, 0]
-        return top_items(recommender.project(x_BD), weights[VECTORS], seen_BS, k)
+        h_BE = jnp.where(real_BT.any(1, keepdims=True), recommender.project(x_BD), 0)  # without a history, as in evaluation
+        return top_items(h_BE, weights[VECTORS], seen_BS, k)
 
     def exported(names: list[str], B, S) -> jax.export.Exported:
         weights = {name: shapes[name] for name in names} | {VECTORS: jax.ShapeDtypeStruct((catalogue.items, width), np.float32)}
@@ -106,12 +107,15 @@ def export_scorer(config: Config, catalogue: Catalogue, params: Params, width: i
 
 
 def export(evaluator: Evaluator, params: Params, step: int, output: Path, top_k: int = TOP_K) -> list[str]:
-    """Writes the folder, whole or not at all, and returns notes for the user. params: all parameters, addressable from this process."""
+    """Writes the folder, whole or not at all, and returns notes for the user. params: all parameters, addressable from this process.
+    Raises FloatingPointError for an item vector that is not finite."""
     check(evaluator.config)
     output = check_output(output)
     config, prepared = evaluator.config, evaluator.prepared
     catalogue, k = prepared.catalogue, min(top_k, prepared.catalogue.items)
     v_IE = np.asarray(evaluator._item_vectors(params, evaluator.items, None))[: catalogue.items]
+    if not np.isfinite(v_IE).all():
+        raise FloatingPointError("an item's vector is not finite")
     function, names = export_scorer(config, catalogue, params, v_IE.shape[1], k)
     leaves = {name_of(path): x for path, x in jax.tree_util.tree_leaves_with_path(params)}
     weights = {name: leaves[name] for name in names} | {VECTORS: v_IE}
@@ -145,6 +149,7 @@ def _facts(config: Config, catalogue: Catalogue, k: int, step: int) -> dict:
     tokens, offsets = catalogue.tokens, catalogue.offsets
     facts = {"format": FORMAT, "step": step, "top_k": k, "items": catalogue.items, "row_tokens": config.data.row_tokens}
     facts["last_n"] = config.data.last_n  # events of a history that are read; 0: all that fit
+    facts["filter_seen"] = config.eval.filter_seen
     facts |= {"prompt": tokens[offsets[-3] : offsets[-2]].tolist(), "suffix": tokens[offsets[-2] :].tolist()}
     if catalogue.tokenizer_json:  # what makes tokens of a text
         separator = encode(Tokenizer.from_str(catalogue.tokenizer_json), [config.data.separator], special=True)[0]

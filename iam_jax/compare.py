@@ -115,13 +115,18 @@ def collect(runs: Mapping[str, Path]) -> dict:
       results: {"validation" and "test", where there are such events: {name, and the first run's baselines: summary}};
       difference: {split: {name: metrics.paired_difference to the first run}}.
 
-    Raises InputError for a folder without an evaluation, and for runs of different splits or protocols: it names what differs.
+    Raises InputError for a folder without an evaluation, and for runs of different splits, protocols or bootstraps: it names what differs.
     """
     finished = {name: read(to_path(folder)) for name, folder in runs.items()}
     first_name, first = next(iter(finished.items()))
     for name, run in finished.items():
         if what := differing(first, run, (first_name, name)):
             raise InputError(f"{runs[name]} cannot be compared with {runs[first_name]}: {what}")
+        if run.bootstrap != first.bootstrap:  # one table, one kind of interval
+            settings = f"{run.bootstrap} in {name}, {first.bootstrap} in {first_name}"
+            raise InputError(
+                f"{runs[name]}: the intervals were made otherwise ({settings}); evaluate both with the same eval.resamples and eval.seed"
+            )
         if not run.ranks.select(_EVENT).equals(first.ranks.select(_EVENT)):
             raise InputError(f"{runs[name]}: ranks.parquet is of other events than that of {runs[first_name]}; evaluate both again")
     # A run may be called as a baseline is.

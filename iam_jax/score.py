@@ -121,13 +121,13 @@ def score(workdir: Path, config: Config, request: Request, saved: bool, signals:
         return
     with jax.set_mesh(mesh):
         tokens = 0 if users is None else int(catalogue.lengths[users.events.item].sum())
-        scorer = Scorer(config, stored, model, params, mesh, tokens)
         unit, begun = "item" if users is None else "user", time.monotonic()
         interval = 0.2 if sys.stderr.isatty() else 10
         interval = {"mininterval": interval, "maxinterval": interval}
         total, done, processes = rows, rows - sum(sizes[part] for part in missing), jax.process_count()
         shown = config.log.progress and distributed.is_first()
         with tqdm(total=total, initial=done, desc="scoring", unit=unit, disable=not shown, **interval) as bar:
+            scorer = Scorer(config, stored, model, params, mesh, tokens, report=bar.update)
             for first in range(0, len(missing), processes):
                 next_parts = missing[first : first + processes]
                 with distributed.together(signals):
@@ -137,7 +137,8 @@ def score(workdir: Path, config: Config, request: Request, saved: bool, signals:
                         for left in [] if is_remote(output) else output.glob(f".{names[part]}-*"):  # of a process that was killed
                             left.unlink()
                         write_atomically(output / names[part], frame.write_parquet)
-                bar.update(sum(sizes[part] for part in next_parts))
+                done_now = sum(sizes[part] for part in missing[: first + processes])
+                bar.update(done + done_now - bar.n)  # what is not reported: items, and users of other processes
     seconds = time.monotonic() - begun
     print(f"wrote {output}: {total - done:,} {unit}s in {seconds:.1f} s, {(total - done) / seconds:,.0f} {unit}s/s")
 

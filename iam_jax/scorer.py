@@ -6,6 +6,7 @@ of a list.
 
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -64,9 +65,20 @@ def _pair_scores(h_XE: jax.Array, v_IE: jax.Array, item_XC: jax.Array) -> jax.Ar
 
 
 class Scorer:
-    """A model with its catalogue; `tokens`: of all histories of the request, which decide whether item states are computed once."""
+    """A model with its catalogue. tokens: of all histories of the request, which decide whether item states are computed once; report: is
+    given, batch by batch, the number of users that are through the model."""
 
-    def __init__(self, config: Config, stored: Stored, model: Model, params: Params, mesh: jax.sharding.Mesh, tokens: int):
+    def __init__(
+        self,
+        config: Config,
+        stored: Stored,
+        model: Model,
+        params: Params,
+        mesh: jax.sharding.Mesh,
+        tokens: int,
+        report: Callable[[int], None] = lambda users: None,
+    ):
+        self._report = report
         self.config, self.stored, self.model, self.params, self.mesh = config, stored, model, params, mesh
         catalogue = stored.catalogue
         self._items = self._leading = None
@@ -131,6 +143,7 @@ class Scorer:
             segment = batch.pop("segment")
             h = np.asarray(self._states(self.params, shard_batch(self.mesh, batch), self._leading))
             h_nE[segment[segment >= 0]] = h[segment >= 0]
+            self._report(int((segment >= 0).sum()))
         return h_nE
 
     def top(self, users: Users, k: int) -> Found:
@@ -210,6 +223,7 @@ class Scorer:
             for row, out in enumerate(leave):
                 kept = np.flatnonzero(~np.isin(item[row], out))[:k]
                 found[0][begin + row, : len(kept)], found[1][begin + row, : len(kept)] = item[row, kept], score[row, kept]
+            self._report(len(leave))
         return found
 
     def _pair_likelihoods(self, users: Users, width: int) -> np.ndarray:
@@ -231,6 +245,7 @@ class Scorer:
                 found[:, c : c + C] = np.asarray(self._log_likelihoods(self.params, shard_batch(self.mesh, batch), C))
             for row, (_, text) in enumerate(texts):
                 scores[begin + row, : len(text)] = found[row, text.reshape(-1)]
+            self._report(len(texts))
         return scores
 
 

@@ -1,5 +1,7 @@
 """The exported folder, read by the code of docs/serving.md in a process that cannot import iam_jax: the evaluator's own lists."""
 
+import dataclasses
+import itertools
 import json
 import os
 import re
@@ -10,8 +12,9 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import polars as pl
 import pytest
-from helpers import make_config, on_devices, random_params
+from helpers import make_config, on_devices, optimized_jit, random_params
 from test_evaluate import POLL, history_of
 from test_main import config_text, run
 
@@ -112,6 +115,23 @@ def test_a_service_gives_the_evaluators_lists(trained, evaluator):
     assert [item for item, _ in single[0]] == [item for item, _ in lists[0]]
 
 
+def test_a_service_gives_the_lists_of_offline_scoring(trained, evaluator):
+    events = evaluator[0].prepared.events
+    ids = events.item_ids.tolist()
+    histories = [[ids[i] for i in events.item[begin:end]] for begin, end in itertools.pairwise(events.offsets)]
+    table = pl.DataFrame({"user": [f"{n:03}" for n in range(len(histories))], "item": histories})
+    table = table.with_columns(timestamp=pl.int_ranges(pl.col("item").list.len())).explode("item", "timestamp")
+    table.write_csv(trained / "users.csv")
+    run(trained, "--workdir=run", "--mode=score", "--users=users.csv", "--top_k=50", "--step=last", "--output=lists")
+    found = pl.concat([pl.read_parquet(path) for path in sorted((trained / "lists").glob("*.parquet"))])
+    expected = found.group_by("user", maintain_order=True).agg("item", "score")
+    lists = service(trained / "out", [histories])[0]
+    assert len(lists) == len(expected) > 50
+    for pairs, (_, items, scores) in zip(lists, expected.iter_rows(), strict=True):
+        assert [item for item, _ in pairs] == items
+        assert np.abs(np.array([score for _, score in pairs]) - scores).max() <= 1e-5
+
+
 def test_an_item_that_is_known_by_its_text_only(trained, evaluator):
     """The same text under another name: the same scores, but for what is seen."""
     prepared = evaluator[0].prepared
@@ -164,7 +184,8 @@ def test_every_kind_of_layer_exports_as_the_model_computes(model):
     v = np.random.default_rng(0).standard_normal((9, 16)).astype(np.float32)
     token, group = np.zeros((2, 24), np.int32), np.full((2, 24), -1, np.int32)
     token[:, :5], group[:, :5] = [[1, 2, 12, 5, 12], [7, 12, 3, 3, 12]], [[1, 1, 1, 2, 2], [1, 1, 2, 2, 2]]
-    items, scores = function.call({name: leaves[name] for name in names} | {"item_vectors": v}, token, group, np.full((2, 1), -1, np.int32))
+    weights = {name: leaves[name] for name in names} | {"item_vectors": v}
+    items, scores = optimized_jit(function.call)(weights, token, group, np.full((2, 1), -1, np.int32))
     rows = {"token": token[:, :5], "user": np.ones((2, 5), int), "group": group[:, :5], "position": np.tile(np.arange(5), (2, 1))}
     recommender = made.bind(params)
     expected = np.asarray(recommender.project(recommender.states(rows)[:, -1])) @ v.T
@@ -197,7 +218,7 @@ def test_what_is_exported_on_a_mesh_runs_on_one_device():
 def test_a_service_reads_as_many_events_as_the_scorer(trained, evaluator):
     """data.last_n: the model reads the last events, all of them are seen."""
     facts = json.loads((trained / "out" / "artefact.json").read_text())
-    assert facts["last_n"] == evaluator[0].config.data.last_n == 0
+    assert facts["last_n"] == evaluator[0].config.data.last_n == 0 and facts["filter_seen"]
     shutil.copytree(trained / "out", trained / "short")
     (trained / "short" / "artefact.json").write_text(json.dumps(facts | {"last_n": 2}))
     history = evaluator[0].prepared.events.item_ids.tolist()[:5]
@@ -205,3 +226,25 @@ def test_a_service_reads_as_many_events_as_the_scorer(trained, evaluator):
     expected = [pair for pair in expected if pair[0] not in history]
     assert [item for item, _ in found] == [item for item, _ in expected] and len(found) == 45
     np.testing.assert_allclose([x for _, x in found], [x for _, x in expected], rtol=1e-5, atol=1e-6)
+
+
+def test_what_is_seen_and_histories_without_a_token(trained, evaluator):
+    """eval.filter_seen as the folder says; without prompt and suffix an empty history scores nothing, as in evaluation."""
+    facts = json.loads((trained / "out" / "artefact.json").read_text())
+    shutil.copytree(trained / "out", trained / "all")
+    (trained / "all" / "artefact.json").write_text(json.dumps(facts | {"filter_seen": False, "prompt": [], "suffix": []}))
+    ids = evaluator[0].prepared.events.item_ids.tolist()
+    every, empty = service(trained / "all", [[ids[:5], []]])[0]
+    assert sorted(item for item, _ in every) == sorted(ids) and len({score for _, score in every}) > 40
+    assert empty == [[item, 0.0] for item in ids]
+    config = evaluator[0].config
+    config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, filter_seen=False))
+    assert not artefact._facts(config, evaluator[0].prepared.catalogue, 5, 1)["filter_seen"]
+
+
+def test_vectors_that_are_not_finite_are_not_exported(evaluator, tmp_path):
+    evaluator, params = evaluator
+    table = next(name for name in params if name.startswith("table"))
+    with pytest.raises(FloatingPointError, match="an item's vector is not finite"):
+        artefact.export(evaluator, {**params, table: params[table].at[3, 0].set(np.nan)}, 6, tmp_path / "out")
+    assert not any(tmp_path.iterdir())

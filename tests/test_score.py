@@ -1,14 +1,21 @@
 """Offline scoring, from a working folder alone: what comes out, in which order, and that no interruption shows."""
 
+import importlib.util
+import io
 import json
 import shutil
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
+import jax
 import numpy as np
 import polars as pl
 import pytest
 from jobs import run_job
 from test_main import config_text, contents, run, start, wait_for
+from tqdm import tqdm
 
 from iam_jax import score as score_lib
 from iam_jax.config import SyntheticConfig, get_config, resolve
@@ -271,19 +278,82 @@ def test_two_processes_share_the_parts(folder, users, tmp_path):
     assert "4 parts, 3 are there" in run_job(folder, 2, *flags) and read(tmp_path / "shared").equals(whole)
 
 
-def test_sigterm_and_on_with_the_same_command(folder, users):
+@pytest.mark.parametrize("signal_", [signal.SIGTERM, signal.SIGKILL])
+def test_stopped_and_on_with_the_same_command(folder, users, signal_):
     command = ("--workdir=run", "--mode=score", f"--users={users}", "--top_k=5", "--config.score.part_users=1")
-    out, err = run(folder, *command, "--output=one")
+    name = signal_.name
+    out, err = run(folder, *command, f"--output={name}-one")
     assert err == "" and "60 users" in out and "users/s" in out and "60 parts" in out
-    process = start(folder, *command, "--output=two")
-    wait_for(process, lambda: len(list((folder / "two").glob("part-*"))) >= 2)
-    process.send_signal(signal.SIGTERM)
+    two = folder / f"{name}-two"
+    process = start(folder, *command, f"--output={two.name}")
+    wait_for(process, lambda: len(list(two.glob("part-*"))) >= 2)
+    process.send_signal(signal_)
     _, err = process.communicate(timeout=60)
-    kept = contents(folder / "two")
-    assert process.returncode == 75 and err == "stopped; the same command goes on from here\n" and 3 <= len(kept) < 61
-    out, _ = run(folder, *command, "--output=two")
-    assert f"60 parts, {len(kept) - 1} are there" in out
-    assert contents(folder / "two") == contents(folder / "one")
+    kept = len(list(two.glob("part-*")))
+    assert 2 <= kept < 60 and process.returncode == (75 if signal_ == signal.SIGTERM else -signal.SIGKILL)
+    assert err == ("stopped; the same command goes on from here\n" if signal_ == signal.SIGTERM else "")
+    out, _ = run(folder, *command, f"--output={two.name}")
+    assert f"60 parts, {kept} are there" in out
+    assert contents(two) == contents(folder / f"{name}-one")
+
+
+def test_progress_within_a_part(folder, users, tmp_path, monkeypatch):
+    """The bar moves with the batches, and ends at the number of users also where parts were there."""
+    bars = []
+
+    def bar(**flags):
+        bars.append(tqdm(**flags | {"file": io.StringIO(), "disable": False}))
+        advance, bars[-1].updates = bars[-1].update, []
+        bars[-1].update = lambda n: (bars[-1].updates.append(n), advance(n))
+        return bars[-1]
+
+    monkeypatch.setattr(score_lib, "tqdm", bar)
+    scored(folder, tmp_path / "lists", users=users, score__batch_rows=1)
+    assert bars[0].n == 60 and len([n for n in bars[0].updates if n]) > 8  # there are 4 parts
+    (tmp_path / "lists" / "part-00002-of-00004.parquet").unlink()
+    scored(folder, tmp_path / "lists", users=users, score__batch_rows=1)
+    assert bars[1].initial == 44 and bars[1].n == 60
+    scored(folder, tmp_path / "vectors", vectors=True)
+    assert bars[2].n == bars[2].total == 50
+
+
+def test_the_benchmark_tells_whether_a_kill_shows(folder, tmp_path, monkeypatch):
+    script = Path(__file__).parents[1] / "benchmarks" / "offline_scoring.py"
+    flags = ["--workdir=run", "--path=moved", "--users=70", "--part_users=8", "--parts=1", "--top_k=5", f"--output={tmp_path / 'o.json'}"]
+    done = subprocess.run([sys.executable, script, *flags], cwd=folder, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "o.json").read_text())["results"]
+    for (users, parts), row, line in zip([(60, 8), (70, 9)], results.values(), done.stdout.splitlines()[-2:], strict=True):
+        assert (row["users"], row["rows"], row["parts"], row["equal"]) == (users, users * 5, parts, True) and 1 <= row["kept"] < parts
+        assert line.split()[:2] == [str(users), str(users * 5)] and line.split()[-3:] == [str(parts), str(row["kept"]), "True"]
+    monkeypatch.syspath_prepend(script.parent)
+    spec = importlib.util.spec_from_file_location("offline_scoring", script)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    def other_files(flags, output, stop_at=None):
+        output.mkdir(exist_ok=True)
+        pl.DataFrame({"rank": [len(str(output))]}).write_parquet(output / "part-0.parquet")
+        return "1 users in 1.0 s", 1
+
+    monkeypatch.setattr(module, "run", other_files)
+    assert module.main(["--workdir=run", f"--path={folder / 'moved'}", f"--output={tmp_path / 'o.json'}"]) == 1
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_a_score_that_is_not_finite_ends_it(folder, users, shop, tmp_path, monkeypatch, given):
+    restore = score_lib._restore
+    nan = lambda x: jax.numpy.full_like(x, np.nan) if np.issubdtype(x.dtype, np.floating) else x  # noqa: E731
+    monkeypatch.setattr(
+        score_lib, "_restore", lambda *arguments: (lambda step, params: (step, jax.tree.map(nan, params)))(*restore(*arguments))
+    )
+    more = {}
+    if given:
+        more = {"candidates": tmp_path / "pairs.csv"}
+        shop.interactions.select("user", "item").unique().write_csv(more["candidates"])
+    with pytest.raises(FloatingPointError, match=r"a score of user '.+' is not finite"):
+        scored(folder, tmp_path / "lists", users=users, **more)
+    assert not list((tmp_path / "lists").glob("part-*"))
 
 
 # ---- text generators

@@ -31,7 +31,6 @@ for _name in ("pytorch_lightning", "pytorch_lightning.utilities.rank_zero", "lig
     logging.getLogger(_name).setLevel(logging.WARNING)  # which devices there are not
 warnings.filterwarnings("ignore", module="rectools|pytorch_lightning|pydantic")
 
-SESSION = 50  # events that the model reads at most
 RATES = [1e-3, 3e-3, 3.33e-4]  # learning rates tried: those of launch/reproduce.py for our SASRec
 
 
@@ -58,7 +57,7 @@ def fit(config: Config, args: argparse.Namespace, events: Events, callback: Call
         n_heads=config.model.heads,
         n_factors=config.model.width,
         dropout_rate=config.model.dropout if args.dropout is None else args.dropout,
-        session_max_len=SESSION,
+        session_max_len=args.session,
         loss="softmax",
         lr=rate,
         batch_size=batch,
@@ -73,6 +72,7 @@ class PeerEvaluator(Evaluator):
 
     def __init__(self, config: Config, prepared: Prepared, module):
         super().__init__(None, config, prepared, None, make_mesh(config.mesh))
+        self._session = module.data_preparator.session_max_len
         self._module, events, preparator = module, prepared.events, module.data_preparator
         self.number_I = np.zeros(len(events.item_ids), np.int64)  # RecTools' number of each item, 0 for none
         known = preparator.get_known_item_ids().astype(np.int64)
@@ -93,7 +93,7 @@ class PeerEvaluator(Evaluator):
 
     @torch.inference_mode()
     def history_vectors(self, params, targets, leading_XD=None, poll=lambda: None, label="") -> np.ndarray:
-        """[n, E] float32: of the last SESSION readable events before each target, left-padded; zero where there is none."""
+        """[n, E] float32: of the last `session_max_len` readable events before each target, left-padded; zero where there is none."""
         model, events, parts = self._model(), self.prepared.events, []
         embeddings = model.item_model.get_all_embeddings()
         first = events.offsets[np.searchsorted(events.offsets, targets, side="right") - 1]
@@ -101,10 +101,10 @@ class PeerEvaluator(Evaluator):
         for start in range(0, len(targets), 256):
             poll()
             some = list(zip(begins[start : start + 256], ends[start : start + 256], strict=True))
-            x = np.zeros((len(some), SESSION), np.int64)
+            x = np.zeros((len(some), self._session), np.int64)
             for row, (begin, end) in enumerate(some):
-                session = self.number_I[events.item[self._readable[max(begin, end - SESSION) : end]]]
-                x[row, SESSION - len(session) :] = session
+                session = self.number_I[events.item[self._readable[max(begin, end - self._session) : end]]]
+                x[row, self._session - len(session) :] = session
             states = model.encode_sessions({"x": torch.from_numpy(x)}, embeddings)[:, -1]
             parts.append(model.similarity_module.session_tower_forward(states).numpy() * (x != 0).any(1, keepdims=True))
         return np.concatenate(parts).astype(np.float32)

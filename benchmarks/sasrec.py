@@ -6,10 +6,10 @@
 
 Both sides have the width, layers, heads, learning rate and dropout of configs/amazon_toys_sasrec.py (or --config, with --set
 section.field=value; other rates may be tried for RecTools), full softmax over the items, Adam with betas 0.9 and 0.98, float32, CPU, and
-the training events of one split. RecTools' further settings are its defaults; it reads each user's last 50 events (and trains the last
-51), left-padded; ours reads rows of data.row_tokens = 64 slots, in which several users lie side by side and a history of up to 64 events
-is whole. What stays different: RecTools also drops attention weights and inside the MLP, counts positions from the end, and normalises
-queries only; ours clips gradients and warms its learning rate up as the config says.
+the training events of one split. RecTools' further settings are its defaults; it reads each user's last --session events (and trains the
+last --session + 1), left-padded; ours reads rows of data.row_tokens = 64 slots, in which several users lie side by side and a history of
+up to 64 events is whole. What stays different: RecTools also drops attention weights and inside the MLP, counts positions from the end,
+and normalises queries only; ours clips gradients and warms its learning rate up as the config says.
 
 speed: each side in a process of its own, limited to the same --threads cores (CPU affinity; torch.set_num_threads), taking turns in windows
 of --seconds; while one works the other waits. RecTools is trained by Lightning's Trainer as its `fit` does it, its data loader in the
@@ -94,6 +94,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     both.add_argument("--config", type=Path, default=CONFIG)
     both.add_argument("--set", nargs="*", default=[], metavar="SECTION.FIELD=VALUE", help="overrides of the config")
     both.add_argument("--threads", type=int, help="cores of each side; all by default")
+    both.add_argument("--session", type=int, default=50, help="events that RecTools reads at most, its session_max_len")
     both.add_argument("--dropout", type=float, help="of RecTools; the config's by default")
     both.add_argument(
         "--learning_rate", type=float, nargs="+", help="of RecTools; speed: the config's by default; quality: the best of several"

@@ -21,7 +21,18 @@ MAY_DIFFER = ("log.", "data.path", "data.cache", "train.keep")  # between our ru
 
 def settings_of(config: Config, args: argparse.Namespace) -> dict:
     """What a finished seed must have been made with."""
-    names = ("minutes", "epochs", "patience", "eval_epochs", "dropout", "learning_rate", "trial_minutes", "batch_size", "threads")
+    names = (
+        "minutes",
+        "epochs",
+        "patience",
+        "eval_epochs",
+        "session",
+        "dropout",
+        "learning_rate",
+        "trial_minutes",
+        "batch_size",
+        "threads",
+    )
     own = {"model": dataclasses.asdict(config.model), "learning_rate": config.optimizer.learning_rate}
     own |= {"metric": config.eval.metric, "validation_users": config.eval.validation_users}
     return {name: getattr(args, name) for name in names} | {"config": own, "rectools": metadata.version("rectools")}

@@ -26,6 +26,7 @@ from iam_jax.errors import DamagedError, InputError, of_the_system, some
 from iam_jax.files import write_atomically
 
 _PROGRESS, _METRICS = "progress/metadata", "metrics/metrics"  # where Orbax puts the two JSON items of a step
+_UNFINISHED = ".orbax-checkpoint-tmp"  # in the names of what Orbax is still writing
 _ASIDE = ".damaged"
 
 T = TypeVar("T")
@@ -53,6 +54,7 @@ class Checkpoints:
         with self._told_of("cannot be read"):
             self._look()
             if not read_only:
+                self._tell_unfinished()
                 self._manager = self._make_manager(keep)
 
     def _look(self) -> None:
@@ -66,6 +68,13 @@ class Checkpoints:
             except DamagedError as error:
                 self._damaged[step] = str(error)
                 self._untold.append(str(error))
+
+    def _tell_unfinished(self) -> None:
+        """Of saves that a kill interrupted, before the manager removes what they left. On object storage nothing names it."""
+        names = [path.name for path in self.folder.iterdir()] if self.folder.is_dir() and not storage.is_remote(self.folder) else []
+        left = sorted({int(step) for step, mark, _ in (name.partition(_UNFINISHED) for name in names) if mark and step.isdecimal()})
+        if left and jax.process_index() == 0:
+            print(f"{self.folder}: a save was interrupted, its unfinished checkpoint of step {some(left)} is removed", flush=True)
 
     def _make_manager(self, keep: int) -> ocp.CheckpointManager:
         best = preservation_policy.BestN(get_metric_fn=self._quality, n=1, keep_checkpoints_without_metrics=False)

@@ -10,7 +10,7 @@ from jax.sharding import AbstractMesh, AxisType
 
 from iam_jax.config import Config
 from iam_jax.flops import Flops, seconds_at_peak
-from iam_jax.model import make_model
+from iam_jax.model import Params, make_model
 from iam_jax.parameters import abstract, frozen_names, select
 from iam_jax.plan import RESERVE, Plan, Program, device_bytes
 from iam_jax.sharding import batch_shards
@@ -201,8 +201,14 @@ def verdict(plan: Plan) -> str:
 
 def state_bytes(run: Run, config: Config, sizes: tuple[int, int, int]) -> int:
     """Parameters and optimizer (two moments of what is trained) on one device of a mesh of these sizes."""
-    catalogue = run.prepared.catalogue
-    shapes = make_model(config, catalogue.vocabulary, catalogue.items).shapes()
+    return _state_bytes(_shapes(run, config), config, sizes)
+
+
+def _shapes(run: Run, config: Config) -> Params:
+    return make_model(config, run.prepared.catalogue.vocabulary, run.prepared.catalogue.items).shapes()
+
+
+def _state_bytes(shapes: Params, config: Config, sizes: tuple[int, int, int]) -> int:
     frozen = frozen_names(config, shapes)
     mesh = AbstractMesh(sizes, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
     trained = abstract(mesh, select(shapes, lambda name: name not in frozen))
@@ -238,8 +244,10 @@ def suggestions(plan: Plan, part: str) -> list[str]:
     if not training and (size := config.eval.batch_rows if part == "evaluation" else config.score.batch_rows) > shards:
         out.append(f"a smaller --config.{'eval' if part == 'evaluation' else 'score'}.batch_rows than {size}")
     if plan.capacity is not None and spread > plan.capacity:
-        chips = devices
-        while state_bytes(run, config, (1, chips, 1)) > 0.9 * plan.capacity and chips < 2**16:
-            chips *= 2
-        out.append(f"{chips} chips (--config.mesh.fsdp=-1)")
+        shapes = _shapes(run, config)
+        sizes = ((devices << power, tensor) for power in range(13) for tensor in (1, 2, 4, 8, 16))  # what fsdp cannot split, tensor may
+        fitting = ((n, k) for n, k in sizes if n % k == 0 and _state_bytes(shapes, config, (1, n // k, k)) <= 0.9 * plan.capacity)
+        if found := next(fitting, None):
+            chips, tensor = found
+            out.append(f"{chips} chips (--config.mesh.fsdp=-1{f' --config.mesh.tensor={tensor}' if tensor > 1 else ''})")
     return out

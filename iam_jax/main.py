@@ -347,12 +347,20 @@ def _fail_job(error: Exception) -> NoReturn:
     distributed.leave(1, with_others=False)
 
 
+def _run_reachable(signals: Signals) -> None:
+    """A folder that may not be looked into says so wherever it is met first."""
+    try:
+        run(signals)
+    except PermissionError as error:
+        raise InputError(f"{error.filename}: {error.strerror}") from error
+
+
 def _main(_: list[str]) -> None:
     signals = Signals()
     signals.install()
     try:
         try:
-            run(signals)
+            _run_reachable(signals)
         except BaseException as error:
             signals.ignore()
             distributed.tell(error)

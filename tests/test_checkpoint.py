@@ -150,7 +150,7 @@ def test_a_state_is_saved_as_it_was_though_its_buffers_are_donated(tmp_path):
             assert (x == step).all()
 
 
-def test_what_an_interrupted_save_leaves_is_no_checkpoint(tmp_path, monkeypatch):
+def test_what_an_interrupted_save_leaves_is_no_checkpoint(tmp_path, monkeypatch, capsys):
     checkpoints = make(tmp_path, [0.1, 0.2])
 
     async def killed(*_, **__):
@@ -167,7 +167,9 @@ def test_what_an_interrupted_save_leaves_is_no_checkpoint(tmp_path, monkeypatch)
     reader = Checkpoints(tmp_path, 2, "ndcg@10", read_only=True)
     assert reader.steps() == [1, 2] and reader.resolve("best") == 2
     assert len(list((tmp_path / "checkpoints").iterdir())) == 3
+    assert not capsys.readouterr().out
     again = Checkpoints(tmp_path, 2, "ndcg@10")
+    assert "a save was interrupted, its unfinished checkpoint of step 3 is removed\n" in capsys.readouterr().out
     again.save(3, state_of(3), {"step": 3}, {"ndcg@10": 0.9})
     again.wait()
     assert again.steps() == [2, 3] and again.resolve("best") == 3

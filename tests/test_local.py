@@ -85,6 +85,13 @@ def test_every_row_once_an_epoch(two, settings):
     assert all(seen[count] == count // len(rows) * rows.sizes.sum() for count in ends)
 
 
+def test_gone_on_with_by_another_number_of_processes(folder, one):
+    """The curve of one process, its tokens to the last: no row repeated or skipped."""
+    run_job(folder, 1, "--config=tiny.py", "--workdir=changed", "--config.train.steps=42", "--config.eval.test=false")
+    run_job(folder, 2, "--config=tiny.py", "--workdir=changed")
+    assert_alike(one, folder / "changed")
+
+
 def wait_for(job, condition):
     end = time.monotonic() + 600
     while not condition():

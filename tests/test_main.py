@@ -297,6 +297,7 @@ def test_help(folder):
     [
         (NonFiniteError("step 3: item_sum not finite"), 4, "error: step 3: item_sum not finite\n"),
         (FloatingPointError("a score of user 'u' is not finite"), 4, "error: a score of user 'u' is not finite\n"),
+        (PermissionError(13, "Permission denied", "closed/run/config.json"), 2, "error: closed/run/config.json: Permission denied\n"),
     ],
 )
 def test_exit_codes(monkeypatch, capsys, raised, code, told):

@@ -239,8 +239,18 @@ def test_what_does_not_fit(plan):
     assert "chips" not in told  # the state alone would fit
     refused = dataclasses.replace(step, temporaries=None, needed=None)
     told = estimate.verdict(dataclasses.replace(plan, capacity=1000, programs={"training": [refused]}))
-    assert "needs more than" in told and re.search(r"\d+ chips \(--config.mesh.fsdp=-1\)", told)
+    assert "needs more than" in told and "chips (" not in told  # no number of chips holds that
     assert not told.count("\n")
+
+
+def test_so_many_chips_that_the_state_fits(plan):
+    """By fsdp alone as far as it divides the width, 16; with tensor, which divides the 40 items too, where that is not enough."""
+    (step,) = plan.programs["training"]
+    for capacity, chips in ((92_100, "2"), (62_200, "4"), (13_000, "32"), (10_000, None)):
+        told = estimate.verdict(dataclasses.replace(plan, capacity=int(capacity / 0.9), programs={"training": [step]}))
+        found = re.search(r"(\d+) chips \(--config.mesh.fsdp=-1( --config.mesh.tensor=2)?\)", told)
+        assert (found and found[1]) == chips and bool(found and found[2]) == (chips == "32")
+    assert estimate.state_bytes(plan.run, plan.config, (1, 16, 2)) < 13_000 < estimate.state_bytes(plan.run, plan.config, (1, 16, 1))
 
 
 def test_full_fine_tuning_that_does_not_fit_is_shown_lora(tmp_path, plan):

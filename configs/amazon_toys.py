@@ -10,8 +10,8 @@ hatllm, HatLLM's order (arXiv 2510.10955), which has one layer more: two layers 
 downloads the two original files, or reads them, or tables, from --config.data.path=DIR.
 
 Cost: 12 minutes of training (train.max_minutes) and a minute of ranking on 2 CPU cores. Result, in 8 minutes of one core each by
-launch/reproduce.py (its learning rates, 2026-11-26; README.md has the whole table), test NDCG@10 over all 11,758 items, mean of three seeds:
-0.0362; ordinary attention 0.0321, SASRec 0.0493, item-kNN 0.0452, last-item transitions 0.0288, popularity 0.0060.
+launch/reproduce.py (its learning rates, 2026-11-26; README.md has the whole table), test NDCG@10 over all 11,758 items, mean of three
+seeds: 0.0362; ordinary attention 0.0321, SASRec 0.0493, item-kNN 0.0452, last-item transitions 0.0288, popularity 0.0060.
 Measured on tables of the same data (split 56384689…) through --config.data.path, not on a download.
 """
 

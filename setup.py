@@ -36,7 +36,8 @@ setup(
         "cuda": ["jax[cuda13]>=0.10,<0.14"],
         "tpu": ["jax[tpu]>=0.10,<0.14"],
         "gcs": ["gcsfs>=2026.4"],  # working folders at gs://
-        # Working folders at s3://. The part of Orbax that iam_jax/storage.py leads there is not public: other versions may have another.
+        # Working folders at s3://. The part of Orbax that iam_jax/storage/remote.py leads there is not public: other versions may
+        # have another.
         "s3": ["s3fs>=2026.4", "orbax-checkpoint>=0.12,<0.13"],
         # tests/test_storage.py only: servers on this machine that stand for S3 and Google Cloud Storage, and the clients. aiobotocore,
         # which s3fs needs, takes few versions of botocore: named here, it is settled before moto's boto3, else pip may search for hours.

@@ -20,10 +20,10 @@ import harness
 import jax
 import numpy as np
 
-from iam_jax.beam import history_rows, make_trie, search
 from iam_jax.data.candidates import candidate_rows
 from iam_jax.data.catalogue import Catalogue
-from iam_jax.likelihood import log_likelihoods
+from iam_jax.ranking.beam import history_rows, make_trie, search
+from iam_jax.ranking.likelihood import log_likelihoods
 
 TOLERANCE = 1e-5  # of the score
 BEAM, EXHAUSTIVE = "beam search", "exhaustive"

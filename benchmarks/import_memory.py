@@ -30,8 +30,8 @@ from safetensors.numpy import save_file
 
 from iam_jax.config import Config, DataConfig, ModelConfig
 from iam_jax.model import make_model, pretrained
+from iam_jax.model.parameters import select
 from iam_jax.model.pretrained.importing import read_pretrained
-from iam_jax.parameters import select
 
 FILES, BOUND = 4, 1.1
 _VOCABULARY, _WIDTH, _LAYERS = 128_256, 2048, 16  # LLaMA 3.2 1B's, but for the MLP: it has 1.24 billion parameters

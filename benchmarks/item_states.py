@@ -18,13 +18,14 @@ import harness
 import jax
 import numpy as np
 
-from iam_jax import objective
 from iam_jax.config import default_config, resolve
 from iam_jax.data.batches import training_batches
 from iam_jax.data.item_rows import DistinctItems, without_items
 from iam_jax.data.prepare import prepare
-from iam_jax.sharding import shard_batch
-from iam_jax.train import init_state, make_run, make_train_step
+from iam_jax.devices.mesh import shard_batch
+from iam_jax.training import objectives
+from iam_jax.training.run import make_run
+from iam_jax.training.step import init_state, make_train_step
 
 
 def main() -> int:
@@ -62,8 +63,8 @@ def main() -> int:
             key = jax.random.key(0, impl="rbg")
 
             def loss(params):
-                sums = objective.losses(run.model.bind(params), config, items, batch, key, None)
-                return sums["item"] / objective.counts(batch)["item"]
+                sums = objectives.losses(run.model.bind(params), config, items, batch, key, None)
+                return sums["item"] / objectives.counts(batch)["item"]
 
             return jax.value_and_grad(loss)(params)
 

@@ -23,7 +23,7 @@ import harness
 import numpy as np
 import polars as pl
 
-from iam_jax.data.table import find_tables, read_table
+from iam_jax.data.tables import find_tables, read_table
 from iam_jax.errors import InputError
 
 COMMAND = [sys.executable, "-m", "iam_jax.main", "--mode=score"]

@@ -19,9 +19,10 @@ import numpy as np
 
 from iam_jax.config import default_config, resolve
 from iam_jax.data.assumed import Assumption, assume
-from iam_jax.plan import some_rows, training, training_arguments
-from iam_jax.sharding import shard_batch
-from iam_jax.train import init_state, make_run, make_train_step
+from iam_jax.devices.mesh import shard_batch
+from iam_jax.planning.plan import some_rows, training, training_arguments
+from iam_jax.training.run import make_run
+from iam_jax.training.step import init_state, make_train_step
 
 
 def resident() -> int:

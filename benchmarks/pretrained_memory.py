@@ -24,7 +24,7 @@ import harness
 from iam_jax.config import Config, resolve
 from iam_jax.model import pretrained
 from iam_jax.model.pretrained.importing import read_pretrained
-from iam_jax.plan import Program, training
+from iam_jax.planning.plan import Program, training
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 SLICES = {"v5e:2x4": (1, 8, 1), "v5p:2x2x1": (1, 1, 1)}  # chips of which the first data x fsdp x tensor are used

@@ -5,9 +5,9 @@
     python benchmarks/ranking.py --users=1000 --items=100_000
 
 Vectors of random small integers, so that every score is exact: rank and ties of all ways must be equal, integer for integer, or the exit
-code is 1. The ways are the evaluator's own function (iam_jax/evaluate.py: the targets' scores and the counts of higher and of equal scores,
-in chunks, with the seen items left out), the same in PyTorch, and PyTorch's products with `topk` of 50, chunk by chunk, which gives no rank
-beyond 50. Each way runs in a process of its own, one after another, with as many threads as there are cores.
+code is 1. The ways are the ranking core's own function (iam_jax/ranking/scores.py: the targets' scores and the counts of higher and of
+equal scores, in chunks, with the seen items left out), the same in PyTorch, and PyTorch's products with `topk` of 50, chunk by chunk, which
+gives no rank beyond 50. Each way runs in a process of its own, one after another, with as many threads as there are cores.
 
 seconds: the best of --repeats runs over all users, compilation left out (the first batch's seconds are apart). MiB: the peak of the
 process' resident memory in these runs less the bytes of the item vectors: Python and its libraries, users, scores. Prints one table and
@@ -66,7 +66,7 @@ def with_jax(data: dict, args: argparse.Namespace) -> Callable[[int], dict]:
     import jax
     from jax.sharding import Mesh
 
-    from iam_jax.evaluate import make_ranker
+    from iam_jax.ranking.evaluate import make_ranker
 
     ranker = make_ranker(Mesh(np.array(jax.devices()[:1]), ("data",)), args.chunk, args.items)
     items_IE = jax.block_until_ready(jax.device_put(data.pop("items")))

@@ -23,9 +23,9 @@ from rectools.models import SASRecModel
 from iam_jax.config import Config
 from iam_jax.data.prepare import Prepared
 from iam_jax.data.splits import TEST, TRAIN, Events
+from iam_jax.devices.mesh import make_mesh, spread_rows
 from iam_jax.errors import InputError
-from iam_jax.evaluate import Evaluator, evaluate_all, summarize, validation_subset
-from iam_jax.sharding import make_mesh, spread_rows
+from iam_jax.ranking.evaluate import Evaluator, evaluate_all, summarize, validation_subset
 
 for _name in ("pytorch_lightning", "pytorch_lightning.utilities.rank_zero", "lightning_fabric"):
     logging.getLogger(_name).setLevel(logging.WARNING)  # which devices there are not

@@ -14,17 +14,17 @@ and normalises queries only; ours clips gradients and warms its learning rate up
 speed: each side in a process of its own, limited to the same --threads cores (CPU affinity; torch.set_num_threads), taking turns in windows
 of --seconds; while one works the other waits. RecTools is trained by Lightning's Trainer as its `fit` does it, its data loader in the
 training process (workers: 0, its default), without logger, progress bar, checkpoints and validation, OpenMP's threads passive; ours by the
-loop of iam_jax.train without its log and validations. Of several batch sizes each side gets its fastest, found before in one window each.
-The first steps, in which XLA compiles, are apart, and two steps before every window count for nothing.
+loop of iam_jax.training.loop without its log and validations. Of several batch sizes each side gets its fastest, found before in one window
+each. The first steps, in which XLA compiles, are apart, and two steps before every window count for nothing.
 A real event is a training target: a position with a label, of which each training event but a user's first is one an epoch. A slot is a
 position that the layers compute, real or padding; RecTools computes the softmax for all slots, ours for the targets, padded to the most
 that a row holds. cores: CPU seconds per second of the process.
 
 quality: RecTools trained until --minutes, --epochs or --patience ends it, validated every --eval_epochs as our runs are (validation_users,
 metric), with the best of several --learning_rate (by default those that launch/reproduce.py tries for ours), each tried for
---trial_minutes with seed 0; then the best epoch ranks all validation and test events by iam_jax/evaluate.py: every item a candidate, ties
-and seen items as ours, items without a training event scored 0. Its own `recommend` must give the same top 10 for --check users, or the
-exit code is 1.
+--trial_minutes with seed 0; then the best epoch ranks all validation and test events by iam_jax/ranking/evaluate.py: every item a
+candidate, ties and seen items as ours, items without a training event scored 0. Its own `recommend` must give the same top 10 for --check
+users, or the exit code is 1.
 FOLDER/seed<n> is like a working folder (evaluation.json, ranks.parquet, run.json), for --mode=compare too; finished seeds are kept. With
 --runs, working folders of ours (whose config, with its protocol, is then taken): means over the seeds and the difference, seed with seed,
 with the bootstrap over users. Each subcommand prints one table and writes one JSON.

@@ -12,9 +12,9 @@ from pathlib import Path
 import harness
 from sasrec_speed import SIDES
 
-from iam_jax import compare
 from iam_jax.config import Config, flatten, get_config
 from iam_jax.errors import InputError
+from iam_jax.runs import compare
 
 MAY_DIFFER = ("log.", "data.path", "data.cache", "train.keep")  # between our runs, besides the seed
 
@@ -56,7 +56,7 @@ def quality(config: Config, args: argparse.Namespace) -> tuple[dict, int]:
     from rectools_peer import choose_rate, train_seed
 
     from iam_jax.data.prepare import prepare
-    from iam_jax.evaluate import protocol
+    from iam_jax.ranking.evaluate import protocol
 
     if not args.minutes and not args.epochs:
         raise InputError("--minutes=0 --epochs=0: nothing ends the training")

@@ -62,8 +62,9 @@ def train_here(config: Config, args: argparse.Namespace, meter: Meter) -> None:
 
     from iam_jax.data.batches import training_batches
     from iam_jax.data.prepare import prepare
-    from iam_jax.sharding import shard_batch
-    from iam_jax.train import init_state, make_run, make_train_step
+    from iam_jax.devices.mesh import shard_batch
+    from iam_jax.training.run import make_run
+    from iam_jax.training.step import init_state, make_train_step
 
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_rows=args.batch))
     run = make_run(config, prepare(config.data))
@@ -73,7 +74,7 @@ def train_here(config: Config, args: argparse.Namespace, meter: Meter) -> None:
             counts = {"events": int((batch["target"] >= 0).sum()), "slots": batch["user"].size, "softmax": batch["target"].size}
             counts["tokens"] = int((batch["user"] > 0).sum())
             state, values = train_step(state, shard_batch(run.mesh, batch), run.items, np.int32(step), run.frozen)
-            if pending is not None:  # as in iam_jax.train: the host waits for the step before
+            if pending is not None:  # as in iam_jax.training.loop: the host waits for the step before
                 jax.block_until_ready(pending[0])
                 if not meter.tick(pending[1]):
                     return

@@ -22,8 +22,8 @@ import numpy as np
 
 from iam_jax.data.candidates import candidate_rows
 from iam_jax.data.catalogue import Catalogue
-from iam_jax.likelihood import log_likelihoods
 from iam_jax.model import Model
+from iam_jax.ranking.likelihood import log_likelihoods
 
 TOLERANCE = 1e-5  # of the score
 ONE_PASS, ONE_BY_ONE = "one pass", "one by one"

@@ -20,11 +20,12 @@ import harness
 import jax
 import ml_collections
 
-from iam_jax import topology
 from iam_jax.config import Config, default_config, resolve
 from iam_jax.data.assumed import Assumption, assume
-from iam_jax.plan import training_arguments
-from iam_jax.train import Run, make_run, make_train_step
+from iam_jax.devices import topology
+from iam_jax.planning.plan import training_arguments
+from iam_jax.training.run import Run, make_run
+from iam_jax.training.step import make_train_step
 
 CHIPS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 ITEM = 12  # tokens

@@ -14,8 +14,8 @@ import re
 import ml_collections
 
 from iam_jax.errors import InputError
-from iam_jax.files import to_path
 from iam_jax.schedule import Schedule, parse_schedule
+from iam_jax.storage.files import to_path
 
 CONFIG_FILE = "config.json"
 

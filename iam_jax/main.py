@@ -38,12 +38,12 @@ from absl import app, flags, logging  # noqa: E402
 from ml_collections import config_flags  # noqa: E402
 
 from iam_jax import config as config_lib  # noqa: E402
-from iam_jax import distributed  # noqa: E402
+from iam_jax.devices import distributed  # noqa: E402
+from iam_jax.devices.signals import Signals  # noqa: E402
 from iam_jax.errors import InputError, JobError, NonFiniteError  # noqa: E402
-from iam_jax.files import to_path, write_atomically  # noqa: E402
-from iam_jax.interrupt import Signals  # noqa: E402
-from iam_jax.storage import is_remote  # noqa: E402
-from iam_jax.workdir import check_workdir, lock_workdir, open_workdir  # noqa: E402
+from iam_jax.runs.workdir import check_workdir, lock_workdir, open_workdir  # noqa: E402
+from iam_jax.storage.files import to_path, write_atomically  # noqa: E402
+from iam_jax.storage.remote import is_remote  # noqa: E402
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file; may be left out where --workdir holds a run's config.")
 _WORKDIR = flags.DEFINE_string("workdir", "", "Working folder of the run; runs/<the config's name> by default.")
@@ -109,7 +109,7 @@ def run(signals: Signals) -> None:
         raise InputError(f"--output={_OUTPUT.value}: an export is a local folder")
     asked = {name: flag.value for name, flag in _SCORE.items()}
     if _MODE.value == "score":
-        from iam_jax.score import Request, score
+        from iam_jax.serving.score import Request, score
 
         asked |= {"output": _OUTPUT.value, "step": _STEP.value}
         return score(workdir, config, Request(**asked), saved=config_file == config_lib.__file__, signals=signals)
@@ -122,7 +122,7 @@ def run(signals: Signals) -> None:
 
         check_output(_OUTPUT.value)
     if exporting and alone:
-        from iam_jax import artefact
+        from iam_jax.serving import artefact
 
         artefact.check(config)
     if config.model.pretrained:
@@ -145,11 +145,12 @@ def run(signals: Signals) -> None:
 
     import jax
 
-    from iam_jax.checkpoint import Checkpoints
-    from iam_jax.evaluate import Evaluator, evaluate_all
     from iam_jax.model.lora import merge
-    from iam_jax.parameters import join
-    from iam_jax.train import make_run, train
+    from iam_jax.model.parameters import join
+    from iam_jax.ranking.evaluate import Evaluator, evaluate_all
+    from iam_jax.runs.checkpoint import Checkpoints
+    from iam_jax.training.loop import train
+    from iam_jax.training.run import make_run
 
     this = make_run(config, prepared)
     lock = contextlib.nullcontext()
@@ -162,7 +163,7 @@ def run(signals: Signals) -> None:
             open_workdir(workdir, config, prepared, fingerprint, shared=True)
     signals.poll()
     with lock, jax.set_mesh(this.mesh):
-        evaluator = Evaluator(this.model, config, prepared, this.items, this.mesh)
+        evaluator = Evaluator(this.model, config, prepared, this.mesh)
         if training:
             checkpoints = train(this, workdir, evaluator, signals)
         else:
@@ -181,7 +182,7 @@ def run(signals: Signals) -> None:
             return
         oracle = None
         if config.data.source == "synthetic":
-            from iam_jax.data import synthetic
+            from iam_jax.data.sources import synthetic
 
             oracle = synthetic.from_config(config.data.synthetic).oracle().scores
         evaluate_all(evaluator, params, step, workdir, oracle, signals.poll)
@@ -218,7 +219,7 @@ def _facts(config: config_lib.Config, workdir: Path, split: str, pretrained: str
 
 
 def _compare() -> None:
-    from iam_jax import compare
+    from iam_jax.runs import compare
 
     comparison = compare.collect(compare.named(_RUNS.value))
     print(compare.format_text(comparison), end="")
@@ -228,7 +229,7 @@ def _compare() -> None:
 
 
 def _plan(config: config_lib.Config) -> None:
-    from iam_jax import topology
+    from iam_jax.devices import topology
 
     asked = {name: flag.value for name, flag in (_SCORE | _PLAN).items()}
     for name in ("candidates", "vectors"):
@@ -242,8 +243,8 @@ def _plan(config: config_lib.Config) -> None:
             raise InputError(f"--{name}={value}: with --mode=plan, a number")
     topology.prepare(asked["topology"])
 
-    from iam_jax import estimate, plan
     from iam_jax.data.assumed import Assumption
+    from iam_jax.planning import estimate, plan
 
     assumption = None
     if asked["items"]:

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from iam_jax.errors import InputError, some
-from iam_jax.files import write_atomically
+from iam_jax.storage.files import write_atomically
 
 NON_FINITE, DIVERGED = 4, "diverged"  # exit code of a run that diverged, and what then marks it
 CONFIGS = Path(__file__).parents[1] / "configs"

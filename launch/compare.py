@@ -1,4 +1,4 @@
-"""Trains the variants of one comparison, one after another, and prints one table (iam_jax/compare.py).
+"""Trains the variants of one comparison, one after another, and prints one table (iam_jax/runs/compare.py).
 
     python launch/compare.py demo                     # item-aware attention, without inter layers, with shuffled titles
     python launch/compare.py toys --path=DIR          # item-aware attention, ordinary attention, SASRec on Amazon Toys
@@ -14,8 +14,8 @@ from pathlib import Path
 
 import commands
 
-from iam_jax import compare
 from iam_jax.errors import InputError
+from iam_jax.runs import compare
 
 # name -> config file and overrides; the first variant is what the others are compared with
 COMPARISONS = {

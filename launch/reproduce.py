@@ -29,10 +29,10 @@ from pathlib import Path
 import commands
 import numpy as np
 
-from iam_jax import compare
 from iam_jax.config import flatten
 from iam_jax.errors import InputError
-from iam_jax.files import write_atomically
+from iam_jax.runs import compare
+from iam_jax.storage.files import write_atomically
 
 # data set -> config of the models over text, how many times its schedule repeats "intra inter", and SASRec's data.row_tokens
 DATASETS = {

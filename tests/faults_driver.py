@@ -16,7 +16,9 @@ import time
 from absl import app
 from orbax.checkpoint._src.path import atomicity, deleter
 
-from iam_jax import evaluate, main, train
+from iam_jax import main
+from iam_jax.ranking import evaluate
+from iam_jax.training import loop as train
 
 
 def die(*_):

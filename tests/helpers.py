@@ -19,7 +19,7 @@ from iam_jax.data.prepare import Prepared
 from iam_jax.data.splits import TEST, TRAIN, VALIDATION, Events, Split
 from iam_jax.model import Model
 from iam_jax.schedule import parse_schedule
-from iam_jax.telemetry import is_timing
+from iam_jax.training.telemetry import is_timing
 
 
 def optimized_jit(function: Callable) -> Callable:

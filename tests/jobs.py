@@ -6,9 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from iam_jax import distributed
 from iam_jax.config import MeshConfig
-from iam_jax.interrupt import Signals
+from iam_jax.devices import distributed
+from iam_jax.devices.signals import Signals
 
 ROOT = Path(__file__).parents[1]
 LAUNCHER = ROOT / "launch" / "local.py"

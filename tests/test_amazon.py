@@ -9,7 +9,7 @@ import polars as pl
 import pytest
 import tensorflow_datasets as tfds
 
-from iam_jax.data import amazon
+from iam_jax.data.sources import amazon
 from iam_jax.errors import InputError
 
 

@@ -18,15 +18,15 @@ from helpers import make_config, on_devices, optimized_jit, random_params
 from test_evaluate import POLL, history_of
 from test_main import config_text, run
 
-from iam_jax import artefact
 from iam_jax import config as config_lib
-from iam_jax.checkpoint import Checkpoints
 from iam_jax.data.prepare import prepare
 from iam_jax.data.splits import TEST
 from iam_jax.errors import InputError
-from iam_jax.evaluate import Evaluator
 from iam_jax.model import make_model
-from iam_jax.train import make_run
+from iam_jax.ranking.evaluate import Evaluator
+from iam_jax.runs.checkpoint import Checkpoints
+from iam_jax.serving import artefact
+from iam_jax.training.run import make_run
 
 PAGE = (Path(__file__).parents[1] / "docs" / "serving.md").read_text(encoding="utf-8")
 (CODE,) = re.findall(r"```python\n(.+?)```", PAGE, re.S)
@@ -35,10 +35,10 @@ PAGE = (Path(__file__).parents[1] / "docs" / "serving.md").read_text(encoding="u
 ON_EIGHT = """
 import jax
 from helpers import make_config, random_params, tiny_data
-from iam_jax import artefact
+from iam_jax.serving import artefact
 from iam_jax.config import MeshConfig
 from iam_jax.model import make_model
-from iam_jax.sharding import make_mesh
+from iam_jax.devices.mesh import make_mesh
 
 config, prepared = make_config(), tiny_data(items=9)
 params = random_params(make_model(config, prepared.catalogue.vocabulary, 9, 4))
@@ -91,7 +91,7 @@ def evaluator(trained):
     checkpoints = Checkpoints(trained / "run", config.train.keep, config.selection, read_only=True)
     params = checkpoints.restore_params(6, this.abstract_trained)
     checkpoints.close()
-    return Evaluator(this.model, config, prepared, this.items, this.mesh), params
+    return Evaluator(this.model, config, prepared, this.mesh), params
 
 
 def test_a_service_gives_the_evaluators_lists(trained, evaluator):

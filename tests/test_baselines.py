@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from iam_jax import baselines
-from iam_jax.baselines import evaluate, item_knn, last_item_transitions, popularity, rank_scores
 from iam_jax.data.splits import TEST, TRAIN, VALIDATION, Events
-from iam_jax.metrics import ranking_metrics
+from iam_jax.ranking import baselines
+from iam_jax.ranking.baselines import evaluate, item_knn, last_item_transitions, popularity, rank_scores
+from iam_jax.ranking.metrics import ranking_metrics
 
 DATA = pathlib.Path(__file__).parents[2] / "shared" / "data"
 

@@ -9,12 +9,12 @@ from helpers import _norm, make_config, random_params, reference_states
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from iam_jax.beam import _Beam, _extend, _items, beam_search, history_rows, make_trie, search
 from iam_jax.data.candidates import candidate_rows
 from iam_jax.data.catalogue import Catalogue
-from iam_jax.likelihood import log_likelihoods
 from iam_jax.model import make_model
 from iam_jax.model.attention import decode_ranges
+from iam_jax.ranking.beam import _Beam, _extend, _items, beam_search, history_rows, make_trie, search
+from iam_jax.ranking.likelihood import log_likelihoods
 
 END, TOKENS = 7, 24  # the boundary token; what a model is made for
 # The beginnings of others, equal ones, one token only.

@@ -15,8 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from iam_jax import plan, topology, train
-from iam_jax.plan import device_bytes
+from iam_jax.devices import topology
+from iam_jax.planning import plan
+from iam_jax.planning.plan import device_bytes
+from iam_jax.training import loop as train
 
 HLO = "HloModule step\n\nENTRY %main (x: f32[]) -> f32[] {\n  ROOT %x = f32[] parameter(0)\n}\n"
 FOLDER = Path(__file__).parents[1] / "benchmarks"

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from iam_jax.data.candidates import candidate_rows
 from iam_jax.data.catalogue import Catalogue
-from iam_jax.likelihood import log_likelihoods
 from iam_jax.model import make_model
 from iam_jax.model.attention import key_ranges
+from iam_jax.ranking.likelihood import log_likelihoods
 
 PREPARED = tiny_data(prompt=2, suffix=1)
 CATALOGUE = PREPARED.catalogue

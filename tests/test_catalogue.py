@@ -18,7 +18,7 @@ from iam_jax.data.cache import cache_root, cached_folder
 from iam_jax.data.catalogue import has_text, item_texts, make_catalogue
 from iam_jax.data.tokenizer import Vocabulary
 from iam_jax.errors import InputError
-from iam_jax.files import write_atomically
+from iam_jax.storage.files import write_atomically
 
 TITLES = ["red lantern", "blue lantern", "red kettle", "a very long title about a blue kettle", "Café 木", "red lantern"]
 ITEMS = pl.DataFrame({"item": list("abcdef"), "title": TITLES, "brand": ["Orlo", "", "Venn", "Orlo", "", ""]})

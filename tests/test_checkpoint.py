@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from orbax.checkpoint._src.path import atomicity
 
-from iam_jax import checkpoint as checkpoint_lib
-from iam_jax.checkpoint import Checkpoints
 from iam_jax.errors import DamagedError, InputError
-from iam_jax.files import write_atomically
+from iam_jax.runs import checkpoint as checkpoint_lib
+from iam_jax.runs.checkpoint import Checkpoints
+from iam_jax.storage.files import write_atomically
 
 
 def state_of(step, rows=3):

@@ -10,9 +10,10 @@ import numpy as np
 import polars as pl
 import pytest
 
-from iam_jax import compare, metrics
 from iam_jax.config import flatten
 from iam_jax.errors import InputError
+from iam_jax.ranking import metrics
+from iam_jax.runs import compare
 
 ROOT = Path(__file__).parents[1]
 PROTOCOL = {"split": "leave_one_out", "filter_seen": True, "candidates": 1234, "ks": [1, 3]}

@@ -8,10 +8,10 @@ import pytest
 from jobs import two_processes
 from test_main import config_text
 
-from iam_jax import distributed
 from iam_jax import main as main_lib
+from iam_jax.devices import distributed
+from iam_jax.devices.signals import Signals, Stop
 from iam_jax.errors import InputError, JobError, NonFiniteError
-from iam_jax.interrupt import Signals, Stop
 
 
 @pytest.fixture

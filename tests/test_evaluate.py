@@ -9,15 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import polars as pl
 import pytest
-from helpers import make_config, random_params, tiny_data, tiny_rows
+from helpers import make_config, random_params, tiny_data
 
-from iam_jax import baselines, evaluate, metrics, objective
 from iam_jax.config import MeshConfig
 from iam_jax.data.prepare import Prepared
 from iam_jax.data.splits import TEST, TRAIN, VALIDATION, Events, Split
-from iam_jax.evaluate import Evaluator, evaluate_all, format_results, rank_chunked, validation_subset
+from iam_jax.devices.mesh import make_mesh
 from iam_jax.model import make_model
-from iam_jax.sharding import make_mesh
+from iam_jax.ranking import baselines, evaluate, metrics
+from iam_jax.ranking.evaluate import Evaluator, evaluate_all, format_results, rank_chunked, validation_subset
 
 POLL = {"poll": lambda: None, "label": ""}
 
@@ -78,8 +78,7 @@ def integers(prepared, seed=0):
 
 def make_evaluator(prepared, made=None, mesh=None, **sections):
     config = make_config(**sections)
-    items = objective.make_items(prepared.catalogue, prepared.events, tiny_rows(prepared, config).segments, config)
-    return Evaluator(made or SimpleNamespace(bind=Counter), config, prepared, items, mesh or make_mesh(MeshConfig()))
+    return Evaluator(made or SimpleNamespace(bind=Counter), config, prepared, mesh or make_mesh(MeshConfig()))
 
 
 def tokens_of(prepared, item):

@@ -19,8 +19,8 @@ from test_main import assert_same, checkpoint, config_text, contents, start, wai
 
 from iam_jax.config import LogConfig
 from iam_jax.errors import InputError
-from iam_jax.files import write_atomically
-from iam_jax.logs import MetricsLog
+from iam_jax.runs.logs import MetricsLog
+from iam_jax.storage.files import write_atomically
 
 TESTS = Path(__file__).parent
 STEPS = 12

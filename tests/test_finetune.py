@@ -15,20 +15,22 @@ from safetensors.numpy import load_file, save_file
 from test_main import assert_same, config_text, run
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from iam_jax import train as train_lib
 from iam_jax.config import default_config, get_config, resolve
 from iam_jax.data.candidates import candidate_rows
 from iam_jax.data.prepare import prepare
 from iam_jax.data.splits import TEST, VALIDATION
+from iam_jax.devices.signals import Signals
 from iam_jax.errors import InputError
-from iam_jax.evaluate import Evaluator
-from iam_jax.interrupt import Signals
-from iam_jax.likelihood import log_likelihoods
 from iam_jax.model import pretrained
 from iam_jax.model.lora import merge
-from iam_jax.parameters import join, select
-from iam_jax.score import Request, score
-from iam_jax.train import init_state, make_run, train
+from iam_jax.model.parameters import join, select
+from iam_jax.ranking.evaluate import Evaluator
+from iam_jax.ranking.likelihood import log_likelihoods
+from iam_jax.serving.score import Request, score
+from iam_jax.training import loop as train_lib
+from iam_jax.training.loop import train
+from iam_jax.training.run import make_run
+from iam_jax.training.step import init_state
 
 ITEMS, USERS = 12, 20
 FIELDS = {
@@ -94,7 +96,7 @@ def make(folder, monkeypatch):
 
 
 def evaluator_of(run):
-    return Evaluator(run.model, run.config, run.prepared, run.items, run.mesh)
+    return Evaluator(run.model, run.config, run.prepared, run.mesh)
 
 
 @pytest.fixture(scope="session")

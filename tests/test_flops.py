@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from helpers import make_config, packed_batch, tiny_data
 
-from iam_jax.chips import find_chip
-from iam_jax.flops import attention_flops, matmul_flops, step_flops, traced, utilisation, visible_pairs
-from iam_jax.train import make_run
+from iam_jax.devices.chips import find_chip, utilisation
+from iam_jax.training.flops import attention_flops, matmul_flops, step_flops, traced, visible_pairs
+from iam_jax.training.run import make_run
 
 D, F, M = 16, 24, 8  # width, feed-forward, items of tiny_data
 LAYER = 4 * D * D + 3 * D * F  # multiplications of a token: queries, keys, values, output; a gated MLP

@@ -8,13 +8,13 @@ from helpers import make_config, random_params, stack, tiny_data, tiny_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from iam_jax import objective
 from iam_jax.data.catalogue import Catalogue
 from iam_jax.data.item_rows import CHUNKS, CatalogueItems, DistinctItems, pack_items, without_items
-from iam_jax.evaluate import Evaluator
+from iam_jax.devices.mesh import make_mesh
 from iam_jax.model import make_model
-from iam_jax.model.heads import Recommender
-from iam_jax.sharding import make_mesh
+from iam_jax.model.network import Network
+from iam_jax.ranking.evaluate import Evaluator
+from iam_jax.training import objectives
 
 DATA = {"row_tokens": 24, "context_items": 1}
 
@@ -123,7 +123,7 @@ def test_an_item_longer_than_a_row_is_refused():
 def test_gradients_of_an_item_that_occurs_often_add_up():
     """In bfloat16 itself, 256 + 1 is 256."""
     x = jnp.ones((3, 4), jnp.bfloat16)
-    gradient = jax.grad(lambda x: Recommender.taken(x, jnp.zeros((2, 1024), int)).astype(jnp.float32).sum())(x)
+    gradient = jax.grad(lambda x: Network.taken(x, jnp.zeros((2, 1024), int)).astype(jnp.float32).sum())(x)
     assert gradient.dtype == jnp.bfloat16 and (gradient[0] == 2048).all() and not gradient[1:].any()
 
 
@@ -161,7 +161,7 @@ def case(name):
     prepared = tiny_data(users=30, prompt=2, suffix=2 * (name in SUFFIXED))
     config = make_config(data=DATA, **CASES[name])
     rows = tiny_rows(prepared, config)
-    items = objective.make_items(prepared.catalogue, prepared.events, rows.segments, config)
+    items = objectives.make_training_items(prepared.catalogue, prepared.events, rows.segments, config)
     model = make_model(config, prepared.catalogue.vocabulary, prepared.catalogue.items, int(prepared.catalogue.lengths.max()))
     return prepared, config, rows, items, model, random_params(model)
 
@@ -178,14 +178,14 @@ def test_losses_and_gradients_are_the_plain_ones(name):
 
     @jax.jit
     def run(params, batch):
-        return jax.value_and_grad(lambda p: sum(objective.losses(model.bind(p), config, items, batch, key, cache).values()))(params)
+        return jax.value_and_grad(lambda p: sum(objectives.losses(model.bind(p), config, items, batch, key, cache).values()))(params)
 
     (loss, grads), (expected, expected_grads) = run(params, once), run(params, without_items(plain))
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
     for path, g in jax.tree_util.tree_leaves_with_path(expected_grads):
         mine = functools.reduce(lambda tree, step: tree[step.key], path, grads)
         np.testing.assert_allclose(mine, g, rtol=1e-4, atol=1e-4 * max(1.0, np.abs(g).max()), err_msg=jax.tree_util.keystr(path))
-    text = str(jax.make_jaxpr(lambda p: objective.losses(model.bind(p), config, items, once, key, cache))(params))
+    text = str(jax.make_jaxpr(lambda p: objectives.losses(model.bind(p), config, items, once, key, cache))(params))
     assert "cond[" in text  # parts of the rows without a token are skipped
 
 
@@ -211,11 +211,11 @@ def test_ranking_vectors_are_the_plain_ones(name):
         sections = {section: dict(fields) for section, fields in CASES[name].items()}
         sections["model"]["item_states"] = item_states
         config = make_config(data=DATA, eval={"batch_rows": 2}, **sections)
-        evaluator = Evaluator(model, config, prepared, items, make_mesh(config.mesh))
+        evaluator = Evaluator(model, config, prepared, make_mesh(config.mesh))
         leading = evaluator.leading_states(params, evaluator.rows(targets))
         assert (leading is not None) == (item_states == "on")
         h = evaluator.history_vectors(params, targets, leading, lambda: None, "test")
-        results.append((h, np.asarray(evaluator._item_vectors(params, items, leading))))
+        results.append((h, np.asarray(evaluator._item_vectors(params, items.catalogue, leading))))
     for a, b in zip(*results, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 

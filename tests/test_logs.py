@@ -7,7 +7,7 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from iam_jax.config import LogConfig
-from iam_jax.logs import MetricsLog, progress_bar
+from iam_jax.runs.logs import MetricsLog, progress_bar
 
 
 def lines(workdir):

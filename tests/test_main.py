@@ -15,10 +15,10 @@ import pytest
 from helpers import metrics_lines
 
 from iam_jax import main as main_lib
-from iam_jax import metrics
+from iam_jax.devices.signals import Signals
 from iam_jax.errors import NonFiniteError
-from iam_jax.interrupt import Signals
-from iam_jax.workdir import lock_workdir
+from iam_jax.ranking import metrics
+from iam_jax.runs.workdir import lock_workdir
 
 TITLE = "item,title\na,red lantern\nb,blue kettle\nc,old clock\nd,teal rug\n"
 EVENTS = "user,item,timestamp\n" + "".join(f"u{u},{item},{t}\n" for u in range(9) for t, item in enumerate("abcd"))
@@ -176,7 +176,7 @@ def test_a_signal_before_training_leaves_nothing(tmp_path, tiny, number, where):
     wait = "    import pathlib, time\n    pathlib.Path('here').touch()\n    time.sleep(60)\n"
     if where == "data":  # a config file is part of the program: this one makes the shop slow
         wait = "    def slow(*_, **__):\n" + wait.replace("    ", "        ")
-        wait += "    from iam_jax.data import synthetic\n    synthetic.generate = slow\n"
+        wait += "    from iam_jax.data.sources import synthetic\n    synthetic.generate = slow\n"
     (tmp_path / "tiny.py").write_text(config_text(tiny, wait))
     process = start(tmp_path, "--config=tiny.py", XDG_CACHE_HOME=str(tmp_path / "cache"))
     wait_for(process, (tmp_path / "here").exists)
@@ -314,7 +314,7 @@ def test_exit_codes(monkeypatch, capsys, raised, code, told):
 STOPPED = """
 import threading
 from iam_jax import main
-from iam_jax.interrupt import Stop
+from iam_jax.devices.signals import Stop
 
 def run(_):
     threading.Thread(target=threading.Event().wait).start()  # as a library's thread whose owner was interrupted

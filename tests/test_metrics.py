@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from iam_jax import metrics
-from iam_jax.metrics import format_table, paired_difference, ranking_metrics, summarize
+from iam_jax.ranking import metrics
+from iam_jax.ranking.metrics import format_table, paired_difference, ranking_metrics, summarize
 
 ranks_and_ties = st.lists(st.tuples(st.integers(1, 70), st.integers(0, 70)), min_size=1, max_size=20)
 

@@ -11,7 +11,7 @@ import polars as pl
 import pytest
 from tensorflow_datasets.core.download import checksums
 
-from iam_jax.data import movielens, originals
+from iam_jax.data.sources import movielens, originals
 from iam_jax.errors import InputError
 
 RATINGS = "1::20::5::978300760\n1::10::3::978302109\n2::10::4::978301968\n1::20::1::978300760\n"

@@ -9,7 +9,7 @@ from helpers import make_config
 
 from iam_jax.config import OptimizerConfig
 from iam_jax.model import make_model
-from iam_jax.optimizer import decayed, learning_rate, make_optimizer
+from iam_jax.training.optimizer import decayed, learning_rate, make_optimizer
 
 
 @pytest.mark.parametrize(

@@ -8,14 +8,15 @@ import numpy as np
 import pytest
 from helpers import make_config, tiny_data
 
-from iam_jax import estimate, hlo, topology
-from iam_jax.chips import find_chip
 from iam_jax.config import finetuning_config, resolve
 from iam_jax.data.assumed import Assumption, assume
+from iam_jax.devices import topology
+from iam_jax.devices.chips import find_chip
 from iam_jax.errors import InputError
 from iam_jax.model import pretrained
-from iam_jax.plan import PARTS, Request, device_bytes, make_plan
-from iam_jax.train import make_run
+from iam_jax.planning import estimate, hlo
+from iam_jax.planning.plan import PARTS, Request, device_bytes, make_plan
+from iam_jax.training.run import make_run
 
 GIB = 2**30
 ONE_B = {
@@ -287,6 +288,6 @@ def test_without_libtpu(monkeypatch):
 
 def test_plans_with_the_configs_own_data(monkeypatch):
     prepared = tiny_data()
-    monkeypatch.setattr("iam_jax.plan.prepare", lambda *_: prepared)
+    monkeypatch.setattr("iam_jax.planning.plan.prepare", lambda *_: prepared)
     made = make_plan(make_config(model={"item_states": "off"}), Request("local", None, parts=()))
     assert made.scale == 1 and made.run.prepared is prepared and made.programs == {}

@@ -29,10 +29,10 @@ from pretrained_models import (
     write_model,
 )
 
+from iam_jax.devices.mesh import param_sharding
 from iam_jax.errors import InputError
 from iam_jax.model import pretrained
 from iam_jax.model.pretrained import importing, table
-from iam_jax.sharding import param_sharding
 
 STORIES = Path(__file__).parents[2] / "shared" / "data" / "tiny-llama-stories"
 

@@ -19,10 +19,11 @@ from test_main import run
 from iam_jax.config import default_config, resolve
 from iam_jax.data.prepare import prepare
 from iam_jax.data.splits import TEST, VALIDATION
-from iam_jax.evaluate import Evaluator, evaluate_all
-from iam_jax.interrupt import Signals
-from iam_jax.train import make_run, train
-from iam_jax.workdir import open_workdir
+from iam_jax.devices.signals import Signals
+from iam_jax.ranking.evaluate import Evaluator, evaluate_all
+from iam_jax.runs.workdir import open_workdir
+from iam_jax.training.loop import train
+from iam_jax.training.run import make_run
 
 USERS = 1201
 KINDS = {
@@ -36,7 +37,8 @@ GLOO = re.compile(r"\[Gloo\] Rank \d+ is connected to \d+ peer ranks\. Expected 
 MAIN = """
 import sys
 from absl import app
-from iam_jax import evaluate, main
+from iam_jax import main
+from iam_jax.ranking import evaluate
 
 if "--process_id=1" in sys.argv:
     evaluate.write_atomically = main.write_atomically = None  # it is not to write
@@ -58,7 +60,7 @@ def train_and_rank(workdir, settings):
     config = resolve(fields)
     this = make_run(config, prepare(config.data))
     open_workdir(workdir, config, this.prepared, create=True)
-    evaluator, events = Evaluator(this.model, config, this.prepared, this.items, this.mesh), this.prepared.events
+    evaluator, events = Evaluator(this.model, config, this.prepared, this.mesh), this.prepared.events
     targets = np.concatenate([events.targets(label) for label in (VALIDATION, TEST)])
     with jax.set_mesh(this.mesh):
         checkpoints = train(this, workdir, evaluator, Signals())

@@ -17,9 +17,9 @@ from test_evaluate import history_of, integers, make_evaluator, recent, tokens_o
 
 from iam_jax.config import MeshConfig
 from iam_jax.data.splits import TEST, VALIDATION
-from iam_jax.evaluate import make_ranker, rank_chunked
-from iam_jax.metrics import ranking_metrics
-from iam_jax.sharding import make_mesh, spread_rows
+from iam_jax.devices.mesh import make_mesh, spread_rows
+from iam_jax.ranking.evaluate import make_ranker, rank_chunked
+from iam_jax.ranking.metrics import ranking_metrics
 
 USERS, ITEMS = 53, 12_501  # neither divides by 8, nor by any chunk
 CHUNKS = (64, 1000, 4096, 12_000)

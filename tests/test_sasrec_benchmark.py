@@ -11,8 +11,9 @@ import numpy as np
 import polars as pl
 import pytest
 
-from iam_jax import compare, metrics
 from iam_jax.config import get_config, to_json
+from iam_jax.ranking import metrics
+from iam_jax.runs import compare
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 SMALL = ["data.k_core=0", "eval.resamples=20", "train.batch_rows=4", "model.width=16", "model.mlp_width=16"]

@@ -17,16 +17,16 @@ from jobs import run_job
 from test_main import config_text, contents, run, start, wait_for
 from tqdm import tqdm
 
-from iam_jax import score as score_lib
 from iam_jax.config import SyntheticConfig, get_config, resolve
 from iam_jax.data import stored as stored_lib
-from iam_jax.data import synthetic
 from iam_jax.data.histories import Lists
+from iam_jax.data.sources import synthetic
 from iam_jax.data.tokenizer import train_bpe
+from iam_jax.devices.signals import Stop
 from iam_jax.errors import InputError
-from iam_jax.interrupt import Stop
-from iam_jax.score import Request, score
-from iam_jax.scorer import top_items
+from iam_jax.serving import score as score_lib
+from iam_jax.serving.score import Request, score
+from iam_jax.serving.scorer import top_items
 
 FIELDS = {"data.source": "table", "data.path": "tables", "objective.vectors": "both", "score.part_users": 16, "train.steps": 30}
 

@@ -18,9 +18,9 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from iam_jax.config import MeshConfig
+from iam_jax.devices.mesh import AXES, BATCH, at_block_boundary, axes_of, make_mesh, mesh_sizes, param_sharding, shard_batch, split_rows
 from iam_jax.errors import InputError
 from iam_jax.model import make_model
-from iam_jax.sharding import AXES, BATCH, at_block_boundary, axes_of, make_mesh, mesh_sizes, param_sharding, shard_batch, split_rows
 
 MESHES = ((1, 1, 1), (8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2))
 STEPS = 20
@@ -134,9 +134,11 @@ def parts_on(mesh_shape: tuple[int, int, int]) -> list:
 def train_on(mesh_shape: tuple[int, int, int], once: bool = False) -> dict:
     """Training steps on the first devices: what is where, the losses, the first gradients, and the parameters after the first step. once:
     the leading intra layers once per distinct item."""
+    from iam_jax.data.batches import training_rows
     from iam_jax.data.item_rows import DistinctItems, without_items
-    from iam_jax.objective import make_items
-    from iam_jax.train import Run, init_state, make_train_step, training_rows
+    from iam_jax.training.objectives import make_training_items
+    from iam_jax.training.run import Run
+    from iam_jax.training.step import init_state, make_train_step
 
     config = make_config(**CONFIG)
     prepared = tiny_data(**DATA)
@@ -154,7 +156,7 @@ def train_on(mesh_shape: tuple[int, int, int], once: bool = False) -> dict:
         mesh,
         make_model(config, catalogue.vocabulary, DATA["items"]),
         rows,
-        make_items(catalogue, prepared.events, rows.segments, config),
+        make_training_items(catalogue, prepared.events, rows.segments, config),
     )
     with jax.set_mesh(mesh):
         state = init_state(run)
@@ -201,7 +203,8 @@ def finetune_on(mesh_shape: tuple[int, int, int], folder: Path) -> dict:
 
     from iam_jax.config import LoraConfig
     from iam_jax.model import pretrained
-    from iam_jax.train import init_state, make_run, make_train_step
+    from iam_jax.training.run import make_run
+    from iam_jax.training.step import init_state, make_train_step
 
     lora = LoraConfig(rank=2)
     config = config_of(folder, "(full +intra +inter)*2", row_tokens=24, lora=lora, frozen_dtype="bfloat16")
@@ -364,7 +367,7 @@ class FakeMesh:  # of twelve devices
 
 
 def test_sizes_that_do_not_divide_are_replicated(monkeypatch):
-    monkeypatch.setattr("iam_jax.sharding.NamedSharding", lambda mesh, spec: spec)
+    monkeypatch.setattr("iam_jax.devices.mesh.NamedSharding", lambda mesh, spec: spec)
     shapes = {
         "up_DF": (4, 9),
         "down_FD": (2, 10, 4),
@@ -387,7 +390,7 @@ def test_sizes_that_do_not_divide_are_replicated(monkeypatch):
 
 
 def test_rows_that_do_not_divide_are_replicated(monkeypatch):
-    monkeypatch.setattr("iam_jax.sharding.NamedSharding", lambda mesh, spec: spec)
+    monkeypatch.setattr("iam_jax.devices.mesh.NamedSharding", lambda mesh, spec: spec)
     monkeypatch.setattr("jax.device_put", lambda x, spec: spec)
     batch = {"token": np.zeros((8, 3)), "target": np.zeros((6, 2))}
     assert shard_batch(FakeMesh, batch) == {"token": P(("data", "fsdp")), "target": P()}

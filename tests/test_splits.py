@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from iam_jax.config import DataConfig
 from iam_jax.data.splits import LABELS, TEST, TRAIN, VALIDATION, make_split, shuffle_training
-from iam_jax.data.table import Tables, read_tables
+from iam_jax.data.tables import Tables, read_tables
 from iam_jax.errors import InputError
 
 DATA = Path(__file__).parents[2] / "shared" / "data"

@@ -19,14 +19,14 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from helpers import make_config, metrics_lines, tiny_data
 
-from iam_jax import storage
 from iam_jax.config import LogConfig, get_config
 from iam_jax.data.stored import read_stored
 from iam_jax.errors import InputError
-from iam_jax.files import to_path, write_atomically
-from iam_jax.logs import MetricsLog
-from iam_jax.telemetry import Profile
-from iam_jax.workdir import check_workdir, lock_workdir, open_workdir
+from iam_jax.runs.logs import MetricsLog
+from iam_jax.runs.workdir import check_workdir, lock_workdir, open_workdir
+from iam_jax.storage import remote as storage
+from iam_jax.storage.files import to_path, write_atomically
+from iam_jax.training.telemetry import Profile
 
 # ---- on a store in memory
 

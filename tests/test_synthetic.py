@@ -5,12 +5,12 @@ import numpy as np
 import polars as pl
 import pytest
 
-from iam_jax.baselines import evaluate, last_item_transitions, popularity
-from iam_jax.data import synthetic
+from iam_jax.data.sources import synthetic
+from iam_jax.data.sources.synthetic import LIKED, VALUES, generate
 from iam_jax.data.splits import TEST, TRAIN, VALIDATION, Events
-from iam_jax.data.synthetic import LIKED, VALUES, generate
 from iam_jax.errors import InputError
-from iam_jax.metrics import ranking_metrics
+from iam_jax.ranking.baselines import evaluate, last_item_transitions, popularity
+from iam_jax.ranking.metrics import ranking_metrics
 
 
 def events_of(tables, keep=True):

@@ -11,15 +11,18 @@ import numpy as np
 import pytest
 from jobs import two_processes
 
-from iam_jax import chips, telemetry
-from iam_jax import train as train_lib
 from iam_jax.config import default_config, resolve
 from iam_jax.data.prepare import prepare
+from iam_jax.devices import chips
+from iam_jax.devices.signals import Signals, Stop
 from iam_jax.errors import InputError, NonFiniteError
-from iam_jax.flops import StepFlops
-from iam_jax.interrupt import Signals, Stop
-from iam_jax.telemetry import Meter, Profile, is_timing, memory
-from iam_jax.train import init_state, make_run, make_train_step, train
+from iam_jax.training import loop as train_lib
+from iam_jax.training import telemetry
+from iam_jax.training.flops import StepFlops
+from iam_jax.training.loop import train
+from iam_jax.training.run import make_run
+from iam_jax.training.step import init_state, make_train_step
+from iam_jax.training.telemetry import Meter, Profile, is_timing, memory
 
 CHIP = chips.find_chip("TPU v5e")
 
@@ -79,7 +82,7 @@ from jobs import join_job
 
 join_job(sys.argv[1:])
 import jax
-from iam_jax import telemetry
+from iam_jax.training import telemetry
 
 now, process = [0], jax.process_index()
 telemetry.time = SimpleNamespace(monotonic=lambda: now[0])

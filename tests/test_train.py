@@ -12,15 +12,18 @@ import pytest
 from helpers import make_config, tiny_data
 from helpers import metrics_lines as lines
 
-from iam_jax import objective
-from iam_jax import train as train_lib
-from iam_jax.checkpoint import Checkpoints
 from iam_jax.config import default_config, resolve
 from iam_jax.data.prepare import prepare
+from iam_jax.devices.signals import Signals, Stop
 from iam_jax.errors import InputError, NonFiniteError
-from iam_jax.evaluate import Evaluator
-from iam_jax.interrupt import Signals, Stop
-from iam_jax.train import init_state, make_run, make_train_step, train
+from iam_jax.ranking.evaluate import Evaluator
+from iam_jax.runs.checkpoint import Checkpoints
+from iam_jax.training import loop as train_lib
+from iam_jax.training import objectives
+from iam_jax.training.loop import train
+from iam_jax.training.optimizer import learning_rate
+from iam_jax.training.run import make_run
+from iam_jax.training.step import init_state, make_train_step
 
 OBJECTIVES = {
     "full": {"objective.token": 0.1},
@@ -43,7 +46,7 @@ def once(function):
     return wrapped
 
 
-EVALUATOR = once(lambda run: Evaluator(run.model, run.config, run.prepared, run.items, run.mesh))
+EVALUATOR = once(lambda run: Evaluator(run.model, run.config, run.prepared, run.mesh))
 INITIAL, STEP = once(init_state), once(make_train_step)
 
 
@@ -296,13 +299,13 @@ def with_nan_gradient(value, model):
 
 def poisoned(patch, poison, when=lambda batch: jnp.bool_(True)):
     """From here on training steps are compiled whose losses are poisoned: those of batches for which `when` is true."""
-    real = objective.losses
+    real = objectives.losses
 
     def losses(model, config, items, batch, *rest):
         sums = real(model, config, items, batch, *rest)
         return sums | {"item": jax.lax.cond(when(batch), lambda: poison(sums["item"], model), lambda: sums["item"])}
 
-    patch.setattr(objective, "losses", losses)
+    patch.setattr(objectives, "losses", losses)
     patch.setattr(train_lib, "make_train_step", once(make_train_step))
 
 
@@ -330,7 +333,7 @@ def test_a_step_that_is_not_finite_leaves_the_state_bitwise_as_it_was(make, pois
             state, metrics = step(state, next(batches), run.items, np.int32(number), {})
             norms.append(float(metrics[named]))
             assert differ(state, before) == (number != 1)
-            follows = train_lib.learning_rate(run.config.optimizer)([0, 1, 1][number])  # the updates, not the steps
+            follows = learning_rate(run.config.optimizer)([0, 1, 1][number])  # the updates, not the steps
             assert float(metrics["learning_rate"]) == pytest.approx(float(follows), rel=1e-6)
         assert np.isnan(norms[1]) and np.isfinite(norms[0]) and np.isfinite(norms[2])
 

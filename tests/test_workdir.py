@@ -7,7 +7,7 @@ import pytest
 from helpers import make_config, tiny_data
 
 from iam_jax.errors import InputError
-from iam_jax.workdir import check_workdir, lock_workdir, open_workdir
+from iam_jax.runs.workdir import check_workdir, lock_workdir, open_workdir
 
 
 def listing(folder):

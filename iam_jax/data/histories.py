@@ -10,7 +10,7 @@ import polars as pl
 
 from iam_jax.data.batches import count_up
 from iam_jax.data.splits import Events, codes, order_events
-from iam_jax.data.table import INTERACTIONS, read_table, refuse
+from iam_jax.data.tables import INTERACTIONS, read_table, refuse
 from iam_jax.errors import InputError
 
 

@@ -1,7 +1,7 @@
 """Each item once: distinct items packed into rows of their own, for the layers whose states depend on the item alone.
 
 The states after the leading intra layers are computed for these rows, and every occurrence of an item takes them over
-(`Recommender.leading_states`). Axes as in batches.py, and R rows of items; prompt and suffix, entries I and I + 1 of the catalogue,
+(`Network.leading_states`). Axes as in batches.py, and R rows of items; prompt and suffix, entries I and I + 1 of the catalogue,
 are items here like the others.
 """
 

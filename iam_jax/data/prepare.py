@@ -10,7 +10,7 @@ import numpy as np
 import polars as pl
 
 from iam_jax.config import DataConfig
-from iam_jax.data import table
+from iam_jax.data import tables as tables_lib
 from iam_jax.data.cache import cache_root, cached_folder
 from iam_jax.data.catalogue import Catalogue, has_text, make_catalogue
 from iam_jax.data.splits import Events, Split, as_strings, make_split, shuffle_training
@@ -54,26 +54,26 @@ def prepare(config: DataConfig, given: Vocabulary | None = None) -> Prepared:
 
 
 def _is_tables(path: str) -> bool:
-    return bool(path) and bool(table.table_files(path, "interactions"))
+    return bool(path) and bool(tables_lib.table_files(path, "interactions"))
 
 
-def _load(config: DataConfig) -> table.Tables:
+def _load(config: DataConfig) -> tables_lib.Tables:
     if config.source == "synthetic":
-        from iam_jax.data import synthetic
+        from iam_jax.data.sources import synthetic
 
         return synthetic.from_config(config.synthetic).tables()
     if config.source == "table" or _is_tables(config.path):
-        return table.read_tables(config.path, check_unknown_items=config.untitled != "drop")
+        return tables_lib.read_tables(config.path, check_unknown_items=config.untitled != "drop")
     prepared = str(cache_root(config.cache) / "tensorflow_datasets")
     if config.source == "ml1m":
-        from iam_jax.data import movielens
+        from iam_jax.data.sources import movielens
 
         tables = movielens.load(config.path, prepared)
     else:
-        from iam_jax.data import amazon
+        from iam_jax.data.sources import amazon
 
         tables = amazon.load(config.path, config.category, prepared)
-    table.check_tables(tables, check_unknown_items=config.untitled != "drop")
+    tables_lib.check_tables(tables, check_unknown_items=config.untitled != "drop")
     return tables
 
 
@@ -83,11 +83,11 @@ def _cached_split(config: DataConfig, cache: Path) -> Split:
     settings = [_VERSION, {field: getattr(config, field) for field in _SPLIT_FIELDS}, config.tokenizer == "id"]
     tables = None
     if config.source == "synthetic":
-        from iam_jax.data import synthetic
+        from iam_jax.data.sources import synthetic
 
         identity = ["synthetic", synthetic.VERSION, dataclasses.asdict(config.synthetic)]
     elif config.source == "table" or _is_tables(config.path):
-        identity = ["table", table.fingerprint_tables(config.path)]
+        identity = ["table", tables_lib.fingerprint_tables(config.path)]
     else:
         tables = _load(config)
         identity = [config.source, tables.fingerprint]

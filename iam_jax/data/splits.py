@@ -13,7 +13,7 @@ import numpy as np
 import polars as pl
 
 from iam_jax.config import DataConfig
-from iam_jax.data.table import Tables, canonical_timestamps, parse_timestamps
+from iam_jax.data.tables import Tables, canonical_timestamps, parse_timestamps
 from iam_jax.errors import InputError
 
 TRAIN, VALIDATION, TEST = 0, 1, 2
@@ -62,6 +62,11 @@ class Split:
     items: pl.DataFrame
     sha256: str
     notes: tuple[str, ...]  # printed: what was read, and what each filter removed
+
+
+def users_of(events: Events, targets: np.ndarray) -> np.ndarray:
+    """[n] the user of each event."""
+    return np.searchsorted(events.offsets, targets, side="right") - 1
 
 
 def make_split(tables: Tables, config: DataConfig, has_text: Callable[[pl.DataFrame], np.ndarray]) -> Split:

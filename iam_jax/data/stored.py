@@ -13,9 +13,9 @@ from iam_jax.config import DataConfig
 from iam_jax.data import tokenizer as tokens_lib
 from iam_jax.data.catalogue import Catalogue, frame_entries, item_entries, item_texts
 from iam_jax.data.prepare import Prepared
-from iam_jax.data.table import read_table, refuse
+from iam_jax.data.tables import read_table, refuse
 from iam_jax.errors import InputError
-from iam_jax.files import parquet
+from iam_jax.storage.files import parquet
 
 ITEMS_FILE = "items.parquet"
 

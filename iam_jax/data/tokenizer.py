@@ -7,7 +7,7 @@ from typing import NamedTuple
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from iam_jax.errors import InputError
-from iam_jax.files import to_path
+from iam_jax.storage.files import to_path
 
 
 class Vocabulary(NamedTuple):

@@ -34,7 +34,9 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from iam_jax.kernels import blocked, gpu, local, tpu
-from iam_jax.sharding import BATCH_AXES, HEADS_AXIS
+
+# Mesh axes over which a kernel is split, where the current mesh has them: the rows of a batch, and the heads.
+BATCH_AXES, HEADS_AXIS = ("data", "fsdp"), "tensor"
 
 IMPLEMENTATIONS = ("reference", "local", "blocked", "tpu", "gpu")
 LOCAL_KEYS = 128  # the longest reach for which None may mean `local`

@@ -7,18 +7,18 @@ import jax
 from flax import nnx
 
 from iam_jax.config import Config
-from iam_jax.model.heads import Recommender
 from iam_jax.model.lora import Keys
+from iam_jax.model.network import Network
 
 Params = dict
 
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """`init(key)` makes the parameters, a nested dict of float32 arrays named by their axes; `bind(params)` a Recommender."""
+    """`init(key)` makes the parameters, a nested dict of float32 arrays named by their axes; `bind(params)` a Network."""
 
     init: Callable[[jax.Array], Params]
-    bind: Callable[[Params], Recommender]
+    bind: Callable[[Params], Network]
     _shapes: Params = dataclasses.field(repr=False, compare=False)
 
     def shapes(self) -> Params:
@@ -30,8 +30,8 @@ def make_model(config: Config, vocabulary: int, items: int, longest: int | None 
     """vocabulary: token ids, boundary included; items: rows of the item table; longest: tokens of the longest item (or prompt), which
     bounds what an intra layer has to look at; None: not known, then intra layers cost more on a CPU."""
 
-    def build(key: jax.Array) -> Recommender:
-        return Recommender(config, vocabulary, items, longest, Keys(key))
+    def build(key: jax.Array) -> Network:
+        return Network(config, vocabulary, items, longest, Keys(key))
 
     def init(key: jax.Array) -> Params:
         return nnx.to_pure_dict(nnx.split(build(key))[1])

@@ -12,11 +12,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from iam_jax.config import ModelConfig
+from iam_jax.devices.mesh import at_block_boundary, looked_up
 from iam_jax.kernels.range_attention import range_attention
 from iam_jax.model.attention import Ranges, key_ranges, rotary
 from iam_jax.model.lora import Keys, add_adapters, dropout, linear, weight
 from iam_jax.schedule import Schedule
-from iam_jax.sharding import at_block_boundary, looked_up
 
 _ACTIVATIONS = {"silu": jax.nn.silu, "gelu": jax.nn.gelu, "relu": jax.nn.relu}
 

@@ -1,0 +1,274 @@
+"""Amazon's product reviews, 2014 and 2018, from the original five-core reviews and metadata files.
+
+    tables = amazon.load(category="2014/Toys_and_Games")          # or "toys"; downloads both files, once
+    tables = amazon.load("~/Downloads", "2018/arts")              # from the files of a folder instead
+
+An item's text columns are `title`, `brand` and `category`, its path: "Toys & Games > Puzzles > Jigsaw Puzzles" (where the 2014
+release has several, the first of the longest). Text is unescaped once ("&amp;" is "&") and its white space collapsed. Prices
+and descriptions are left out: many 2018 prices are page scripts, and descriptions would outweigh all other text.
+"""
+
+import ast
+import gzip
+import html
+import json
+import re
+from collections.abc import Container, Iterable, Iterator
+from pathlib import Path
+from typing import ClassVar
+
+import tensorflow_datasets as tfds
+
+from iam_jax.data import tables as tables_lib
+from iam_jax.data.sources.originals import Event, Files, TableBuilder, malformed, prepared, reading
+from iam_jax.data.tables import Tables
+from iam_jax.errors import InputError, some
+
+_BOTH = (
+    "Automotive Books CDs_and_Vinyl Cell_Phones_and_Accessories Clothing_Shoes_and_Jewelry Digital_Music Electronics "
+    "Grocery_and_Gourmet_Food Home_and_Kitchen Kindle_Store Movies_and_TV Musical_Instruments Office_Products "
+    "Patio_Lawn_and_Garden Pet_Supplies Sports_and_Outdoors Tools_and_Home_Improvement Toys_and_Games Video_Games"
+).split()
+_ONLY_2014 = "Amazon_Instant_Video Apps_for_Android Baby Beauty Health_and_Personal_Care".split()
+_ONLY_2018 = (
+    "AMAZON_FASHION All_Beauty Appliances Arts_Crafts_and_Sewing Gift_Cards Industrial_and_Scientific Luxury_Beauty "
+    "Magazine_Subscriptions Prime_Pantry Software"
+).split()
+CATEGORIES = {  # release -> every category that it has a five-core file of
+    2014: sorted([*_BOTH, *_ONLY_2014]),
+    2018: sorted([*_BOTH, *_ONLY_2018]),
+}
+_SHORT = {
+    "apps": "Apps_for_Android",
+    "arts": "Arts_Crafts_and_Sewing",
+    "cds": "CDs_and_Vinyl",
+    "cellphones": "Cell_Phones_and_Accessories",
+    "clothing": "Clothing_Shoes_and_Jewelry",
+    "fashion": "AMAZON_FASHION",
+    "food": "Grocery_and_Gourmet_Food",
+    "games": "Video_Games",
+    "garden": "Patio_Lawn_and_Garden",
+    "grocery": "Grocery_and_Gourmet_Food",
+    "health": "Health_and_Personal_Care",
+    "home": "Home_and_Kitchen",
+    "instruments": "Musical_Instruments",
+    "kindle": "Kindle_Store",
+    "luxury": "Luxury_Beauty",
+    "magazines": "Magazine_Subscriptions",
+    "movies": "Movies_and_TV",
+    "music": "Digital_Music",
+    "office": "Office_Products",
+    "pantry": "Prime_Pantry",
+    "pets": "Pet_Supplies",
+    "phones": "Cell_Phones_and_Accessories",
+    "scientific": "Industrial_and_Scientific",
+    "sports": "Sports_and_Outdoors",
+    "tools": "Tools_and_Home_Improvement",
+    "toys": "Toys_and_Games",
+    "video": "Amazon_Instant_Video",
+}
+ALIASES = {2014: _SHORT, 2018: _SHORT | {"beauty": "All_Beauty"}}
+
+LAYOUT = (
+    "meta_{category}.json.gz and, for the 2014 release, reviews_{category}_5.json.gz or, for 2018, {category}_5.json.gz "
+    "(also unpacked, without .gz)"
+)
+_SNAP = "https://snap.stanford.edu/data/amazon/productGraph/categoryFiles"
+_UCSD = "https://mcauleylab.ucsd.edu/public_datasets/data/amazon_v2"  # the older jmcauley.ucsd.edu let its certificate run out
+_ADDRESSES = {  # {} is the category
+    2014: {"interactions": f"{_SNAP}/reviews_{{}}_5.json.gz", "items": f"{_SNAP}/meta_{{}}.json.gz"},
+    2018: {"interactions": f"{_UCSD}/categoryFilesSmall/{{}}_5.json.gz", "items": f"{_UCSD}/metaFiles2/meta_{{}}.json.gz"},
+}
+
+
+def resolve(category: str) -> tuple[int, str]:
+    """`category` as (release, name): "2018/Arts_Crafts_and_Sewing", "2018/arts" or "toys", in any case.
+
+    Without a release it is the 2014 one where that has the category, else the 2018 one.
+    """
+    year, _, short = category.strip().rpartition("/")
+
+    def key(text: str) -> str:
+        return re.sub(r"[^a-z0-9]", "", text.lower())
+
+    for release, categories in CATEGORIES.items():
+        names = ALIASES[release] | {key(name): name for name in categories}
+        if year in ("", str(release)) and (name := names.get(key(short))) in categories:
+            return release, name
+    valid = "; ".join(f"{release}: {', '.join(names)}" for release, names in CATEGORIES.items())
+    short = ", ".join(sorted({*_SHORT, "beauty"}))
+    raise InputError(f"unknown Amazon category {category!r}; valid are, after 2014/ or 2018/, {valid}; for short {short}")
+
+
+def addresses(year: int, category: str) -> dict[str, str]:
+    """Where the originals are; their last parts are the file names."""
+    return {split: address.format(category) for split, address in _ADDRESSES[year].items()}
+
+
+def read_lines(path: Path, name: str) -> Iterator[bytes]:
+    """The lines of a file, gzipped or not."""
+    with open(path, "rb") as file:
+        gzipped = file.read(2) == b"\x1f\x8b"
+    with reading(path, name), gzip.open(path) if gzipped else open(path, "rb") as file:
+        yield from file
+
+
+def parse_record(line: bytes) -> dict:
+    """A line as a dict: JSON, or the Python literal of the 2014 metadata. Raises ValueError where it is neither."""
+    try:
+        record = json.loads(line) if line[1:].lstrip().startswith(b'"') else ast.literal_eval(line.decode())
+    except (SyntaxError, TypeError, MemoryError, RecursionError) as error:
+        raise ValueError(str(error)) from error
+    if not isinstance(record, dict):
+        raise ValueError("not a record")
+    return record
+
+
+def parse_reviews(lines: Iterable[bytes], name: str = "reviews") -> Iterator[Event]:
+    """Review lines as events, every one of them: repeated (user, item) pairs stay."""
+    for number, line in enumerate(lines, 1):
+        try:
+            review = parse_record(line)
+            user, item, timestamp = review["reviewerID"], review["asin"], review["unixReviewTime"]
+            fits = type(timestamp) is int and timestamp.bit_length() < 64 and user.split() == [user] and item.split() == [item]
+            event = user, item, timestamp, float(review["overall"])
+        except (ValueError, KeyError, TypeError, AttributeError):
+            fits = False
+        if not fits:
+            raise malformed(name, number, "a review with reviewerID, asin, unixReviewTime and overall", line)
+        yield event
+
+
+_ASIN = re.compile(rb"""["']asin["']:\s*["']([^"']+)["']""")
+
+
+def parse_metadata(
+    lines: Iterable[bytes], wanted: Container[str], counts: dict[str, int], name: str = "metadata"
+) -> dict[str, tuple[str, str, str]]:
+    """Metadata lines as {item: (title, brand, category)} of the `wanted` items; text that is missing is "".
+
+    Other items' lines, most of the file, are not parsed. Of an item's several lines the first counts. A title that is a piece
+    of the page's script, as the 2018 release has them (told by its `getTime`), is a missing title. `counts` receives the
+    numbers of `repeated_metadata` lines and of `script_titles`.
+    """
+    texts: dict[str, tuple[str, str, str]] = {}
+    counts |= {"repeated_metadata": 0, "script_titles": 0}
+    for number, line in enumerate(lines, 1):
+        found = _ASIN.findall(line)
+        if found and not any(item.decode(errors="replace") in wanted for item in found):
+            continue
+        try:
+            record = parse_record(line)
+            item = record["asin"]
+        except (ValueError, KeyError):
+            raise malformed(name, number, "a product with asin", line) from None
+        if item not in wanted:
+            continue
+        if item in texts:
+            counts["repeated_metadata"] += 1
+            continue
+        title = clean(record.get("title"))
+        if "getTime" in title:
+            counts["script_titles"] += 1
+            title = ""
+        paths = record.get("categories") or [record.get("category") or []]
+        texts[item] = title, clean(record.get("brand")), category_path(paths)
+    return texts
+
+
+def clean(text: object) -> str:
+    """Text in one line, without HTML entities; "" for None."""
+    text = "" if text is None else str(text).encode(errors="replace").decode()  # JSON can hold halves of surrogate pairs
+    return " ".join(html.unescape(text).split())
+
+
+def category_path(paths: list) -> str:
+    """The first of the longest paths, "A > B > C"."""
+    longest = max(([path] if isinstance(path, str) else path for path in paths), key=len)
+    return " > ".join(filter(None, map(clean, longest)))
+
+
+class Config(tfds.core.BuilderConfig):
+    """One category of one release."""
+
+    def __init__(self, year: int, category: str):
+        super().__init__(name=f"{year}_{category}", description=f"Amazon {year}, {category.replace('_', ' ')}, five-core")
+        self.year, self.category = year, category
+
+
+class Amazon(TableBuilder):
+    """Five-core reviews of a category, and the texts of the items reviewed; items without metadata have empty texts."""
+
+    name = "iam_amazon"
+    TEXT = ("title", "brand", "category")
+    BUILDER_CONFIGS: ClassVar = [Config(year, category) for year, names in CATEGORIES.items() for category in names]
+    url_infos = None  # nobody publishes checksums of these files; `load` prints what they were
+
+    def urls(self) -> dict[str, str]:
+        return addresses(self.builder_config.year, self.builder_config.category)
+
+    def events(self, files: Files) -> Iterator[Event]:
+        name = self.called("interactions")
+        self._reviewed: set[str] = set()
+        for event in parse_reviews(read_lines(files["interactions"], name), name):
+            self._reviewed.add(event[1])
+            yield event
+
+    def items(self, files: Files) -> Iterator[tuple[str, str, str, str]]:
+        name = self.called("items")
+        texts = parse_metadata(read_lines(files["items"], name), self._reviewed, self.counts, name)
+        rows = [(item, *texts.get(item, ("", "", ""))) for item in sorted(self._reviewed)]
+        self.counts["without_metadata"] = len(rows) - len(texts)
+        self.counts["without_title"] = sum(not title for _, title, _, _ in rows)
+        return iter(rows)
+
+
+def find(path: str, category: str) -> tuple[int, str, dict[str, Path]]:
+    """(release, category, its originals) in the folder `path`; an empty `category` is the only one that is there."""
+    folder = Path(path).expanduser()
+
+    def present(year: int, name: str) -> dict[str, Path]:
+        files = {split: folder / address.rpartition("/")[2] for split, address in addresses(year, name).items()}
+        files = {split: file if file.is_file() else file.with_suffix("") for split, file in files.items()}
+        return {split: file for split, file in files.items() if file.is_file()}
+
+    if category:
+        candidates = [resolve(category)]
+    else:
+        every = [(year, name) for year, names in CATEGORIES.items() for name in names]
+        candidates = [(year, name) for year, name in every if "interactions" in present(year, name)]
+    if len(candidates) > 1:
+        which = some(f"{year}/{name}" for year, name in candidates)
+        raise InputError(f"{path}: reviews of several categories in this folder: {which}; name one of them in data.category")
+    if not candidates:
+        raise InputError(f"{path}: no Amazon reviews in this folder; expected {LAYOUT}; or tables: {tables_lib.LAYOUT}")
+    ((year, name),) = candidates
+    files = present(year, name)
+    if len(files) < 2:
+        missing = [address.rpartition("/")[2] for split, address in addresses(year, name).items() if split not in files]
+        raise InputError(f"{path}: no {' and no '.join(missing)} in this folder; expected {LAYOUT}; or tables: {tables_lib.LAYOUT}")
+    return year, name, files
+
+
+def load(path: str = "", category: str = "", data_dir: str = "") -> Tables:
+    """A category's reviews and items (`title`, `brand`, `category`); timestamps are unix seconds, of day resolution.
+
+    Args:
+        path: folder with the two original files; empty: they are downloaded.
+        category: see `resolve`; may be empty where `path` holds one category only.
+        data_dir: where TFDS keeps downloads and prepared data; empty: TFDS's default.
+
+    Raises:
+        InputError: an unknown category, missing, malformed or damaged files, or a download that failed.
+    """
+    year, name, files = find(path, category) if path else (*resolve(category), None)
+    builder = prepared(Amazon, data_dir, files, f"{year}_{name}")
+    n = builder.info.metadata["counts"]
+    print(
+        f"Amazon {year}/{name}: {n['interactions']:,} reviews, {n['items']:,} items, "
+        f"{n['without_metadata']:,} of them without metadata, {n['without_title']:,} without a title "
+        f"(in {n['script_titles']:,} it is a script); {n['repeated_metadata']:,} repeated metadata lines"
+    )
+    for split, sha256 in builder.info.metadata["originals"].items():
+        print(f"  {builder.called(split)}: SHA-256 {sha256}")
+    return builder.tables()

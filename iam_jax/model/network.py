@@ -1,0 +1,108 @@
+"""From states to item scores and token logits: the network is the decoder with its heads."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from iam_jax.config import Config
+from iam_jax.devices.mesh import split_rows
+from iam_jax.model.decoder import Cache, Decoder, Norm
+from iam_jax.model.lora import Keys, weight
+
+
+class Network(nnx.Module):
+    """Scores are products of projected history states h_XE and item vectors v_CE, both float32."""
+
+    def __init__(self, config: Config, vocabulary: int, items: int, longest: int | None, keys: Keys):
+        model, D = config.model, config.model.width
+        self.config = config
+        self.decoder = Decoder(model, config.schedule, vocabulary, config.data.row_tokens, longest, keys)
+        if config.objective.item and not model.tie_items:
+            # The projections start as the identity: an untrained history prefers items whose text is like its last item's. From
+            # random ones the first epochs pass before any of the text counts (configs/demo.py: validation NDCG@10 0.03 instead
+            # of 0.19).
+            self.state_DE = nnx.Param(jnp.eye(D))
+            if config.objective.vectors != "text":
+                self.table_IE = weight(keys, (items, D), D)
+        if config.objective.item and config.uses_text:
+            # A projection of its own: without it a user's first item state would equal its own vector.
+            self.text_norm = Norm(model, D)
+            self.text_DE = nnx.Param(jnp.eye(D) * D**-0.5)  # vectors of the size of a table row
+        if (config.objective.token or model.pretrained) and not model.tie_tokens:
+            self.output_VD = weight(keys, (vocabulary - bool(model.pretrained), D), D)
+            if model.pretrained:
+                self.output_boundary_D = nnx.Param(jnp.zeros(D))
+
+    def states(self, batch: dict, key: jax.Array | None = None, leading_XD: jax.Array | None = None) -> jax.Array:
+        """x_BTD float32 after the final norm, of `token`, `user`, `group`, `position` and optionally `candidate` [B, T].
+
+        leading_XD: states after the leading intra layers, of items computed once each; the batch's `slot` [B, T] says which row is
+        whose (`leading_states`, data/item_rows.py).
+        """
+        if leading_XD is None:
+            x_BTD = self.decoder(batch, key=key)
+        else:
+            x_BTD = self.decoder(batch, key=key, first=self.config.schedule.leading_intra, x_BTD=self.taken(leading_XD, batch["slot"]))
+        return self.decoder.final_norm(x_BTD.astype(jnp.float32))
+
+    @staticmethod
+    def taken(leading_XD: jax.Array, slot: jax.Array) -> jax.Array:
+        """The states at `slot`, of any shape. Their gradients add up in float32: an item may occur hundreds of times."""
+        return leading_XD.astype(jnp.float32)[slot].astype(leading_XD.dtype)
+
+    def leading_states(self, rows: dict, chunks: int, key: jax.Array | None = None) -> jax.Array:
+        """x_XD, a row for each slot: states after the leading intra layers of items packed into rows (data/item_rows.py), in `chunks`
+        parts one after another; parts without a token are skipped, so that the work is that of the items that are there."""
+        layers = self.config.schedule.leading_intra
+        parts = split_rows(jax.tree.map(lambda x: x.reshape(chunks, -1, *x.shape[1:]), rows), axis=1)
+
+        def part(batch, key):
+            return self.decoder(batch, key=key, last=layers)
+
+        def unless_empty(xs):
+            skipped = jnp.zeros(jax.eval_shape(part, *xs).shape, self.config.model.dtype)
+            return jax.lax.cond((xs[0]["user"] > 0).any(), part, lambda *_: skipped, *xs)
+
+        x = jax.lax.map(unless_empty, (parts, None if key is None else jax.random.split(key, chunks)))
+        return x.reshape(-1, x.shape[-1])
+
+    def project(self, x_XD: jax.Array) -> jax.Array:
+        return x_XD if self.config.model.tie_items else x_XD @ self.state_DE[...]
+
+    def table(self, trained_I: jax.Array) -> jax.Array:
+        """v_IE; the rows of items without a training event are zero, also those of items that came after training."""
+        table_IE = (self.decoder.embedding_VD if self.config.model.tie_items else self.table_IE)[...]
+        if more := len(trained_I) - len(table_IE):
+            table_IE = jnp.pad(table_IE, ((0, more), (0, 0)))
+        return jnp.where(trained_I[:, None], table_IE, 0)
+
+    def text_vectors(self, token_CT: jax.Array, length_C: jax.Array, key: jax.Array | None = None) -> jax.Array:
+        """v_CE from the items' text: the boundary state of each item alone, without a prompt, after the leading intra layers or
+        all of them. token_CT: ids, behind the boundary token anything; length_C: tokens, boundary included."""
+        t = jnp.broadcast_to(jnp.arange(token_CT.shape[1]), token_CT.shape)
+        real_CT = (t < length_C[:, None]).astype(jnp.int32)
+        leading = self.config.objective.text_layers == "leading"
+        batch = {"token": token_CT, "user": real_CT, "group": real_CT, "position": t}
+        x_CTD = self.decoder(batch, key=key, last=self.config.schedule.leading_intra if leading else None)
+        return self.text_head(jnp.take_along_axis(x_CTD, (length_C - 1)[:, None, None], axis=1)[:, 0])
+
+    def text_head(self, x_CD: jax.Array) -> jax.Array:
+        """v_CE from the items' boundary states."""
+        return self.text_norm(x_CD.astype(jnp.float32)) @ self.text_DE[...]
+
+    def cached_states(self, batch: dict, cache: Cache, slot_BT: jax.Array, ranges: dict | None = None) -> tuple[jax.Array, Cache]:
+        """x_BTD float32 after the final norm, with the keys and values of earlier tokens (`Decoder.cached`)."""
+        x_BTD, cache = self.decoder.cached(batch, cache, slot_BT, ranges)
+        return self.decoder.final_norm(x_BTD.astype(jnp.float32)), cache
+
+    def output_embedding(self) -> tuple[jax.Array, ...]:
+        """(e_VD,): the token objective's logits are x_XD e_VD^T. A pretrained model's boundary token has a row of its own, behind the
+        others: (e_VD, e_1D). Raises ValueError where the model has none."""
+        model = self.config.model
+        if model.tie_tokens:
+            embedding, boundary = self.decoder.embedding_VD, self.decoder.boundary_D
+        elif self.config.objective.token or model.pretrained:
+            embedding, boundary = self.output_VD, self.output_boundary_D if model.pretrained else None
+        else:
+            raise ValueError("config.model.tie_tokens = False without objective.token: the model has no output embedding")
+        return (embedding[...],) if boundary is None else (embedding[...], boundary[...][None])

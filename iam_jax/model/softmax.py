@@ -1,0 +1,115 @@
+"""Softmax over many candidates in chunks: logits of at most a few thousand positions exist at one time, in the backward pass too.
+
+Axes: X positions of any kind, C candidates, E vectors of candidates.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from iam_jax.devices.mesh import shards_here, split_rows
+
+
+def cross_entropy(
+    h_XE: jax.Array,
+    v_CE: jax.Array | tuple[jax.Array, ...],
+    label_X: jax.Array,
+    *,
+    allowed_C: jax.Array | None = None,
+    chunk: int = 2048,
+) -> jax.Array:
+    """Sum of -log softmax(h v^T)[label] over the positions with a label >= 0, in float32; as `label_log_probs`."""
+    return -label_log_probs(h_XE, v_CE, label_X, allowed_C=allowed_C, chunk=chunk).sum()
+
+
+def logits(h_XE: jax.Array, v_CE: jax.Array | tuple[jax.Array, ...]) -> jax.Array:
+    """[X, C] float32: h v^T; v_CE may come in parts."""
+    parts = v_CE if isinstance(v_CE, tuple) else (v_CE,)
+    return jnp.concatenate([jnp.einsum("xE,CE->xC", h_XE, v, preferred_element_type=jnp.float32) for v in parts], axis=1)
+
+
+def label_log_probs(
+    h_XE: jax.Array,
+    v_CE: jax.Array | tuple[jax.Array, ...],
+    label_X: jax.Array,
+    *,
+    allowed_C: jax.Array | None = None,
+    chunk: int = 2048,
+) -> jax.Array:
+    """[X] float32: log softmax(h v^T)[label], 0 where the label is below 0. At most `chunk` positions' logits exist at one time, in
+    the backward pass too. v_CE: in parts, where it is several. allowed_C: candidates that take part."""
+
+    parts = v_CE if isinstance(v_CE, tuple) else (v_CE,)
+    allowed = (None,) * len(parts) if allowed_C is None else jnp.split(allowed_C, np.cumsum([len(v) for v in parts])[:-1])
+
+    def part(label_x, h_xE):
+        # Each part by itself: logits in one piece would be copied, and a sharded vocabulary moved between devices.
+        start, picked_x, sums = 0, 0, []
+        for v, may in zip(parts, allowed, strict=True):
+            logits_xC = jnp.einsum("xE,CE->xC", h_xE, v, preferred_element_type=jnp.float32)
+            if may is not None:
+                logits_xC = jnp.where(may, logits_xC, -jnp.inf)
+            inside_x = (label_x >= start) & (label_x < start + len(v))
+            found_x = jnp.take_along_axis(logits_xC, jnp.clip(label_x - start, 0, len(v) - 1)[:, None], axis=1)[:, 0]
+            picked_x = jnp.where(inside_x, found_x, picked_x)
+            sums.append(jax.nn.logsumexp(logits_xC, axis=1))
+            start += len(v)
+        return jnp.where(label_x >= 0, picked_x - functools.reduce(jnp.logaddexp, sums), 0)
+
+    return _over_chunks(part, chunk, label_X, h_XE)
+
+
+def sampled_cross_entropy(
+    h_XE: jax.Array,
+    target_X: jax.Array,
+    candidate_C: jax.Array,
+    v_CE: jax.Array,
+    vt_XE: jax.Array,
+    log_expected_C: jax.Array,
+    chunk: int = 2048,
+) -> jax.Array:
+    """Sum over the positions with a target >= 0 of -log(e^s_y / (e^s_y + sum over sampled c != y of e^s_c / E_c)).
+
+    E_c is how often item c is expected among the candidates, so that the denominator's expectation is that of the full softmax
+    (log-q correction, Bengio and Senécal 2008). Candidates that equal the target are left out; candidate_C is -1 for none.
+    vt_XE: vectors of the targets."""
+
+    def part(target_x, h_xE, vt_xE):
+        positive_x = (h_xE * vt_xE).sum(-1)
+        logits_xC = jnp.einsum("xE,CE->xC", h_xE, v_CE) - log_expected_C
+        negative_xC = (candidate_C >= 0) & (candidate_C != target_x[:, None])
+        logits_xC = jnp.where(negative_xC, logits_xC, -jnp.inf)
+        total_x = jax.nn.logsumexp(jnp.concatenate([positive_x[:, None], logits_xC], axis=1), axis=1)
+        return jnp.where(target_x >= 0, total_x - positive_x, 0)
+
+    return _over_chunks(part, chunk, target_X, h_XE, vt_XE).sum()
+
+
+def _over_chunks(part: Callable[..., jax.Array], chunk: int, label_X: jax.Array, *y_XE: jax.Array) -> jax.Array:
+    """[X]: part(label, *y) of chunks of at most `chunk` positions, each computed again for the backward pass. What fills up the last
+    chunk has the label -1."""
+    part = jax.checkpoint(part)
+    if len(label_X) <= chunk:
+        return part(label_X, *y_XE)
+    values = jax.lax.map(lambda xs: part(*xs), (strided(label_X, chunk, -1), *(strided(y, chunk) for y in y_XE)))
+    return unstrided(values, len(label_X))
+
+
+def strided(y: jax.Array, chunk: int, fill: int = 0) -> jax.Array:
+    """[X, …] as [parts, size, …]: the fewest parts of about `chunk` rows, of the same size, filled up at the end. A part is every parts-th
+    row, so that rows that are spread over devices stay where they are and every part is spread over all of them."""
+    shards = shards_here()
+    parts = math.ceil(len(y) / chunk)
+    size = math.ceil(len(y) / parts / shards) * shards
+    widths = ((0, parts * size - len(y)), *[(0, 0)] * (y.ndim - 1))
+    y = jnp.pad(y, widths, constant_values=fill).reshape(size, parts, *y.shape[1:])
+    return split_rows(y.swapaxes(0, 1), axis=1)
+
+
+def unstrided(y: jax.Array, rows: int) -> jax.Array:
+    """[parts, size, …] as [rows, …]: `strided` undone."""
+    return y.swapaxes(0, 1).reshape(-1, *y.shape[2:])[:rows]

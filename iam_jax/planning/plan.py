@@ -1,0 +1,317 @@
+"""A run compiled for devices that are not here: what each of its programs holds, computes and moves, before a chip is rented.
+
+Nothing is allocated and nothing runs: the compiler is given shapes and shardings, and its own memory analysis is read. estimate.py makes
+times and a report of it.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import math
+import re
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from iam_jax.config import Config
+from iam_jax.data.assumed import Assumption, assume
+from iam_jax.data.batches import Batch, Rows
+from iam_jax.data.item_rows import without_items
+from iam_jax.data.prepare import Prepared, prepare
+from iam_jax.data.splits import VALIDATION
+from iam_jax.data.tokenizer import highest_id, load_tokenizer
+from iam_jax.devices import topology
+from iam_jax.devices.chips import Chip, Flops, find_chip
+from iam_jax.devices.mesh import BATCH, batch_shards
+from iam_jax.kernels import tpu
+from iam_jax.model import pretrained
+from iam_jax.model.parameters import abstract, join, select
+from iam_jax.model.pretrained.importing import read_pretrained
+from iam_jax.planning import hlo
+from iam_jax.ranking.evaluate import Evaluator, padded_seen
+from iam_jax.serving.scorer import lists_at_once, top_items
+from iam_jax.training import flops
+from iam_jax.training.run import Run, make_run
+from iam_jax.training.step import abstract_state, make_train_step
+
+PARTS = ("training", "evaluation", "scoring")
+RESERVE = {"tpu": 0.03, "gpu": 0.25}  # of a chip's memory: what the runtime keeps on a TPU, what JAX leaves to others on a GPU
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """The flags of the command line."""
+
+    topology: str
+    assumption: Assumption | None  # None: the config's data are read
+    parts: tuple[str, ...] = PARTS
+    top_k: int = 100
+
+
+@dataclasses.dataclass
+class Program:
+    """One jitted function, in bytes of one device."""
+
+    name: str
+    held: dict[str, int]  # by kind, by arithmetic
+    padding: int = 0  # arrays fill whole tiles
+    outputs: int = 0  # those that take no argument's place
+    code: int = 0
+    temporaries: int | None = None  # None: not compiled, since it does not fit
+    needed: int | None = None  # by the compiler that refused it, where it says so
+    flops: Flops = dataclasses.field(default_factory=Flops)  # on all devices together
+    traffic: hlo.Traffic | None = None
+    seconds: float = 0.0  # that the compiler took
+
+    @property
+    def total(self) -> int | None:
+        """None where it is only known to be more than what is held."""
+        if self.temporaries is None:
+            return self.needed
+        return sum(self.held.values()) + self.padding + self.outputs + self.code + self.temporaries
+
+    @property
+    def least(self) -> int:
+        return self.total if self.total is not None else sum(self.held.values())
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    topology: str
+    config: Config
+    run: Run
+    chip: Chip | None  # None: not in the table
+    capacity: int | None  # bytes of a device, less the reserve; None: not known
+    scale: float  # users that each of the planned data's users stands for
+    assumption: Assumption | None
+    step: flops.StepFlops
+    programs: dict[str, list[Program]]  # by part
+
+    @property
+    def devices(self) -> int:
+        return self.run.mesh.size
+
+    def peak(self, part: str) -> Program:
+        return max(self.programs[part], key=lambda program: program.least)
+
+    def fits(self, part: str) -> bool:
+        program = self.peak(part)
+        return program.temporaries is not None and (self.capacity is None or program.least <= self.capacity)
+
+
+def make_plan(config: Config, request: Request) -> Plan:
+    """Raises InputError for a config, data or a topology that there cannot be a run with."""
+    devices = topology.devices(request.topology)
+    if config.model.pretrained:
+        config = pretrained.configure(config)
+    prepared, scale = _data(config, request.assumption)
+    config = _with_kernels(config, devices[0].platform)
+    run = make_run(config, prepared, devices)
+    chip = find_chip(devices[0].device_kind)
+    capacity = device_capacity(devices[0], chip)
+    make = {"training": training, "evaluation": evaluation, "scoring": functools.partial(scoring, top_k=request.top_k)}
+    programs = {}
+    for part in (part for part in PARTS if part in request.parts):
+        if found := make[part](run, capacity):
+            programs[part] = found
+            print(f"{part} compiled in {sum(program.seconds for program in found):.0f} s", flush=True)
+    return Plan(request.topology, config, run, chip, capacity, scale, request.assumption, flops.step_flops(run), programs)
+
+
+def device_capacity(device: jax.Device, chip: Chip | None) -> int | None:
+    """Bytes that a program may take: what the runtime says, where the device is here, else the data sheet's less the reserve."""
+    if device.platform == "gpu" and (stats := device.memory_stats()):
+        return stats["bytes_limit"]
+    return None if chip is None else int(chip.hbm_bytes * (1 - RESERVE[device.platform]))
+
+
+def _data(config: Config, assumption: Assumption | None) -> tuple[Prepared, float]:
+    """The config's data or assumed ones, and how many users each user stands for."""
+    if assumption is None:
+        return prepare(config.data, pretrained.vocabulary(config) if config.model.pretrained else None), 1.0
+    return assume(config.data, assumption, _vocabulary(config, assumption.items))
+
+
+def _vocabulary(config: Config, items: int) -> int:
+    """Token ids, the boundary token included."""
+    if config.model.pretrained:
+        return read_pretrained(config).vocabulary + 1
+    tokenizer = config.data.tokenizer
+    if tokenizer in ("id", "bpe"):
+        return items if tokenizer == "id" else config.data.vocabulary + 1
+    return highest_id(load_tokenizer(tokenizer)) + 2
+
+
+def _with_kernels(config: Config, platform: str) -> Config:
+    """With the backend of range attention that `auto` would be on the device, instead of the one that it is here."""
+    model = config.model
+    if platform != "tpu" or model.attention != "auto":
+        return config
+    q = jax.ShapeDtypeStruct((1, config.data.row_tokens, model.heads, model.head_size or model.width // model.heads), model.dtype)
+    chosen = "reference" if tpu.refuses(q, q, None) else "tpu"
+    return dataclasses.replace(config, model=dataclasses.replace(model, attention=chosen))
+
+
+# ---- shapes
+
+
+def device_bytes(tree) -> int:
+    """What one device holds of a tree of abstract arrays."""
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def frozen_parameters(run: Run) -> dict:
+    return abstract(run.mesh, select(run.model.shapes(), lambda name: name in run.frozen_names), run.config.model.frozen_dtype)
+
+
+def _parameters(run: Run) -> dict:
+    return {"parameters, trained": run.abstract_trained, "parameters, frozen": frozen_parameters(run)}
+
+
+def whole(run: Run, tree):
+    """Shapes of arrays that every device holds whole."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(run.mesh, PartitionSpec())), tree)
+
+
+def sharded_batch(run: Run, batch: Batch):
+    """Shapes of a batch as `sharding.shard_batch` places it."""
+    shards = batch_shards(run.mesh)
+
+    def place(x):
+        spec = BATCH if x.shape[0] % shards == 0 else PartitionSpec()
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(run.mesh, spec))
+
+    return jax.tree.map(place, batch)
+
+
+def some_rows(rows: Rows, count: int) -> Batch:
+    picked = [rows[row % len(rows)] for row in range(count)]
+    return {name: np.stack([row[name] for row in picked]) for name in picked[0]}
+
+
+# ---- programs
+
+
+def training_arguments(run: Run) -> tuple:
+    """What the training step takes: state, batch, items, number of the step, frozen parameters."""
+    batch = sharded_batch(run, run.finish(some_rows(run.rows, run.config.train.batch_rows)))
+    return abstract_state(run), batch, whole(run, run.items), whole(run, np.int32(0)), frozen_parameters(run)
+
+
+def training(run: Run, capacity: int | None = None) -> list[Program]:
+    state, batch, items, step, _ = arguments = training_arguments(run)
+    held = _parameters(run) | {"optimizer": state["optimizer"]}
+    if "cache" in state:
+        held["text vectors"] = state["cache"]
+    held["batch and items"] = [batch, items, step]
+    return [_compiled("training step", make_train_step(run), arguments, held, run, capacity)]
+
+
+def _forward(run: Run, rows: Rows, batch: Batch, relations: tuple[str, ...]) -> Flops:
+    """Of attention in these layers, over a batch of such rows."""
+    pairs = flops.visible_pairs(some_rows(rows, min(len(rows), 64)), run.config.model.self_key)
+    one = flops.attention_flops(run.config, pairs, relations)
+    return Flops({kind: count * len(batch["token"]) for kind, count in one.items()})
+
+
+def evaluation(run: Run, capacity: int | None = None) -> list[Program]:
+    """The evaluator's programs, beside which the training state stays in memory."""
+    config, prepared = run.config, run.prepared
+    evaluator = Evaluator(run.model, config, prepared, run.mesh)
+    state, items = abstract_state(run), whole(run, run.items.catalogue)
+    params = join(state["params"], frozen_parameters(run))
+    resident = _parameters(run) | {"optimizer": {name: x for name, x in state.items() if name != "params"}}
+    targets = prepared.events.targets(VALIDATION)
+    if not len(targets) or config.eval.ranking != "item":
+        return []
+    rows, leading, first, programs = evaluator.rows(targets), None, 0, []
+    catalogue = evaluator.leading_items(rows)
+    if catalogue is not None:
+        item_rows = sharded_batch(run, catalogue.rows)
+        function, static = evaluator._leading_states, catalogue.chunks
+        leading = whole(run, jax.eval_shape(functools.partial(function, chunks=static), params, item_rows))
+        held = resident | {"batch and items": item_rows}
+        programs.append(_compiled("leading states", function, (params, item_rows, static), held, run, capacity))
+        first = config.schedule.leading_intra
+    batch = some_rows(rows, config.eval.batch_rows)
+    batch = sharded_batch(run, (without_items if catalogue is None else catalogue)(batch))
+    held = resident | {"batch and items": [batch, leading]}
+    histories = _compiled("history vectors", evaluator._history_vectors, (params, batch, leading), held, run, capacity)
+    histories.flops += _forward(run, rows, batch, config.schedule.relations[first:])
+    held = resident | {"batch and items": [items, leading]}
+    vectors_program = _compiled("item vectors", evaluator._item_vectors, (params, items, leading), held, run, capacity)
+
+    vectors = jax.eval_shape(evaluator._item_vectors, params, items, leading)
+    spread = NamedSharding(run.mesh, PartitionSpec(run.mesh.axis_names if run.mesh.size > 1 else ()))
+    vectors = jax.ShapeDtypeStruct(vectors.shape, vectors.dtype, sharding=spread)
+    X = evaluator.at_once
+    seen = padded_seen(prepared.events, targets[:X], X) if config.eval.filter_seen else np.full((X, 1), -1, np.int32)
+    ranked = whole(run, (np.zeros((X, vectors.shape[1]), np.float32), np.zeros(X, np.int32), seen))
+    h, target, seen = ranked
+    held = resident | {"batch and items": [vectors, ranked]}
+    ranking = _compiled("ranking", evaluator._rank, (h, vectors, target, seen), held, run, capacity)
+    # Twice, as if all chunks held a target.
+    ranking.flops = Flops({"float32 highest": 2 * 2 * X * vectors.shape[0] * vectors.shape[1]})
+    return [*programs, histories, vectors_program, ranking]
+
+
+def scoring(run: Run, capacity: int | None = None, top_k: int = 100) -> list[Program]:
+    """Those of `--mode=score`: users' states, and their best items. The catalogue's vectors are there whole, and once more in chunks."""
+    config, prepared = run.config, run.prepared
+    if config.eval.ranking != "item":
+        return []
+    params = join(run.abstract_trained, frozen_parameters(run))
+    targets = prepared.events.targets(VALIDATION)
+    evaluator = Evaluator(run.model, config, prepared, run.mesh)
+    items, width = len(prepared.events.item_ids), config.model.width
+    J = math.ceil(items / config.eval.chunk_items)
+    C = math.ceil(items / J)
+    vectors = whole(run, jax.ShapeDtypeStruct((J, C, width), jnp.float32))
+    rows = evaluator.rows(targets)
+    batch = sharded_batch(run, without_items(some_rows(rows, config.score.batch_rows)))
+    held = _parameters(run) | {"item vectors": [vectors, vectors]}
+    of_batch = held | {"batch and items": batch}
+    states = _compiled("users' states", evaluator._history_vectors, (params, batch, None), of_batch, run, capacity)
+    states.flops += _forward(run, rows, batch, config.schedule.relations)
+    X = lists_at_once(config.score.part_users, C)
+    seen = padded_seen(prepared.events, targets[:X], X)
+    h, seen = whole(run, (np.zeros((X, width), np.float32), seen))
+    arguments = h, vectors, seen, items, min(top_k, items)
+    return [states, _compiled("top items", top_items, arguments, held | {"batch and items": [h, seen]}, run, capacity)]
+
+
+def _compiled(name: str, function, arguments: tuple, held: dict, run: Run, capacity: int | None) -> Program:
+    """The program of a jitted function for abstract arguments. held: arrays by kind, also such as are no arguments and stay in memory.
+    Where these alone are above the capacity, nothing is compiled."""
+    program = Program(name, {kind: device_bytes(tree) for kind, tree in held.items()})
+    if capacity is not None and program.least > capacity:
+        return program
+    start = time.monotonic()
+    with jax.set_mesh(run.mesh):
+        traced = function.trace(*arguments)
+        with contextlib.suppress(ValueError):  # loops of a length that depends on data
+            program.flops = flops.matmul_flops(traced.jaxpr.jaxpr)
+        lowered = traced.lower()
+        try:
+            compiled = lowered.compile()
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            # What the second form calls temporaries grows with the arguments, byte for byte: it is the total.
+            found = re.search(r"Used ([\d.]+)([MG]) of|required for HLO temporaries \(([\d.]+)([MG])\)", str(error))
+            size, unit = [part for part in found.groups() if part] if found else (0, "G")
+            program.needed = int(float(size) * {"M": 2**20, "G": 2**30}[unit]) or None
+            compiled = None
+    program.seconds = time.monotonic() - start
+    if compiled is None:
+        return program
+    memory, passed = compiled.memory_analysis(), device_bytes([x for x in jax.tree.leaves(arguments) if hasattr(x, "sharding")])
+    program.padding = max(0, memory.argument_size_in_bytes - passed)
+    program.temporaries, program.code = memory.temp_size_in_bytes, memory.generated_code_size_in_bytes
+    program.outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    with contextlib.suppress(NotImplementedError):
+        program.traffic = hlo.traffic(compiled.as_text())
+    return program

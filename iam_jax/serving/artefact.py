@@ -1,0 +1,158 @@
+"""A folder that turns histories into top-K lists without this project's code: docs/serving.md says how a service loads it.
+
+`scorer.stablehlo` is a function serialised by `jax.export`, for CPU, CUDA and TPU, of plain XLA operations (dense attention: its memory
+grows with the square of a row): (weights, token, group, seen) -> items, scores. Beside it lie the parameters it reads and the item vectors
+(`weights.safetensors`), the items' ids and tokens, the tokenizer, and what else a caller has to know (`artefact.json`).
+
+Axes: B users, any number; T token slots, S seen items, any number; E item vectors, I items, C items of a chunk, K items of a list.
+"""
+
+import dataclasses
+import json
+import math
+import shutil
+import tempfile
+from importlib import metadata
+from pathlib import Path
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType
+from tokenizers import Tokenizer
+
+from iam_jax.config import Config
+from iam_jax.data.catalogue import Catalogue
+from iam_jax.data.tokenizer import encode
+from iam_jax.errors import InputError
+from iam_jax.model import Params, make_model
+from iam_jax.model.parameters import name_of
+from iam_jax.model.pretrained.exporting import check_output, write_tensors
+from iam_jax.ranking.evaluate import Evaluator
+
+FORMAT = 1  # of the folder
+TOP_K = 100
+PLATFORMS = ("cpu", "cuda", "tpu")
+VECTORS = "item_vectors"
+_CHUNK = 8192  # items scored at one time
+
+
+def check(config: Config) -> None:
+    """Raises InputError for a model that has no such scorer, before any work."""
+    if not config.objective.item:
+        raise InputError("--format=stablehlo exports item scores: config.objective.item = 0 has none")
+    if config.eval.ranking != "item":
+        raise InputError(f"--format=stablehlo exports item scores, and config.eval.ranking = {config.eval.ranking!r} orders by others")
+    if config.model.dtype == "bfloat16" and jax.default_backend() == "gpu":
+        raise InputError("--format=stablehlo: bfloat16 attention of a GPU is no plain XLA; export on a CPU (JAX_PLATFORMS=cpu)")
+
+
+def top_items(h_BE: jax.Array, v_IE: jax.Array, seen_BS: jax.Array, k: int, chunk: int = _CHUNK) -> tuple[jax.Array, jax.Array]:
+    """Items [B, K] int32 and scores [B, K] float32, best first, of equal scores the first item; -1 and -inf where no candidate is left.
+    seen_BS: items that are none, -1 for no item. At most B times `chunk` scores exist at one time."""
+    B, I = h_BE.shape[0], len(v_IE)  # noqa: E741
+    J = math.ceil(I / chunk)
+    C = math.ceil(I / J)
+    b = jnp.arange(B)[:, None]
+
+    def step(best, c):
+        start = jnp.minimum(c * C, I - C)
+        scores_BC = jnp.einsum("BE,CE->BC", h_BE, jax.lax.dynamic_slice_in_dim(v_IE, start, C), precision="highest")
+        at_BS = seen_BS - start
+        scores_BC = scores_BC.at[b, jnp.where(at_BS >= 0, at_BS, C)].set(-jnp.inf, mode="drop")
+        item_C = start + jnp.arange(C, dtype=jnp.int32)
+        scores_BC = jnp.where(item_C >= c * C, scores_BC, -jnp.inf)  # the last chunk begins inside the one before it
+        found_BK, at_BK = jax.lax.top_k(scores_BC, min(k, C))
+        items_BK, scores_BK = jnp.concatenate([best[0], item_C[at_BK]], 1), jnp.concatenate([best[1], found_BK], 1)
+        scores_BK, at_BK = jax.lax.top_k(scores_BK, k)
+        return (jnp.take_along_axis(items_BK, at_BK, 1), scores_BK), None
+
+    none = jnp.full((B, k), -1, jnp.int32), jnp.full((B, k), -jnp.inf)
+    (items_BK, scores_BK), _ = jax.lax.scan(step, none, jnp.arange(J))
+    return jnp.where(scores_BK == -jnp.inf, -1, items_BK), scores_BK
+
+
+def export_scorer(config: Config, catalogue: Catalogue, params: Params, width: int, k: int) -> tuple[jax.export.Exported, list[str]]:
+    """The function, and the names of the parameters that it reads. params: all of them, or their shapes; width: E."""
+    plain = dataclasses.replace(config, model=dataclasses.replace(config.model, attention="reference", remat=False))
+    model = make_model(plain, catalogue.vocabulary, catalogue.items, int(catalogue.lengths.max()))
+    shapes = {name_of(path): jax.ShapeDtypeStruct(x.shape, x.dtype) for path, x in jax.tree_util.tree_leaves_with_path(params)}
+    T, int32 = config.data.row_tokens, np.dtype(np.int32)
+
+    def score(weights: dict, token_BT: jax.Array, group_BT: jax.Array, seen_BS: jax.Array) -> tuple[jax.Array, jax.Array]:
+        leaves = [weights[name] if name in weights else jnp.zeros(x.shape, x.dtype) for name, x in shapes.items()]
+        recommender = model.bind(jax.tree.unflatten(jax.tree.structure(params), leaves))
+        real_BT = group_BT >= 0
+        position_BT = jnp.broadcast_to(jnp.arange(T, dtype=np.int32), token_BT.shape)
+        batch = {"token": token_BT, "user": real_BT.astype(np.int32), "group": jnp.maximum(group_BT, 0), "position": position_BT}
+        last_B = jnp.maximum(real_BT.sum(1) - 1, 0)
+        x_BD = jnp.take_along_axis(recommender.states(batch), last_B[:, None, None], axis=1)[:, 0]
+        h_BE = jnp.where(real_BT.any(1, keepdims=True), recommender.project(x_BD), 0)  # without a history, as in evaluation
+        return top_items(h_BE, weights[VECTORS], seen_BS, k)
+
+    def exported(names: list[str], B, S) -> jax.export.Exported:
+        weights = {name: shapes[name] for name in names} | {VECTORS: jax.ShapeDtypeStruct((catalogue.items, width), np.float32)}
+        rows = jax.ShapeDtypeStruct((B, T), int32)
+        make = jax.export.export(jax.jit(score), platforms=PLATFORMS)
+        return make(weights, rows, rows, jax.ShapeDtypeStruct((B, S), int32))
+
+    order = sorted([*shapes, VECTORS])  # as JAX flattens a dict
+    alone = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:1])
+    with jax.set_mesh(alone):  # a function that was exported on a mesh wants as many devices
+        # Of sizes that are not known JAX keeps arguments that nothing reads.
+        read = {order[n] for n in exported(list(shapes), 1, 1).module_kept_var_idx if n < len(order)}
+        names = [name for name in shapes if name in read]
+        return exported(names, *jax.export.symbolic_shape("b, s")), names
+
+
+def export(evaluator: Evaluator, params: Params, step: int, output: Path, top_k: int = TOP_K) -> list[str]:
+    """Writes the folder, whole or not at all, and returns notes for the user. params: all parameters, addressable from this process.
+    Raises FloatingPointError for an item vector that is not finite."""
+    check(evaluator.config)
+    output = check_output(output)
+    config, prepared = evaluator.config, evaluator.prepared
+    catalogue, k = prepared.catalogue, min(top_k, prepared.catalogue.items)
+    v_IE = np.asarray(evaluator._item_vectors(params, evaluator.items, None))[: catalogue.items]
+    if not np.isfinite(v_IE).all():
+        raise FloatingPointError("an item's vector is not finite")
+    function, names = export_scorer(config, catalogue, params, v_IE.shape[1], k)
+    leaves = {name_of(path): x for path, x in jax.tree_util.tree_leaves_with_path(params)}
+    weights = {name: leaves[name] for name in names} | {VECTORS: v_IE}
+    items = {"tokens": catalogue.tokens[: catalogue.offsets[-3]], "offsets": catalogue.offsets[:-2].astype(np.int32)}
+    folder = None
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
+        folder.chmod(0o755)
+        (folder / "scorer.stablehlo").write_bytes(function.serialize())
+        for file, tensors in (("weights", weights), ("items", items)):
+            headers = {name: (np.dtype(x.dtype), x.shape) for name, x in tensors.items()}
+            write_tensors(folder / f"{file}.safetensors", headers, (np.asarray(x) for x in tensors.values()))
+        texts = {"items.json": json.dumps(prepared.events.item_ids.tolist(), ensure_ascii=False)}
+        texts["artefact.json"] = json.dumps(_facts(config, catalogue, k, step) | {"split_sha256": prepared.split.sha256}, indent=2) + "\n"
+        if catalogue.tokenizer_json:
+            texts["tokenizer.json"] = catalogue.tokenizer_json
+        for name, text in texts.items():
+            (folder / name).write_text(text, encoding="utf-8")
+        folder.replace(output)
+    except OSError as error:
+        raise InputError(f"{output}: cannot be written ({error.strerror or error})") from error
+    finally:
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+    size = sum(path.stat().st_size for path in output.iterdir()) / 2**20
+    return [f"{catalogue.items:,} items, lists of {k}, rows of {config.data.row_tokens} tokens, {size:,.1f} MiB"]
+
+
+def _facts(config: Config, catalogue: Catalogue, k: int, step: int) -> dict:
+    tokens, offsets = catalogue.tokens, catalogue.offsets
+    facts = {"format": FORMAT, "step": step, "top_k": k, "items": catalogue.items, "row_tokens": config.data.row_tokens}
+    facts["last_n"] = config.data.last_n  # events of a history that are read; 0: all that fit
+    facts["filter_seen"] = config.eval.filter_seen
+    facts |= {"prompt": tokens[offsets[-3] : offsets[-2]].tolist(), "suffix": tokens[offsets[-2] :].tolist()}
+    if catalogue.tokenizer_json:  # what makes tokens of a text
+        separator = encode(Tokenizer.from_str(catalogue.tokenizer_json), [config.data.separator], special=True)[0]
+        facts |= {"text": config.data.text, "separator": separator, "item_tokens": config.data.item_tokens}
+        facts["boundary"] = catalogue.vocabulary - 1
+    return facts | {"platforms": list(PLATFORMS), "jax": metadata.version("jax"), "iam_jax": metadata.version("iam_jax")}

@@ -1,0 +1,216 @@
+"""Floating-point operations of a training step: for plans (plan.py) and for model FLOPs utilisation.
+
+Matrix products are counted in the jaxpr, 2 for each multiplication and addition, and multiplied by the lengths of the loops they stand in;
+XLA's own `cost_analysis` counts a loop's body once, and so would miss all but one of a stack's layers. Padding slots are computed, and
+count. What is no matrix product is not counted.
+
+Attention is counted apart, since its kernels visit what the ranges need: 4 x visible (query, key) pairs x heads x head size forward, and
+2.5 times that backward, where logits are computed once more (the convention of FlashAttention, arXiv 2205.14135).
+"""
+
+import dataclasses
+import math
+from collections import Counter
+
+import jax
+import numpy as np
+from jax.extend.core import ClosedJaxpr, Jaxpr, jaxpr_as_fun, jaxprs_in_params
+from jax.interpreters import partial_eval
+
+from iam_jax.config import Config
+from iam_jax.data.batches import Batch
+from iam_jax.data.item_rows import CHUNKS
+from iam_jax.devices.chips import Flops
+from iam_jax.model import Params
+from iam_jax.model.attention import key_ranges
+from iam_jax.model.parameters import abstract, join, select
+from iam_jax.training import objectives
+from iam_jax.training.run import Run
+
+_SAMPLE = 64  # rows whose visible pairs stand for all
+
+
+@dataclasses.dataclass(frozen=True)
+class StepFlops:
+    """Of one optimizer step, on all devices together."""
+
+    model: Flops  # nothing computed twice
+    hardware: Flops  # with what is computed again for the backward pass (model.remat, the logits' chunks)
+
+
+# ---- matrix products
+
+
+def matmul_flops(jaxpr: Jaxpr, taken: float = 1.0) -> Flops:
+    """Of a jaxpr's products outside range attention. taken: the share of conditional work that is done; of a condition's branches the one
+    with the most counts. Raises ValueError for a product in a loop whose length is not in the jaxpr, and for what it cannot count."""
+    total: Flops = Counter()
+    for eqn in jaxpr.eqns:
+        if "range_attention" in str(eqn.source_info.name_stack):
+            continue
+        name, params = eqn.primitive.name, eqn.params
+        if name == "dot_general":
+            (contracted, _), _ = params["dimension_numbers"]
+            length = math.prod(eqn.invars[0].aval.shape[axis] for axis in contracted)
+            total[_kind(eqn)] += 2 * length * math.prod(eqn.outvars[0].aval.shape)
+            continue
+        if name in ("conv_general_dilated", "ragged_dot_general", "pallas_call"):
+            raise ValueError(f"flops: {name} is not counted")
+        inner = [matmul_flops(body, taken) for body in jaxprs_in_params(params)]
+        if name == "cond":
+            most = max(inner, key=Counter.total)
+            total.update({kind: taken * count for kind, count in most.items()})
+            continue
+        if name == "while" and any(inner):
+            raise ValueError("flops: a product in a loop of unknown length")
+        times = params["length"] if name == "scan" else 1
+        if name == "shard_map":  # each of the devices runs its body
+            times = math.prod(params["mesh"].shape[axis] for axis in params["manual_axes"])
+        for counts in inner:
+            total.update({kind: times * count for kind, count in counts.items()})
+    return total
+
+
+def _kind(eqn) -> str:
+    if all(x.aval.dtype.itemsize == 2 for x in eqn.invars):
+        return "bfloat16"
+    precision = eqn.params["precision"]
+    highest = precision is not None and jax.lax.Precision.HIGHEST in precision
+    return "float32 highest" if highest else "float32"
+
+
+def traced(f, *args) -> Jaxpr:
+    """The jaxpr of f without what no result needs. args: arrays or their shapes."""
+    jaxpr = jax.make_jaxpr(f)(*args).jaxpr
+    return partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0]
+
+
+def _saving_everything(jaxpr: Jaxpr) -> Jaxpr:
+    """With checkpoints that save all they compute, so that its gradient computes nothing again."""
+
+    def inner(value):
+        if isinstance(value, ClosedJaxpr):
+            return value.replace(jaxpr=_saving_everything(value.jaxpr))
+        return _saving_everything(value) if isinstance(value, Jaxpr) else value
+
+    eqns = []
+    for eqn in jaxpr.eqns:
+        params = {name: tuple(map(inner, x)) if type(x) is tuple else inner(x) for name, x in eqn.params.items()}
+        if "policy" in params and "prevent_cse" in params:
+            params["policy"] = jax.checkpoint_policies.everything_saveable
+        eqns.append(eqn.replace(params=params))
+    return jaxpr.replace(eqns=eqns)
+
+
+# ---- attention
+
+
+def visible_pairs(batch: Batch, self_key: bool = False) -> dict[str, float]:
+    """(query, key) pairs of each relation in a row on average, from `user` and `group` [B, T]. self_key: that of the inter layers."""
+    user_BT = np.asarray(batch["user"])
+    pairs = {}
+    for relation, ranges in key_ranges(user_BT, np.asarray(batch["group"])).items():
+        start, stop = (np.asarray(bound, np.int64) for bound in ranges.first)
+        pairs[relation] = float(np.maximum(stop - start, 0).sum())
+    pairs["inter"] += self_key * float((user_BT > 0).sum())
+    return {relation: count / len(user_BT) for relation, count in pairs.items()}
+
+
+def attention_flops(config: Config, pairs: dict[str, float], relations: tuple[str, ...], forward: int = 1, backward: bool = False) -> Flops:
+    """Of one row, or of whatever `pairs` are of, in layers of these relations, computed `forward` times."""
+    model = config.model
+    size = model.heads * (model.head_size or model.width // model.heads)
+    kind = "bfloat16" if model.dtype == "bfloat16" else "float32 highest"
+    return Counter({kind: 4 * size * (forward + 2.5 * backward) * sum(pairs[relation] for relation in relations)})
+
+
+def text_pairs(config: Config, length_I: np.ndarray) -> dict[str, float]:
+    """As `visible_pairs`, of an item's text alone, on average."""
+    real_IT = (np.arange(length_I.max()) < length_I[:, None]).astype(np.int32)
+    return visible_pairs({"user": real_IT, "group": real_IT}, config.model.self_key)
+
+
+# ---- a training step
+
+
+def step_flops(run: Run) -> StepFlops:
+    """Of one optimizer step of `run`. Work that depends on the batch (visible pairs, distinct items) is that of a few rows."""
+    config, rows = run.config, run.rows
+    parts = config.optimizer.accumulate
+    size = config.train.batch_rows // parts
+
+    def some(count: int) -> Batch:
+        picked = [rows[row % len(rows)] for row in range(count)]
+        return {name: np.stack([row[name] for row in picked]) for name in picked[0]}
+
+    batch = run.finish(some(config.train.batch_rows))
+    micro = {name: jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:])[0], x) for name, x in batch.items()}
+    micro = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), micro)
+    taken = 1.0
+    if "leading" in batch:
+        taken = float((batch["leading"]["user"].reshape(parts * CHUNKS, -1) > 0).any(1).mean())
+    model, hardware, backward = _loss_flops(run, micro, taken)
+
+    pairs = visible_pairs(some(max(config.train.batch_rows, min(_SAMPLE, len(rows)))), config.model.self_key)
+    again = 1 + config.model.remat
+    leading = config.schedule.leading_intra if "leading" in batch else 0
+    layers = config.schedule.relations
+    calls = [(pairs, size, layers[leading:], again)]
+    if leading:
+        calls.append((visible_pairs(batch["leading"]), len(micro["leading"]["user"]), layers[:leading], again))
+    count, checkpointed = _texts(config, run.items, micro)
+    if count:
+        of_text = layers[: config.schedule.leading_intra] if config.objective.text_layers == "leading" else layers
+        calls.append((text_pairs(config, np.asarray(run.items.catalogue.length_I)), count, of_text, again + checkpointed))
+    for pairs, times, relations, forward in calls:
+        for total, computed in ((model, 1), (hardware, forward if backward else 1)):
+            one = attention_flops(config, pairs, relations, computed, backward)
+            total.update({kind: times * flops for kind, flops in one.items()})
+    return StepFlops(*(Counter({kind: parts * flops for kind, flops in total.items()}) for total in (model, hardware)))
+
+
+def _loss_flops(run: Run, micro: Batch, taken: float) -> tuple[Flops, Flops, bool]:
+    """Products of a micro-batch's loss and gradient, for `StepFlops`; and whether attention has a backward pass."""
+    config = run.config
+    cache = (
+        jax.ShapeDtypeStruct((run.items.catalogue.length_I.shape[0], config.model.width), np.float32)
+        if config.softmax == "cached"
+        else None
+    )
+    frozen = abstract(run.mesh, select(run.model.shapes(), lambda name: name in run.frozen_names), config.model.frozen_dtype)
+    key = jax.random.key(0, impl="rbg")
+
+    def loss(params: Params, frozen: Params, micro: Batch, items: objectives.TrainingItems, cache):
+        return sum(objectives.losses(run.model.bind(join(params, frozen)), config, items, micro, key, cache).values())
+
+    args = (run.abstract_trained, frozen, micro, run.items, cache)
+    closed, trained = jax.make_jaxpr(loss)(*args), jax.tree.leaves(run.abstract_trained)
+
+    def gradient(closed: ClosedJaxpr) -> Jaxpr:
+        f = jax.value_and_grad(lambda params, rest: jaxpr_as_fun(closed)(*params, *rest)[0])
+        return traced(f, trained, jax.tree.leaves(args[1:]))
+
+    once, recomputing = gradient(closed.replace(jaxpr=_saving_everything(closed.jaxpr))), gradient(closed)
+    return matmul_flops(once, taken), matmul_flops(recomputing, taken), _holds_backward_attention(recomputing)
+
+
+def _holds_backward_attention(jaxpr: Jaxpr, transposed: bool = False) -> bool:
+    for eqn in jaxpr.eqns:
+        scope = str(eqn.source_info.name_stack)
+        inside = transposed or "transpose" in scope
+        if "range_attention" in scope:
+            if inside:
+                return True
+        elif any(_holds_backward_attention(body, inside) for body in jaxprs_in_params(eqn.params)):
+            return True
+    return False
+
+
+def _texts(config: Config, items: objectives.TrainingItems, micro: Batch) -> tuple[int, bool]:
+    """How many items' texts a micro-batch computes besides those of `leading`, and whether each is computed again for its gradient."""
+    if not config.uses_text:
+        return 0, False
+    if config.softmax == "full":
+        return items.catalogue.length_I.shape[0], True
+    targets = 0 if config.leading_vectors and "leading" in micro else math.prod(micro["target"].shape)
+    return targets + (config.objective.negatives if config.softmax == "sampled" else 0), False

@@ -1,0 +1,44 @@
+"""AdamW with warm-up, a cosine of its own length, and clipping."""
+
+import jax
+import optax
+
+from iam_jax.config import OptimizerConfig
+from iam_jax.devices.mesh import axes_of
+
+
+def learning_rate(config: OptimizerConfig) -> optax.Schedule:
+    """Linear warm-up from 0, then a cosine that reaches final_scale x peak at decay_steps, whatever the length of the run."""
+    start = 0.0 if config.warmup_steps else config.learning_rate
+    if config.decay_steps == 0:
+        return optax.linear_schedule(start, config.learning_rate, max(config.warmup_steps, 1))
+    return optax.warmup_cosine_decay_schedule(
+        init_value=start,
+        peak_value=config.learning_rate,
+        warmup_steps=config.warmup_steps,
+        decay_steps=config.decay_steps,
+        end_value=config.learning_rate * config.final_scale,
+    )
+
+
+def updates_made(state: optax.OptState) -> jax.Array:
+    """int32, the count that the learning rate follows: steps of the run less those that were skipped."""
+    return optax.tree.get(state, "ScaleByScheduleState").count
+
+
+def decayed(params: dict) -> dict:
+    """Which parameters are decayed: matrices from or to the model's width or an adapter's rank; not biases and norm scales."""
+
+    def is_matrix(path, _) -> bool:
+        axes = axes_of(path)
+        return len(axes) >= 2 and bool(set("DEL") & set(axes))
+
+    return jax.tree_util.tree_map_with_path(is_matrix, params)
+
+
+def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
+    clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
+    adamw = optax.adamw(
+        learning_rate(config), b1=config.b1, b2=config.b2, eps=config.epsilon, weight_decay=config.weight_decay, mask=decayed
+    )
+    return optax.chain(clip, adamw)

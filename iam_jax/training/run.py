@@ -1,0 +1,107 @@
+"""What training, evaluation and planning share of a run: the model, the packed rows and the items, made once."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+
+from iam_jax.config import Config
+from iam_jax.data.batches import Batch, Rows, training_rows
+from iam_jax.data.item_rows import DistinctItems, without_items
+from iam_jax.data.prepare import Prepared
+from iam_jax.devices.mesh import batch_shards, make_mesh
+from iam_jax.errors import InputError
+from iam_jax.kernels.range_attention import choose
+from iam_jax.model import Model, Params, make_model, pretrained
+from iam_jax.model.parameters import abstract, frozen_names, name_of, select
+from iam_jax.training import objectives
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What training and evaluation share, made once."""
+
+    config: Config
+    prepared: Prepared
+    mesh: jax.sharding.Mesh
+    model: Model
+    rows: Rows
+    items: objectives.TrainingItems
+    finish: Callable[..., Batch] = without_items  # what becomes of a batch before the model reads it
+    frozen_names: frozenset[str] = frozenset()  # of the parameters that are not trained
+
+    @functools.cached_property
+    def abstract_trained(self) -> Params:
+        """Shapes, types and shardings of the parameters that are trained, and that checkpoints hold."""
+        return abstract(self.mesh, select(self.model.shapes(), lambda name: name not in self.frozen_names))
+
+    def cost(self, progress: dict) -> dict:
+        """What the run took so far: parameters, steps, real tokens seen, minutes of training with its validations."""
+        sizes = {name_of(path): math.prod(x.shape) for path, x in jax.tree_util.tree_leaves_with_path(self.model.shapes())}
+        trained = sum(size for name, size in sizes.items() if name not in self.frozen_names)
+        done = {"steps": progress["step"], "tokens_seen": progress["tokens"], "minutes": progress["minutes"]}
+        return {"parameters": sum(sizes.values()), "trained": trained, **done}
+
+    @functools.cached_property
+    def frozen(self) -> Params:
+        """The parameters that are not trained, read from config.model.pretrained when first asked for."""
+        if not self.frozen_names:
+            return {}
+        shapes = select(self.model.shapes(), lambda name: name in self.frozen_names)
+        return pretrained.load(self.config, abstract(self.mesh, shapes, self.config.model.frozen_dtype))
+
+
+def make_run(config: Config, prepared: Prepared, devices: Sequence[jax.Device] | None = None) -> Run:
+    """devices: None for those that are here."""
+    catalogue, data = prepared.catalogue, config.data
+    _check_attention(config, jax.default_backend() if devices is None else devices[0].platform)
+    rows = training_rows(
+        prepared.events,
+        catalogue,
+        data.row_tokens,
+        data.context_items,
+        whole_text=config.objective.token > 0,
+        seed=config.train.seed,
+    )
+    if not rows.targets:
+        raise InputError("there is nothing to train on: no user has two training events")
+    model = make_model(config, catalogue.vocabulary, catalogue.items, int(catalogue.lengths.max()))
+    items = objectives.make_training_items(catalogue, prepared.events, rows.segments, config)
+    mesh = make_mesh(config.mesh, devices)
+    frozen = frozenset(frozen_names(config, model.shapes()))
+    return Run(config, prepared, mesh, model, rows, items, _distinct_items(config, rows, mesh) or without_items, frozen)
+
+
+def _check_attention(config: Config, platform: str) -> None:
+    """Raises InputError where model.attention names kernels that cannot do the work here."""
+    model = config.model
+    if model.attention not in ("tpu", "gpu"):
+        return
+    q = jax.ShapeDtypeStruct((1, config.data.row_tokens, model.heads, model.head_size or model.width // model.heads), model.dtype)
+    try:
+        if platform != model.attention:
+            raise ValueError(f"there is a {platform} here, on which these kernels are only interpreted; auto takes what is there")
+        choose(q, q, None, model.attention)
+    except ValueError as error:
+        raise InputError(f"config.model.attention = {model.attention!r}: {error}") from error
+
+
+def _distinct_items(config: Config, rows: Rows, mesh: jax.sharding.Mesh) -> DistinctItems | None:
+    """Whether a batch's items go through the leading intra layers once each (model.item_states)."""
+    model, parts = config.model, config.optimizer.accumulate
+    if not config.states_by_item or model.item_states == "off" or (model.item_states == "auto" and config.drops):
+        return None
+    text = config.leading_vectors and config.softmax != "full"
+    items = DistinctItems(rows, config.train.batch_rows, parts, batch_shards(mesh), targets=text)
+    # The first micro-batch, in the plan's order, stands for all.
+    some = [rows[row] for row in range(min(len(rows), config.train.batch_rows // parts))]
+    batch = {name: np.stack([row[name] for row in some]) for name in some[0]}
+    distinct = items.distinct(batch)
+    tokens, slots = int(rows.catalogue.lengths[distinct].sum()), batch["token"].size
+    if text:  # the targets' vectors come from the same states
+        slots += batch["target"].size * int(rows.catalogue.item_lengths.max())
+    items.saving = f"{tokens:,} tokens instead of {slots:,} slots in a micro-batch"
+    return items if model.item_states == "on" or tokens <= 0.6 * slots else None

@@ -1,0 +1,100 @@
+"""The training state and the step that updates it."""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from iam_jax.devices.mesh import param_sharding, split_rows
+from iam_jax.model import Params, pretrained
+from iam_jax.model.parameters import EMBEDDINGS, abstract, join, mean_rows, select
+from iam_jax.training import objectives
+from iam_jax.training.optimizer import learning_rate, make_optimizer, updates_made
+from iam_jax.training.run import Run
+
+
+def init_state(run: Run) -> dict:
+    """The state at the start, created on its shards; what is pretrained is read."""
+    config = run.config
+    given = pretrained.names(config).keys() - run.frozen_names if config.model.pretrained else set()
+
+    def fresh(key: jax.Array) -> Params:
+        return select(run.model.init(key), lambda name: name not in given | run.frozen_names)
+
+    def place(make: Callable, *args) -> dict:
+        # XLA's default level compiles the generators of a CPU for many seconds, and they run no faster
+        options = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None
+        return jax.jit(make, out_shardings=param_sharding(run.mesh, jax.eval_shape(make, *args)), compiler_options=options)(*args)
+
+    trained = place(fresh, jax.random.key(config.train.seed))
+    if config.model.pretrained:
+        trained = join(trained, pretrained.load(config, select(run.abstract_trained, lambda name: name in given)))
+        boundaries = place(mean_rows, select(join(trained, run.frozen), lambda name: name in EMBEDDINGS))
+        trained = join(select(trained, lambda name: name not in EMBEDDINGS.values()), boundaries)
+    return {"params": trained} | place(functools.partial(rest_of_state, run), trained)
+
+
+def make_train_step(run: Run):
+    """(state, batch, items, step, frozen) -> (state, metrics), jitted, the state's buffers donated. A batch is split into
+    optimizer.accumulate micro-batches whose gradients add up to that of the whole. frozen: the parameters that are not trained. The batch's
+    `votes`, of every device, come back in the metrics as sums. A step whose loss or gradient is not finite, as its metrics then tell,
+    returns the state as it was."""
+    config, model = run.config, run.model
+    optimizer, schedule = make_optimizer(config.optimizer), learning_rate(config.optimizer)
+    parts = config.optimizer.accumulate
+    weights = {"item": config.objective.item, "token": config.objective.token}
+
+    def train_step(state: dict, batch: dict, items: objectives.TrainingItems, step: jax.Array, frozen: Params = {}):  # noqa: B006
+        params, cache = state["params"], state.get("cache")
+        batch = dict(batch)
+        votes = {name: votes.sum() for name, votes in batch.pop("votes", {}).items()}
+        # rbg: threefry's dropout masks take longer than the layers on a CPU
+        key = jax.random.fold_in(jax.random.key(config.train.seed, impl="rbg"), step)
+        count = objectives.counts(batch)
+
+        def loss(params, micro, key):
+            sums = objectives.losses(model.bind(join(params, frozen)), config, items, micro, key, cache)
+            return sum(weights[name] * value / jnp.maximum(count[name], 1) for name, value in sums.items()), sums
+
+        gradient = jax.value_and_grad(loss, has_aux=True)
+        if parts == 1:
+            (_, sums), grads = gradient(params, batch, key)
+        else:
+            micros = split_rows(jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), batch), axis=1)
+
+            def add(total, xs):
+                (_, sums), grads = gradient(params, *xs)
+                return jax.tree.map(jnp.add, total, (sums, grads)), None
+
+            names = [name for name, weight in weights.items() if weight]
+            zero = ({name: jnp.zeros(()) for name in names}, jax.tree.map(jnp.zeros_like, params))
+            (sums, grads), _ = jax.lax.scan(add, zero, (micros, jax.random.split(key, parts)))
+        updates, opt_state = optimizer.update(grads, state["optimizer"], params)
+        metrics = {f"{name}_sum": value for name, value in sums.items()} | {"gradient_norm": optax.global_norm(grads)}
+        finite = jnp.isfinite(jnp.stack(list(metrics.values()))).all()
+        metrics |= {f"{name}_count": value for name, value in count.items()} | {"learning_rate": schedule(updates_made(state["optimizer"]))}
+        metrics |= {"tokens": (batch["user"] > 0).sum()} | votes
+        new = {"params": optax.apply_updates(params, updates), "optimizer": opt_state}
+        state = state | jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, {name: state[name] for name in new})
+        # Left to XLA, norm scales would come back sharded: then their buffers are not reused, and the second step compiles again.
+        return jax.lax.with_sharding_constraint(state, param_sharding(run.mesh, state)), metrics
+
+    return jax.jit(train_step, donate_argnums=0)
+
+
+def rest_of_state(run: Run, trained: Params) -> dict:
+    """What the state holds beside the trained parameters, at the start: the optimizer's state and (objective.softmax = "cached") the
+    text vectors' cache."""
+    config = run.config
+    rest = {"optimizer": make_optimizer(config.optimizer).init(trained)}
+    if config.softmax == "cached":
+        rest["cache"] = jnp.zeros((run.prepared.catalogue.items, config.model.width))
+    return rest
+
+
+def abstract_state(run: Run) -> dict:
+    """Shapes, types and shardings of the state, without allocating it."""
+    trained = run.abstract_trained
+    return {"params": trained} | abstract(run.mesh, jax.eval_shape(functools.partial(rest_of_state, run), trained))

@@ -1,0 +1,384 @@
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import make_config, random_params, reference_states, softmax, stack, tiny_data, tiny_rows
+
+from iam_jax.model import make_model
+from iam_jax.model.items import all_text_vectors, item_vectors
+from iam_jax.model.softmax import cross_entropy, sampled_cross_entropy
+from iam_jax.training import objectives
+from iam_jax.training.objectives import counts, draw, losses, make_training_items, summed_up
+
+# ---- the two softmaxes alone
+
+RNG = np.random.default_rng(0)
+H, V = RNG.standard_normal((11, 4)).astype(np.float32), RNG.standard_normal((7, 4)).astype(np.float32)
+LABEL = np.array([3, 0, -1, 6, 6, 2, -1, -1, 0, 5, 3], np.int32)
+ALLOWED = np.array([1, 0, 1, 1, 0, 1, 1], bool)
+
+
+def plain_cross_entropy(h, v, label, allowed=None):
+    """Value and gradients, float64, one position at a time."""
+    h, v = np.asarray(h, np.float64), np.asarray(v, np.float64)
+    total, dh, dv = 0.0, np.zeros_like(h), np.zeros_like(v)
+    keep = np.arange(len(v)) if allowed is None else np.flatnonzero(allowed)
+    for x in np.flatnonzero(label >= 0):
+        p = np.zeros(len(v))
+        p[keep] = softmax(v[keep] @ h[x])
+        total -= np.log(p[label[x]])
+        p[label[x]] -= 1
+        dh[x], dv = p @ v, dv + np.outer(p, h[x])
+    return total, dh, dv
+
+
+@pytest.mark.parametrize("allowed", [None, ALLOWED], ids=["all", "some"])
+@pytest.mark.parametrize("chunk", [2048, 11, 4, 1])
+def test_cross_entropy_is_the_plain_one(chunk, allowed):
+    label = LABEL if allowed is None else np.where(np.isin(LABEL, np.flatnonzero(ALLOWED)), LABEL, -1)
+    run = jax.value_and_grad(lambda h, v: cross_entropy(h, v, label, allowed_C=allowed, chunk=chunk), argnums=(0, 1))
+    jaxpr = str(jax.make_jaxpr(run)(H, V))
+    assert ("scan[" in jaxpr, "f32[11,7]" in jaxpr) == (chunk < 11, chunk >= 11)  # all logits at once, or never
+    value, (dh, dv) = jax.jit(run)(H, V)
+    for got, expected in zip((value, dh, dv), plain_cross_entropy(H, V, label, allowed), strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=2e-6)
+    assert not np.asarray(dh)[label < 0].any()
+    if allowed is not None:
+        assert not np.asarray(dv)[~ALLOWED].any()
+
+
+def test_nothing_to_predict():
+    value, grads = jax.value_and_grad(lambda h, v: cross_entropy(h, v, np.full(11, -1), chunk=4), argnums=(0, 1))(H, V)
+    assert value == 0 and not any(np.asarray(g).any() for g in grads)
+
+
+def sampled(h, v, vt, label=LABEL, candidate=(), log_expected=0.0, chunk=2048):
+    candidate = np.asarray(candidate, np.int32)
+    return sampled_cross_entropy(h, label, candidate, v, vt, jnp.broadcast_to(jnp.float32(log_expected), candidate.shape), chunk)
+
+
+@pytest.mark.parametrize("chunk", [2048, 4])
+def test_sampled_with_every_item_once_is_the_full_softmax(chunk):
+    def by_sample(h, v):
+        return sampled(h, v, v[jnp.maximum(LABEL, 0)], candidate=np.arange(7), chunk=chunk)
+
+    value, grads = jax.jit(jax.value_and_grad(by_sample, argnums=(0, 1)))(H, V)
+    for got, expected in zip((value, *grads), plain_cross_entropy(H, V, LABEL), strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("chunk", [2048, 3])
+def test_sampled_by_hand(chunk):
+    """Accidental hits and candidates that are none are left out; repeated candidates count as often as they come."""
+    candidate = np.array([3, 3, 6, -1, 2, 1], np.int32)
+    expected_count = np.array([2.0, 2.0, 0.5, 9.0, 1.0, 4.0])
+    vc = RNG.standard_normal((6, 4)).astype(np.float32)  # each candidate its own vector: which one is left out shows
+    vt = RNG.standard_normal((11, 4)).astype(np.float32)
+    total, used = 0.0, np.zeros((11, 6), bool)
+    for x in np.flatnonzero(LABEL >= 0):
+        used[x] = (candidate != LABEL[x]) & (candidate >= 0)
+        positive = np.exp(H[x] @ vt[x])
+        total -= np.log(positive / (positive + (np.exp(vc[used[x]] @ H[x]) / expected_count[used[x]]).sum()))
+    run = jax.value_and_grad(
+        functools.partial(sampled, candidate=candidate, log_expected=np.log(expected_count), chunk=chunk), argnums=(0, 1, 2)
+    )
+    value, (dh, dv, dvt) = run(H, vc, vt)
+    assert float(value) == pytest.approx(total, rel=1e-5)
+    assert not np.asarray(dh)[LABEL < 0].any() and not np.asarray(dvt)[LABEL < 0].any() and not np.asarray(dv)[3].any()
+    only_hits = np.where(np.isin(LABEL, [3]), LABEL, -1)  # then the first two candidates are accidental hits everywhere
+    gradient = jax.grad(lambda v: sampled(H, v, vt, only_hits, candidate, np.log(expected_count)))(vc)
+    assert (np.asarray(gradient) != 0).any(1).tolist() == [False, False, True, False, True, True]
+
+
+SHARE = np.array([0.4, 0.0, 0.1, 0.25, 0.05, 0.2, 0.0])
+
+
+def test_sampled_denominator_has_the_full_ones_expectation():
+    """Over 4,000 draws of 5 in-batch targets besides the own one and of 12 negatives: within 4 standard errors (about 2 %)."""
+    until, in_batch = summed_up(SHARE), SHARE[::-1].copy()
+    in_batch_until = summed_up(in_batch)
+    log_expected = np.log(5 * in_batch + 12 * SHARE)
+    assert np.isfinite(log_expected[[0, 2, 3, 4, 5, 6]]).all()
+    h, target = H[:1] * 0.5, np.array([4], np.int32)
+
+    @jax.jit
+    def denominators(keys):
+        def one(key):
+            a, b = jax.random.split(key)
+            candidate = jnp.concatenate([target, draw(a, in_batch_until, 5), draw(b, until, 12)])
+            loss = sampled_cross_entropy(h, target, candidate, jnp.asarray(V)[candidate], V[target], jnp.float32(log_expected)[candidate])
+            return jnp.exp(loss + (h[0] * V[target[0]]).sum())
+
+        return jax.lax.map(one, keys)
+
+    got = np.asarray(denominators(jax.random.split(jax.random.key(0), 4000)), np.float64)
+    reachable = np.flatnonzero(SHARE + in_batch)
+    full = np.exp(V[reachable] @ h[0]).sum()
+    error = got.std() / len(got) ** 0.5
+    assert 0 < error < 0.01 * full
+    assert abs(got.mean() - full) < 4 * error
+    assert abs(np.exp(V[reachable] @ h[0] + 0.3).sum() - full) > 4 * error  # a wrong count would show
+
+
+def test_draw_follows_the_shares():
+    """100,000 draws: every frequency within 4 standard deviations, and items without a share never."""
+    drawn = np.asarray(draw(jax.random.key(1), summed_up(SHARE), 100_000))
+    frequency = np.bincount(drawn, minlength=7) / 100_000
+    assert drawn.dtype == np.int32 and len(frequency) == 7
+    assert (np.abs(frequency - SHARE) <= 4 * np.sqrt(SHARE * (1 - SHARE) / 100_000)).all()
+    assert (frequency[SHARE == 0] == 0).all()
+
+
+def test_shares_are_summed_up_exactly():
+    """Items without weight have no width at all, in a large catalogue and at both ends; the others their share within 2^-31."""
+    rng = np.random.default_rng(0)
+    weight = rng.poisson(1.0, 200_000) * (rng.random(200_000) > 0.3)
+    weight[[0, -1]] = 0
+    until = summed_up(weight)
+    width = np.diff(until.astype(np.int64), prepend=0)
+    assert until.dtype == np.uint32 and until[-1] == 2**31
+    assert (width[weight == 0] == 0).all() and (width >= 0).all()
+    assert np.abs(width / 2**31 - weight / weight.sum()).max() <= 2**-31
+    # The bounds themselves: the first and the last unit that a draw can give.
+    edges = np.searchsorted(until, np.array([0, 2**31 - 1], np.uint32), side="right")
+    assert (weight[edges] > 0).all()
+
+
+# ---- with a model
+
+OBJECTIVES = {
+    "table": {"vectors": "table"},
+    "text": {"vectors": "text", "softmax": "full"},
+    "both and token": {"vectors": "both", "softmax": "full", "token": 0.5, "chunk": 16},
+    "cached": {"vectors": "text", "softmax": "cached"},
+    "sampled": {"vectors": "both", "negatives": 6},
+}
+
+
+@functools.cache
+def case(name):
+    """(config, model, parameters, items, batch of 4 rows)."""
+    config = make_config(model={"schedule": "intra inter", "mlp": "plain"}, objective=OBJECTIVES[name])
+    prepared = tiny_data(users=14, items=9, cold=2)
+    rows = tiny_rows(prepared, config)
+    assert len(rows) >= 4
+    model = make_model(config, prepared.catalogue.vocabulary, prepared.catalogue.items)
+    items = make_training_items(prepared.catalogue, prepared.events, rows.segments, config)
+    return config, model, random_params(model), items, stack([rows[i] for i in range(4)])
+
+
+@functools.cache
+def sums_of(name):
+    config, model, *_ = case(name)
+    return jax.jit(lambda params, items, batch, key=None, cache=None: losses(model.bind(params), config, items, batch, key, cache))
+
+
+@functools.cache
+def gradients_of(name):
+    config, model, *_ = case(name)
+    return jax.jit(jax.grad(lambda params, items, batch, cache=None: losses(model.bind(params), config, items, batch, None, cache)["item"]))
+
+
+@functools.cache
+def vectors_of(name, chunk=1024):
+    """(text vectors, vectors as ranked) of all items."""
+    config, model, params, items, _ = case(name)
+    text = jax.jit(lambda params: all_text_vectors(model.bind(params), items.catalogue, chunk=chunk))
+    ranked = jax.jit(lambda params: item_vectors(model.bind(params), config, items.catalogue))
+    return text(params) if config.uses_text else None, ranked(params)
+
+
+def plain_heads(name):
+    """h_XE of the targets and v_IE, from the model in plain NumPy."""
+    config, _model, params, _items, batch = case(name)
+    x_BTD = reference_states(config.model, params["decoder"], batch)
+    x_BTD = x_BTD / np.sqrt((x_BTD**2).mean(-1, keepdims=True) + 1e-6) * params["decoder"]["final_norm"]["scale"]
+    h_BMD = np.take_along_axis(x_BTD, batch["target_at"][..., None], axis=1) @ np.asarray(params["state_DE"])
+    v_IE = np.asarray(vectors_of(name)[1])
+    return x_BTD, h_BMD.reshape(-1, 16), v_IE
+
+
+@pytest.mark.parametrize("name", ["table", "both and token"])
+def test_losses_are_plain_log_softmax(name):
+    config, model, params, items, batch = case(name)
+    sums = sums_of(name)(params, items, batch)
+    x_BTD, h_XE, v_IE = plain_heads(name)
+    trained = np.asarray(items.catalogue.trained_I)
+    assert not trained.all() and (batch["target"] < 0).any()
+    expected = {"item": plain_cross_entropy(h_XE, v_IE, batch["target"].reshape(-1), trained)[0]}
+    if config.objective.token:
+        embedding = np.asarray(model.bind(params).output_embedding()[0])
+        expected["token"] = plain_cross_entropy(x_BTD.reshape(-1, 16), embedding, batch["label"].reshape(-1))[0]
+    assert {k: float(v) for k, v in sums.items()} == pytest.approx(expected, rel=1e-4)
+    assert {k: int(v) for k, v in counts(batch).items()} == {
+        "item": sum(t >= 0 for t in batch["target"].reshape(-1)), "token": sum(t >= 0 for t in batch["label"].reshape(-1)),
+    }  # fmt: skip
+
+
+def test_token_labels_are_the_next_tokens_of_targets():
+    batch = case("both and token")[-1]
+    row, slot = np.nonzero(batch["label"] >= 0)
+    np.testing.assert_array_equal(batch["label"][row, slot], batch["token"][row, slot + 1])
+    assert len(row) > (batch["target"] >= 0).sum()  # several tokens an item
+
+
+@pytest.mark.parametrize("name", ["both and token", "cached"])
+def test_sums_do_not_depend_on_how_rows_are_split(name):
+    config, _model, params, items, batch = case(name)
+    # One row's targets have fresh vectors, which the others read from the cache: so the cache must be fresh.
+    cache = vectors_of(name)[0] if config.softmax == "cached" else None
+    rows = [jax.tree.map(lambda x, i=i: x[i : i + 1], batch) for i in range(4)]
+    whole = sums_of(name)(params, items, batch, None, cache)
+    parts = [sums_of(name)(params, items, row, None, cache) for row in rows]
+    for key, value in whole.items():
+        assert float(value) == pytest.approx(sum(float(part[key]) for part in parts), rel=1e-5)
+    for key, value in counts(batch).items():
+        assert int(value) == sum(int(counts(row)[key]) for row in rows) > 0
+    assert len({float(part["item"]) for part in parts}) == 4
+
+
+def test_item_vectors_are_table_plus_text():
+    _config, model, params, items, _ = case("both and token")
+    bound = model.bind(params)
+    text, ranked = vectors_of("both and token")
+    np.testing.assert_allclose(ranked, text + bound.table(items.catalogue.trained_I), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(vectors_of("both and token", chunk=4)[0], text, rtol=1e-5, atol=1e-6)  # 9 items in threes
+    one = jax.jit(bound.text_vectors)(items.catalogue.token_IT[5:6], items.catalogue.length_I[5:6])
+    np.testing.assert_allclose(text[5:6], one, rtol=1e-5, atol=1e-6)
+
+
+# ---- cached
+
+
+def test_a_fresh_cache_gives_the_full_loss_and_teaches_the_text():
+    config, model, params, items, batch = case("cached")
+    targets = batch["target"][batch["target"] >= 0]
+    assert len(np.unique(targets)) < len(targets)  # some item is a target twice
+    cache = vectors_of("cached")[0]
+    cached = float(sums_of("cached")(params, items, batch, None, cache)["item"])
+    assert cached == pytest.approx(float(sums_of("text")(params, items, batch)["item"]), rel=1e-6)
+
+    is_target = np.isin(np.arange(9), targets)
+    full = dataclasses.replace(config, objective=dataclasses.replace(config.objective, softmax="full"))
+
+    def loss(params):
+        """The full softmax, in which only the targets' vectors learn."""
+        bound = model.bind(params)
+        h_XE = bound.project(jnp.take_along_axis(bound.states(batch), batch["target_at"][..., None], axis=1).reshape(-1, 16))
+        v_IE = item_vectors(bound, full, items.catalogue)
+        v_IE = jnp.where(is_target[:, None], v_IE, jax.lax.stop_gradient(v_IE))
+        return cross_entropy(h_XE, v_IE, batch["target"].reshape(-1), allowed_C=items.catalogue.trained_I)
+
+    got, expected = gradients_of("cached")(params, items, batch, cache), jax.jit(jax.grad(loss))(params)
+    assert np.abs(got["text_DE"]).max() > 0.1 and np.abs(got["text_norm"]["scale"]).max() > 0.01
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * max(1, np.abs(b).max()))
+
+
+def test_a_stale_cache_counts_for_the_items_that_are_no_targets():
+    _, _model, params, items, batch = case("cached")
+    batch = jax.tree.map(lambda x: x[:1], batch)
+    is_target = np.isin(np.arange(9), batch["target"])
+    trained = np.asarray(items.catalogue.trained_I)
+    assert (trained & ~is_target).any()
+    cache = vectors_of("cached")[0]
+    base = float(sums_of("cached")(params, items, batch, None, cache)["item"])
+    for i in range(9):
+        moved = float(sums_of("cached")(params, items, batch, None, cache.at[i].add(1.0))["item"]) != base
+        assert moved == (trained[i] and not is_target[i]), i
+
+
+def test_of_a_repeated_target_the_first_fresh_vector_counts(monkeypatch):
+    """With dropout the same item's fresh vectors differ. Here they are random, so that each shows its position."""
+    config, model, params, items, batch = case("cached")
+    flat = batch["target"].reshape(-1)
+    fresh = np.random.default_rng(0).standard_normal((len(flat), 16)).astype(np.float32)
+    cache = np.random.default_rng(1).standard_normal((9, 16)).astype(np.float32)
+    expected, first = cache.copy(), {}
+    for x, item in enumerate(flat.tolist()):
+        if item >= 0 and first.setdefault(item, x) == x:
+            expected[item] = fresh[x]
+    assert 1 < len(first) < (flat >= 0).sum() < len(flat) and 0 in flat
+    assert 0 < len(first) < 9  # rows of the cache remain
+    seen = {}
+
+    def spy(h_XE, v_CE, label_X, **options):
+        seen["v"] = v_CE
+        return cross_entropy(h_XE, v_CE, label_X, **options)
+
+    bound = model.bind(params)
+    monkeypatch.setattr(objectives, "cross_entropy", spy)
+
+    def loss(fresh):
+        monkeypatch.setattr(type(bound), "text_vectors", lambda self, token, length, key=None: fresh)
+        return losses(bound, config, items, batch, None, jnp.asarray(cache))["item"], seen["v"]
+
+    gradient, vectors = jax.jit(jax.grad(loss, has_aux=True))(fresh)
+    np.testing.assert_array_equal(vectors, expected)
+    assert np.flatnonzero(np.asarray(gradient).any(1)).tolist() == sorted(first.values())
+
+
+# ---- sampled
+
+
+def test_what_the_sampled_loss_samples(monkeypatch):
+    """Candidates: the batch's targets, then drawn items with training events. Each counts as often as it is expected among the
+    other positions' targets and the draws."""
+    config, model, params, items, batch = case("sampled")
+    seen = {}
+
+    def spy(h_XE, target_X, candidate_C, v_CE, vt_XE, log_expected_C, chunk):
+        seen.update(candidate=candidate_C, v=v_CE, vt=vt_XE, log_expected=log_expected_C, target=target_X)
+        return sampled_cross_entropy(h_XE, target_X, candidate_C, v_CE, vt_XE, log_expected_C, chunk)
+
+    monkeypatch.setattr(objectives, "sampled_cross_entropy", spy)
+
+    @jax.jit
+    def run(key):
+        sums = losses(model.bind(params), config, items, batch, key, None)
+        return sums, dict(seen)
+
+    sums, one = run(jax.random.key(0, impl="rbg"))
+    other = run(jax.random.key(1, impl="rbg"))[1]
+    one, other = (jax.tree.map(np.asarray, x) for x in (one, other))
+    flat = batch["target"].reshape(-1)
+    X, n = len(flat), (flat >= 0).sum()
+    np.testing.assert_array_equal(one["candidate"][:X], flat)
+    assert len(one["candidate"]) == X + 6 and not np.array_equal(one["candidate"][X:], other["candidate"][X:])
+    assert np.asarray(items.catalogue.trained_I)[one["candidate"][X:]].all()
+    there = one["candidate"] >= 0
+    expected = (n - 1) * np.asarray(items.target_share_I) + 6 * np.asarray(items.drawn_share_I)
+    np.testing.assert_allclose(np.exp(one["log_expected"][there]), expected[one["candidate"][there]], rtol=1e-5)
+    vectors = np.asarray(vectors_of("sampled")[1])
+    np.testing.assert_allclose(one["v"][there], vectors[one["candidate"][there]], rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(one["vt"], one["v"][:X])
+    assert np.isfinite(float(sums["item"])) and float(sums["item"]) > 0
+
+
+# ---- what is known of the items
+
+
+@pytest.mark.parametrize("prompt", [0, 2])
+@pytest.mark.parametrize("power", [0.0, 0.5, 1.0])
+def test_items_by_a_plain_count(prompt, power):
+    config = make_config(objective={"negatives_power": power})
+    prepared = tiny_data(prompt=prompt, cold=2)
+    events, catalogue = prepared.events, prepared.catalogue
+    items = make_training_items(catalogue, events, tiny_rows(prepared, config).segments, config)
+    trained, targets = np.zeros(8), np.zeros(8)
+    for begin, end in zip(events.offsets[:-1], events.offsets[1:], strict=True):
+        for place, event in enumerate(range(begin, end - 2)):  # the last two are validation and test
+            trained[events.item[event]] += 1
+            targets[events.item[event]] += place > 0 or prompt > 0
+    drawn = np.where(trained > 0, trained**power, 0)
+    np.testing.assert_array_equal(items.catalogue.trained_I, trained > 0)
+    assert not np.asarray(items.catalogue.trained_I)[-2:].any()
+    np.testing.assert_allclose(items.target_share_I, targets / targets.sum(), rtol=1e-6)
+    np.testing.assert_allclose(items.drawn_share_I, drawn / drawn.sum(), rtol=1e-6)
+    np.testing.assert_array_equal(items.drawn_until_I, summed_up(drawn))
+    for i in range(8):
+        text = catalogue.tokens[catalogue.offsets[i] : catalogue.offsets[i + 1]]
+        assert items.catalogue.length_I[i] == len(text) and items.catalogue.token_IT[i, : len(text)].tolist() == text.tolist()

@@ -21,7 +21,7 @@ class JobError(RuntimeError):
     """The job of several processes failed, and not for this process's input: exit code 5, the same command goes on."""
 
 
-def some(values: Iterable, limit: int = 3) -> str:
+def quote_first(values: Iterable, limit: int = 3) -> str:
     """The first few of `values`, as they are quoted in an error."""
     values = list(values)
     more = f" and {len(values) - limit:,} more" if len(values) > limit else ""

@@ -280,7 +280,7 @@ def _parse(argv: list[str]) -> list[str]:
         _check_names(argv)
         rest = flags.FLAGS(argv)
         if len(rest) > 1:
-            raise InputError(f"{rest[1]!r} is no flag")
+            raise InputError(f"unknown flag {rest[1]!r}")
         if not comparing and not file and not workdir:
             raise InputError("--config=FILE is missing (or --workdir of a run)")
         if not comparing and not isinstance(getattr(_CONFIG.value, "data", None), config_lib.ml_collections.ConfigDict):

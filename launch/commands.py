@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from iam_jax.errors import InputError, some
+from iam_jax.errors import InputError, quote_first
 from iam_jax.storage.files import write_atomically
 
 NON_FINITE, DIVERGED = 4, "diverged"  # exit code of a run that diverged, and what then marks it
@@ -33,7 +33,7 @@ def finished(workdir: Path, flags: list[str]) -> bool:
     diverged = DIVERGED in there
     if [flag for flag in there if flag != DIVERGED] != wanted:
         only = [flag for flag in there if flag not in (*wanted, DIVERGED)] + [flag for flag in wanted if flag not in there]
-        raise InputError(f"{workdir} was run with other flags ({some(only)} on one side only); choose another --folder")
+        raise InputError(f"{workdir} was run with other flags ({quote_first(only)} on one side only); choose another --folder")
     return diverged or (workdir / "evaluation.json").exists()
 
 

@@ -228,7 +228,7 @@ def files_of(folder):
     return found
 
 
-def test_a_damaged_step_is_told_of_and_the_one_before_it_used(tmp_path, capsys):
+def test_a_damaged_step_is_as_input_error_and_the_one_before_it_used(tmp_path, capsys):
     """Whatever file of the newest step is cut short or missing, no wrong value is read, and another stands in."""
 
     def state_of(step):  # large enough to be in files of their own

@@ -226,7 +226,7 @@ WRONG = {
     "file without a config": (("--config=empty.py",), "empty.py", "get_config"),
     "file that ends": (("--config=exit.py",), "exit.py"),
     "bad flag": ((TINY, "--wrokdir=x"), "wrokdir"),
-    "no flag": ((TINY, "train"), "'train' is no flag"),
+    "no flag": ((TINY, "train"), "unknown flag 'train'"),
     "bad mode": ((TINY, "--mode=eval"), "--mode=eval", "evaluate"),
     "no run": ((TINY, "--mode=evaluate", "--workdir=nowhere"), "nowhere", "no run there"),
     "no run, no config": (("--mode=evaluate", "--workdir=nowhere"), "nowhere/config.json"),

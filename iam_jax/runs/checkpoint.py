@@ -22,7 +22,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from iam_jax.storage import remote as storage
-from iam_jax.errors import DamagedError, InputError, of_the_system, some
+from iam_jax.errors import DamagedError, InputError, of_the_system, quote_first
 from iam_jax.storage.files import write_atomically
 
 _PROGRESS, _METRICS = "progress/metadata", "metrics/metrics"  # where Orbax puts the two JSON items of a step
@@ -38,7 +38,7 @@ class Checkpoints:
 
     def __init__(self, workdir: Path, keep: int, metric: str, read_only: bool = False):
         folder, self.metric = workdir / "checkpoints", metric
-        self.folder = storage.teach_orbax(folder) if storage.is_remote(folder) else folder.absolute()
+        self.folder = storage.patch_orbax_for_s3(folder) if storage.is_remote(folder) else folder.absolute()
         for name in ("absl", "asyncio"):  # Orbax tells every step of a save, and every error twice
             logging.getLogger(name).setLevel(logging.CRITICAL)
         _forget_closed_loops()
@@ -51,7 +51,7 @@ class Checkpoints:
         self._metrics: dict[int, dict] = {}  # of the steps with a validation
         self._saving = -1  # the step whose save was begun last
         self._manager = None
-        with self._told_of("cannot be read"):
+        with self._as_input_error("cannot be read"):
             self._look()
             if not read_only:
                 self._tell_unfinished()
@@ -74,7 +74,7 @@ class Checkpoints:
         names = [path.name for path in self.folder.iterdir()] if self.folder.is_dir() and not storage.is_remote(self.folder) else []
         left = sorted({int(step) for step, mark, _ in (name.partition(_UNFINISHED) for name in names) if mark and step.isdecimal()})
         if left and jax.process_index() == 0:
-            print(f"{self.folder}: a save was interrupted, its unfinished checkpoint of step {some(left)} is removed", flush=True)
+            print(f"{self.folder}: a save was interrupted, its unfinished checkpoint of step {quote_first(left)} is removed", flush=True)
 
     def _make_manager(self, keep: int) -> ocp.CheckpointManager:
         best = preservation_policy.BestN(get_metric_fn=self._quality, n=1, keep_checkpoints_without_metrics=False)
@@ -103,7 +103,7 @@ class Checkpoints:
             progress=ocp.args.JsonSave(progress),
         )
         self._saving = step
-        with self._told_of("cannot be saved"):
+        with self._as_input_error("cannot be saved"):
             if step in self._steps:
                 self._amend(step, progress, metrics)
             else:
@@ -127,18 +127,18 @@ class Checkpoints:
         """Until the save that was begun last is complete. Raises InputError where the disk refused it."""
         if self._manager is not None:
             try:
-                with self._told_of("cannot be saved"):
+                with self._as_input_error("cannot be saved"):
                     self._manager.wait_until_finished()
             finally:
                 self._steps = set(self._manager.all_steps())
 
     def close(self) -> None:
         if self._manager is not None:
-            with self._told_of("cannot be saved"):
+            with self._as_input_error("cannot be saved"):
                 self._manager.close()
 
     @contextlib.contextmanager
-    def _told_of(self, what: str) -> Iterator[None]:
+    def _as_input_error(self, what: str) -> Iterator[None]:
         try:
             yield
         except Exception as error:
@@ -209,7 +209,7 @@ class Checkpoints:
         if not self._steps:
             there = self.folder.iterdir() if self.folder.is_dir() else ()  # object storage has no empty folders
             if aside := sorted(path.name for path in there if path.name.endswith(_ASIDE)):
-                raise InputError(f"{self.folder}: no checkpoint but damaged ones, set aside as {some(aside)}")
+                raise InputError(f"{self.folder}: no checkpoint but damaged ones, set aside as {quote_first(aside)}")
             return None
         step, (state, progress) = self._first_readable("last", lambda step: (self.restore(step, abstract), self.progress(step)))
         if self._damaged:
@@ -270,7 +270,7 @@ class Checkpoints:
             if there.get(name) != here.get(name)
         ]
         if differing:
-            raise InputError(f"{self.folder}/{step}: does not fit the config's model: {some(differing)}")
+            raise InputError(f"{self.folder}/{step}: does not fit the config's model: {quote_first(differing)}")
         return self._reading(step, item, lambda: handler.restore(path, args=ocp.args.StandardRestore(abstract)))
 
     def _reading(self, step: int, item: str, read: Callable[[], T]) -> T:

@@ -33,7 +33,7 @@ class MetricsLog:
         self.path = workdir / METRICS_FILE
         if not is_first():
             return
-        with self._told():
+        with self._as_input_error():
             if is_remote(workdir):
                 self._mirror = Mirror(workdir)
                 self._mirror.fetch(METRICS_FILE)
@@ -47,7 +47,7 @@ class MetricsLog:
             self._events = _Events(workdir / "tensorboard", step) if config.tensorboard else None
 
     def write(self, step: int, values: dict[str, float | list[float]]) -> None:
-        with self._told():
+        with self._as_input_error():
             if self._file is not None:
                 self._file.write(json.dumps({"step": step, **values}) + "\n")
                 self._file.flush()
@@ -60,7 +60,7 @@ class MetricsLog:
 
     def upload(self) -> None:
         """Before a checkpoint, so that a run resumed from it finds the lines before it."""
-        with self._told():
+        with self._as_input_error():
             self._upload()
 
     def _upload(self, at_most_every: float = 0) -> None:
@@ -70,13 +70,13 @@ class MetricsLog:
             self._mirror.upload(at_most_every)
 
     def close(self) -> None:
-        with self._told():
+        with self._as_input_error():
             for file in (self._file, self._events, self._mirror):
                 if file is not None:
                     file.close()
 
     @contextlib.contextmanager
-    def _told(self) -> Iterator[None]:
+    def _as_input_error(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:

@@ -132,7 +132,7 @@ def kvstore(url: str) -> dict:
     return spec
 
 
-def teach_orbax(folder: Path) -> Path:
+def patch_orbax_for_s3(folder: Path) -> Path:
     """Returns the folder, ready for Orbax's checkpoints.
 
     Orbax 0.12 makes TensorStore's specs of gs:// and of local paths, though TensorStore has a client for S3; and it takes a rename for

@@ -15,7 +15,7 @@ from iam_jax.devices import distributed
 from iam_jax.devices.chips import find_chip
 from iam_jax.devices.mesh import per_process, rows_here, shard_batch
 from iam_jax.devices.signals import Signals, Stop
-from iam_jax.errors import InputError, NonFiniteError, some
+from iam_jax.errors import InputError, NonFiniteError, quote_first
 from iam_jax.model.items import all_text_vectors
 from iam_jax.model.parameters import join
 from iam_jax.ranking.evaluate import Evaluator, summarize, validation_subset
@@ -47,7 +47,7 @@ class Progress:
     def read(cls, saved: dict) -> "Progress":
         """Of a checkpoint, perhaps one of an earlier version. Raises InputError for one of a later version."""
         if unknown := sorted(saved.keys() - {field.name for field in dataclasses.fields(cls)}):
-            raise InputError(f"the checkpoint was written by a later version of this program: its progress has {some(unknown)}")
+            raise InputError(f"the checkpoint was written by a later version of this program: its progress has {quote_first(unknown)}")
         return cls(**saved)
 
 
@@ -150,7 +150,7 @@ def train(run: Run, workdir: Path, evaluator: Evaluator, signals: Signals) -> Ch
         """Tells and counts a step that left the state as it was. Raises NonFiniteError when it is one too many."""
         progress.skipped += 1
         what = f"step {step:,}: {', '.join(bad)} not finite"
-        users = f"users of its batch: {some(users_of_batch(run.rows, cfg.batch_rows, cfg.seed, step - 1))}"
+        users = f"users of its batch: {quote_first(users_of_batch(run.rows, cfg.batch_rows, cfg.seed, step - 1))}"
         if progress.skipped > cfg.skip_limit:
             checkpoints.wait()
             last = f"the last good checkpoint is step {saved_step}" if saved_step >= 0 else "there is no checkpoint yet"

@@ -22,7 +22,7 @@ import tensorflow_datasets as tfds
 from iam_jax.data import tables as tables_lib
 from iam_jax.data.sources.originals import Event, Files, TableBuilder, malformed, prepared, reading
 from iam_jax.data.tables import Tables
-from iam_jax.errors import InputError, some
+from iam_jax.errors import InputError, quote_first
 
 _BOTH = (
     "Automotive Books CDs_and_Vinyl Cell_Phones_and_Accessories Clothing_Shoes_and_Jewelry Digital_Music Electronics "
@@ -238,7 +238,7 @@ def find(path: str, category: str) -> tuple[int, str, dict[str, Path]]:
         every = [(year, name) for year, names in CATEGORIES.items() for name in names]
         candidates = [(year, name) for year, name in every if "interactions" in present(year, name)]
     if len(candidates) > 1:
-        which = some(f"{year}/{name}" for year, name in candidates)
+        which = quote_first(f"{year}/{name}" for year, name in candidates)
         raise InputError(f"{path}: reviews of several categories in this folder: {which}; name one of them in data.category")
     if not candidates:
         raise InputError(f"{path}: no Amazon reviews in this folder; expected {LAYOUT}; or tables: {tables_lib.LAYOUT}")

@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 
 from iam_jax.config import Config
-from iam_jax.errors import InputError, some
+from iam_jax.errors import InputError, quote_first
 from iam_jax.model.pretrained.folder import CONFIG, INDEX, TOKENIZER, WEIGHTS
 from iam_jax.model.pretrained.importing import places, read_pretrained
 from iam_jax.model.pretrained.table import param_axes, to_tensor
@@ -55,7 +55,7 @@ def export(config: Config, params: dict, output: str | Path, max_shard_bytes: in
     known = places(config, source)
     missing = [name for name in known if name not in leaves]
     if missing or any("_lora_" in name for name in leaves):
-        raise ValueError(f"parameters to export must be merged and complete; missing: {some(missing) or 'none'}")
+        raise ValueError(f"parameters to export must be merged and complete; missing: {quote_first(missing) or 'none'}")
     dtype = np.dtype(ml_dtypes.bfloat16 if all(leaves[name].dtype == ml_dtypes.bfloat16 for name in known) else np.float32)
 
     pieces: dict[str, list] = {}  # of each tensor: (parameter's name, its source, its repeat)

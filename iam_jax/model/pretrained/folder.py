@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from safetensors import SafetensorError, safe_open
 
-from iam_jax.errors import InputError, some
+from iam_jax.errors import InputError, quote_first
 
 CONFIG, WEIGHTS, INDEX, TOKENIZER = "config.json", "model.safetensors", "model.safetensors.index.json", "tokenizer.json"
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -164,11 +164,11 @@ def read_headers(folder: Path) -> dict[str, Header]:
         raise InputError(f"{index}: weight_map must say which file holds which tensor")
     missing = [file for file in dict.fromkeys(where.values()) if not (folder / file).is_file()]
     if missing:
-        raise InputError(f"{index} names {some(missing)}: no such file in the model folder")
+        raise InputError(f"{index} names {quote_first(missing)}: no such file in the model folder")
     shards = {file: read_header(folder / file) for file in dict.fromkeys(where.values())}
     strays = [name for name, file in where.items() if name not in shards[file]]
     if strays:
-        raise InputError(f"{index}: missing tensors: {some(strays)} (of {where[strays[0]]})")
+        raise InputError(f"{index}: missing tensors: {quote_first(strays)} (of {where[strays[0]]})")
     everything = {}
     for headers in shards.values():
         everything |= headers
@@ -201,14 +201,14 @@ class Tensors:
         """Raises InputError naming tensors that are missing, misshapen, unused or of another type. optional: may be there as well."""
         missing = [name for name in shapes if name not in self.headers]
         if missing:
-            raise InputError(f"{folder}: missing tensors: {some(missing)}")
+            raise InputError(f"{folder}: missing tensors: {quote_first(missing)}")
         for name, shape in shapes.items():
             header = self.headers[name]
             if header.shape != shape:
                 raise InputError(f"{header.file}: tensor {header.name!r} has shape {header.shape}; by {CONFIG} it must be {shape}")
         unused = [header.name for name, header in self.headers.items() if name not in shapes and name not in optional]
         if unused:
-            raise InputError(f"{folder}: unused tensors: {some(unused)}; by {CONFIG} the model has none of that name")
+            raise InputError(f"{folder}: unused tensors: {quote_first(unused)}; by {CONFIG} the model has none of that name")
         for header in self.headers.values():
             if header.dtype not in DTYPES:
                 raise InputError(f"{header.file}: tensor {header.name!r} is {header.dtype}; supported are {', '.join(DTYPES)}")

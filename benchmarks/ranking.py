@@ -66,9 +66,9 @@ def with_jax(data: dict, args: argparse.Namespace) -> Callable[[int], dict]:
     import jax
     from jax.sharding import Mesh
 
-    from iam_jax.ranking.evaluate import make_ranker
+    from iam_jax.ranking.scores import ranking_program
 
-    ranker = make_ranker(Mesh(np.array(jax.devices()[:1]), ("data",)), args.chunk, args.items)
+    ranker = ranking_program(Mesh(np.array(jax.devices()[:1]), ("data",)), args.chunk, args.items)
     items_IE = jax.block_until_ready(jax.device_put(data.pop("items")))
 
     def run(first: int) -> dict:

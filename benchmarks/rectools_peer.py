@@ -71,25 +71,27 @@ class PeerEvaluator(Evaluator):
     """Our evaluator over the vectors of RecTools' lightning module as it is when it is asked; `params` are ignored."""
 
     def __init__(self, config: Config, prepared: Prepared, module):
-        super().__init__(None, config, prepared, None, make_mesh(config.mesh))
+        super().__init__(None, config, prepared, make_mesh(config.mesh))
         self._session = module.data_preparator.session_max_len
         self._module, events, preparator = module, prepared.events, module.data_preparator
         self.number_I = np.zeros(len(events.item_ids), np.int64)  # RecTools' number of each item, 0 for none
         known = preparator.get_known_item_ids().astype(np.int64)
         self.number_I[known] = preparator.get_known_items_sorted_internal_ids()
         self._readable = np.flatnonzero(self.number_I[events.item] > 0)  # events
-        self._item_vectors = lambda *_: spread_rows(self.mesh, self.item_vectors())
 
     def _model(self):
         self._module.eval()  # dropout off
         return self._module.torch_model
 
     @torch.inference_mode()
-    def item_vectors(self) -> np.ndarray:
+    def peer_vectors(self) -> np.ndarray:
         """[I, E] float32; zero for items that have no number, as for items without a training event in our own models."""
         model = self._model()
         vectors = model.similarity_module.item_tower_forward(model.item_model.get_all_embeddings()).numpy()
         return np.where(self.number_I[:, None] > 0, vectors[self.number_I], 0).astype(np.float32)
+
+    def item_vectors(self, params, leading_XD):
+        return spread_rows(self.mesh, self.peer_vectors())
 
     @torch.inference_mode()
     def history_vectors(self, params, targets, leading_XD=None, poll=lambda: None, label="") -> np.ndarray:
@@ -126,7 +128,7 @@ def same_recommendations(model: SASRecModel, evaluator: PeerEvaluator, users: in
     asked = events.user[targets]
     found = model.recommend(users=asked, dataset=dataset_of(events, history), k=10, filter_viewed=True)
     lists = {user: part.sort_values(Columns.Rank)[Columns.Item].to_numpy() for user, part in found.groupby(Columns.User)}
-    scores = evaluator.history_vectors(None, targets).astype(np.float64) @ evaluator.item_vectors().T.astype(np.float64)
+    scores = evaluator.history_vectors(None, targets).astype(np.float64) @ evaluator.peer_vectors().T.astype(np.float64)
     largest, identical = 0.0, 0
     for user, score, begin, end in zip(asked, scores, begins, targets, strict=True):
         score[~known_I], score[events.item[begin:end]] = -np.inf, -np.inf

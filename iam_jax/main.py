@@ -109,10 +109,10 @@ def run(signals: Signals) -> None:
         raise InputError(f"--output={_OUTPUT.value}: an export is a local folder")
     asked = {name: flag.value for name, flag in _SCORE.items()}
     if _MODE.value == "score":
-        from iam_jax.serving.score import Request, score
+        from iam_jax.serving.offline import ScoreRequest, score
 
         asked |= {"output": _OUTPUT.value, "step": _STEP.value}
-        return score(workdir, config, Request(**asked), saved=config_file == config_lib.__file__, signals=signals)
+        return score(workdir, config, ScoreRequest(**asked), saved=config_file == config_lib.__file__, signals=signals)
     for name, value in asked.items():
         if value not in ("", None, False):
             raise InputError(f"--{name} is for --mode=score")
@@ -173,7 +173,7 @@ def run(signals: Signals) -> None:
         checkpoints.close()
         if exporting:
             if alone:
-                notes = artefact.export(evaluator, params, step, Path(_OUTPUT.value))
+                notes = artefact.export(evaluator.ranker, params, prepared, step, Path(_OUTPUT.value))
             else:
                 notes = pretrained.export(config, merge(params, config.model.lora), Path(_OUTPUT.value))
             for note in notes:
@@ -254,7 +254,7 @@ def _plan(config: config_lib.Config) -> None:
     parts = tuple(asked["programs"]) or plan.PARTS
     if unknown := set(parts) - set(plan.PARTS):
         raise InputError(f"--programs={min(unknown)}: must be of {', '.join(plan.PARTS)}")
-    made = plan.make_plan(config, plan.Request(asked["topology"], assumption, parts, asked["top_k"] or 100))
+    made = plan.make_plan(config, plan.PlanRequest(asked["topology"], assumption, parts, asked["top_k"] or 100))
     facts = estimate.record(made, asked["price"])
     print(estimate.report(made, facts), flush=True)
     wrong = estimate.verdict(made)

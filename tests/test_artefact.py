@@ -24,6 +24,7 @@ from iam_jax.data.splits import TEST
 from iam_jax.errors import InputError
 from iam_jax.model import make_model
 from iam_jax.ranking.evaluate import Evaluator
+from iam_jax.ranking.scores import top_items
 from iam_jax.runs.checkpoint import Checkpoints
 from iam_jax.serving import artefact
 from iam_jax.training.run import make_run
@@ -43,7 +44,7 @@ from iam_jax.devices.mesh import make_mesh
 config, prepared = make_config(), tiny_data(items=9)
 params = random_params(make_model(config, prepared.catalogue.vocabulary, 9, 4))
 with jax.set_mesh(make_mesh(MeshConfig(2, 2, 2))):
-    print(artefact.export_scorer(config, prepared.catalogue, params, 16, 3)[0].nr_devices)
+    print(artefact.export_function(config, prepared.catalogue, params, 16, 3)[0].nr_devices)
 """
 
 
@@ -63,7 +64,7 @@ def test_top_items_are_those_of_a_sort(users, items, k, chunk):
     rng = np.random.default_rng(0)
     h, v = (rng.integers(-3, 4, (n, 3)).astype(np.float32) for n in (users, items))  # many ties
     seen = np.array([[*rng.permutation(items)[:4], -1, 0] for _ in range(users)], np.int32)
-    found, scores = (np.asarray(x) for x in jax.jit(artefact.top_items, static_argnums=(3, 4))(h, v, seen, k, chunk))
+    found, scores = (np.asarray(x) for x in jax.jit(top_items, static_argnums=3, static_argnames="chunk")(h, v, seen, k, chunk=chunk)[:2])
     for x in range(users):
         left = [i for i in range(items) if i not in seen[x]]
         best = sorted(left, key=lambda i, x=x: (-(h[x] @ v[i]), i))[:k]
@@ -99,7 +100,7 @@ def test_a_service_gives_the_evaluators_lists(trained, evaluator):
     prepared = evaluator.prepared
     events, ids = prepared.events, prepared.events.item_ids.tolist()
     targets = events.targets(TEST)[:40]
-    h, v = evaluator.history_vectors(params, targets, None, **POLL), np.asarray(evaluator._item_vectors(params, evaluator.items, None))
+    h, v = evaluator.history_vectors(params, targets, None, **POLL), np.asarray(evaluator.ranker.item_vectors(params, None))
     scores = h @ v.T
     histories = [history_of(events, target) for target in targets]
     named = [[ids[i] for i in history] for history in histories]
@@ -179,7 +180,7 @@ def test_every_kind_of_layer_exports_as_the_model_computes(model):
     config, prepared = make_config(model=model), tiny_data(items=9)
     made = make_model(config, prepared.catalogue.vocabulary, 9, 4)
     params = random_params(made)
-    function, names = artefact.export_scorer(config, prepared.catalogue, params, 16, 3)
+    function, names = artefact.export_function(config, prepared.catalogue, params, 16, 3)
     leaves = {jax.tree_util.keystr(path, simple=True, separator="."): x for path, x in jax.tree_util.tree_leaves_with_path(params)}
     v = np.random.default_rng(0).standard_normal((9, 16)).astype(np.float32)
     token, group = np.zeros((2, 24), np.int32), np.full((2, 24), -1, np.int32)
@@ -246,5 +247,5 @@ def test_vectors_that_are_not_finite_are_not_exported(evaluator, tmp_path):
     evaluator, params = evaluator
     table = next(name for name in params if name.startswith("table"))
     with pytest.raises(FloatingPointError, match="an item's vector is not finite"):
-        artefact.export(evaluator, {**params, table: params[table].at[3, 0].set(np.nan)}, 6, tmp_path / "out")
+        artefact.export(evaluator.ranker, {**params, table: params[table].at[3, 0].set(np.nan)}, evaluator.prepared, 6, tmp_path / "out")
     assert not any(tmp_path.iterdir())

@@ -16,8 +16,9 @@ from iam_jax.data.prepare import Prepared
 from iam_jax.data.splits import TEST, TRAIN, VALIDATION, Events, Split
 from iam_jax.devices.mesh import make_mesh
 from iam_jax.model import make_model
-from iam_jax.ranking import baselines, evaluate, metrics
-from iam_jax.ranking.evaluate import Evaluator, evaluate_all, format_results, rank_chunked, validation_subset
+from iam_jax.ranking import baselines, core, evaluate, metrics
+from iam_jax.ranking.evaluate import Evaluator, evaluate_all, format_results, validation_subset
+from iam_jax.ranking.scores import rank_catalogue
 
 POLL = {"poll": lambda: None, "label": ""}
 
@@ -31,7 +32,7 @@ def slow_rank(score, target, left_out):
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 12, 36, 37, 100])
-def test_rank_chunked_equals_loops_whatever_the_chunk(chunk):
+def test_rank_catalogue_equals_loops_whatever_the_chunk(chunk):
     rng = np.random.default_rng(0)
     h, v = rng.integers(-2, 3, (23, 3)), rng.integers(-2, 3, (37, 3))
     target = rng.integers(37, size=23)
@@ -41,7 +42,7 @@ def test_rank_chunked_equals_loops_whatever_the_chunk(chunk):
     expected = [slow_rank(h[x] @ v.T, target[x], seen[x]) for x in range(23)]
     assert sum(ties > 0 for _, ties in expected) > 5
     assert expected != [slow_rank(h[x] @ v.T, target[x], []) for x in range(23)]
-    rank, ties, finite = jax.jit(rank_chunked, static_argnums=4)(jnp.float32(h), jnp.float32(v), target, padded, chunk)
+    rank, ties, finite = jax.jit(rank_catalogue, static_argnames="chunk")(jnp.float32(h), jnp.float32(v), target, padded, chunk=chunk)
     assert list(zip(rank.tolist(), ties.tolist(), strict=True)) == expected
     assert finite.all()
 
@@ -49,7 +50,7 @@ def test_rank_chunked_equals_loops_whatever_the_chunk(chunk):
 # ---- the evaluator, with a model of integers
 
 
-class Counter:
+class TokenSums:
     """A recommender whose state is the sum of the embeddings of the user's tokens so far."""
 
     def __init__(self, params):
@@ -78,7 +79,7 @@ def integers(prepared, seed=0):
 
 def make_evaluator(prepared, made=None, mesh=None, **sections):
     config = make_config(**sections)
-    return Evaluator(made or SimpleNamespace(bind=Counter), config, prepared, mesh or make_mesh(MeshConfig()))
+    return Evaluator(made or SimpleNamespace(bind=TokenSums), config, prepared, mesh or make_mesh(MeshConfig()))
 
 
 def tokens_of(prepared, item):
@@ -116,7 +117,7 @@ def slow_ranks(prepared, params, targets, filter_seen, slots):
 def test_ranks_depend_on_no_packing_batch_or_chunk(monkeypatch, filter_seen, item_states, slots, batch_rows, chunk, scores):
     prepared = tiny_data(users=12)
     params, targets = integers(prepared), np.concatenate([prepared.events.targets(label) for label in (VALIDATION, TEST)])
-    monkeypatch.setattr(evaluate, "_SCORES", scores)  # 0: eight targets at a time
+    monkeypatch.setattr(core, "_SCORES", scores)  # 0: eight targets at a time
     settings = {"filter_seen": filter_seen, "batch_rows": batch_rows, "chunk_items": chunk}
     evaluator = make_evaluator(prepared, data={"row_tokens": slots}, model={"item_states": item_states}, eval=settings)
     assert (evaluator.leading_states(params, evaluator.rows(targets)) is not None) == (item_states == "on")

@@ -26,7 +26,7 @@ from iam_jax.model.lora import merge
 from iam_jax.model.parameters import join, select
 from iam_jax.ranking.evaluate import Evaluator
 from iam_jax.ranking.likelihood import log_likelihoods
-from iam_jax.serving.score import Request, score
+from iam_jax.serving.offline import ScoreRequest, score
 from iam_jax.training import loop as train_lib
 from iam_jax.training.loop import train
 from iam_jax.training.run import make_run
@@ -377,7 +377,7 @@ def test_scoring_reads_the_model_folder_for_frozen_parameters_only(folder, train
     def lists(workdir, output, **changes):
         config = get_config(workdir)
         config.update_from_flattened_dict(changes)
-        request = Request(output=str(tmp_path / output), users=str(tmp_path / "users.parquet"))
+        request = ScoreRequest(output=str(tmp_path / output), users=str(tmp_path / "users.parquet"))
         score(Path(workdir), resolve(config), request, saved=True)
         return pl.read_parquet(tmp_path / output / "part-00000-of-00001.parquet")
 

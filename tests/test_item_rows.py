@@ -204,7 +204,7 @@ def test_what_is_skipped_does_not_matter():
 
 @pytest.mark.parametrize("name", CASES)
 def test_ranking_vectors_are_the_plain_ones(name):
-    prepared, _, _, items, model, params = case(name)
+    prepared, _, _, _, model, params = case(name)
     targets = np.setdiff1d(np.arange(len(prepared.events.item)), prepared.events.offsets[:-1])
     results = []
     for item_states in ("on", "off"):
@@ -215,7 +215,7 @@ def test_ranking_vectors_are_the_plain_ones(name):
         leading = evaluator.leading_states(params, evaluator.rows(targets))
         assert (leading is not None) == (item_states == "on")
         h = evaluator.history_vectors(params, targets, leading, lambda: None, "test")
-        results.append((h, np.asarray(evaluator._item_vectors(params, items.catalogue, leading))))
+        results.append((h, np.asarray(evaluator.ranker.item_vectors(params, leading))))
     for a, b in zip(*results, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 

@@ -15,7 +15,7 @@ from iam_jax.devices.chips import find_chip
 from iam_jax.errors import InputError
 from iam_jax.model import pretrained
 from iam_jax.planning import estimate, hlo
-from iam_jax.planning.plan import PARTS, Request, device_bytes, make_plan
+from iam_jax.planning.plan import PARTS, PlanRequest, device_bytes, make_plan
 from iam_jax.training.run import make_run
 
 GIB = 2**30
@@ -186,7 +186,7 @@ def test_llama_by_hand(tmp_path, shape, own):
 def plan():
     config = make_config(model={"item_states": "off"}, train={"batch_rows": 4}, eval={"batch_rows": 4}, score={"batch_rows": 4})
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer="bpe", vocabulary=300))
-    return make_plan(config, Request("local", Assumption(items=40, item_length=4, users=30, events=6)))
+    return make_plan(config, PlanRequest("local", Assumption(items=40, item_length=4, users=30, events=6)))
 
 
 def test_memory_by_kind(plan):
@@ -289,5 +289,5 @@ def test_without_libtpu(monkeypatch):
 def test_plans_with_the_configs_own_data(monkeypatch):
     prepared = tiny_data()
     monkeypatch.setattr("iam_jax.planning.plan.prepare", lambda *_: prepared)
-    made = make_plan(make_config(model={"item_states": "off"}), Request("local", None, parts=()))
+    made = make_plan(make_config(model={"item_states": "off"}), PlanRequest("local", None, parts=()))
     assert made.scale == 1 and made.run.prepared is prepared and made.programs == {}

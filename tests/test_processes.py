@@ -73,7 +73,7 @@ def train_and_rank(workdir, settings):
         else:
             leading = evaluator.leading_states(params, evaluator.rows(targets))
             h_nE = evaluator.history_vectors(params, targets, leading, lambda: None, "")
-            v_IE = np.asarray(evaluator._item_vectors(params, evaluator.items, leading))
+            v_IE = np.asarray(evaluator.ranker.item_vectors(params, leading))
             scores = h_nE.astype(np.float64) @ v_IE.T.astype(np.float64)
     own = scores[np.arange(len(targets)), events.item[targets]][:, None]
     near = ((scores != own) & (np.abs(scores - own) <= 1e-5 * np.abs(own))).sum(1)  # equal texts tie wherever

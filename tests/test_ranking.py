@@ -18,8 +18,8 @@ from test_evaluate import history_of, integers, make_evaluator, recent, tokens_o
 from iam_jax.config import MeshConfig
 from iam_jax.data.splits import TEST, VALIDATION
 from iam_jax.devices.mesh import make_mesh, spread_rows
-from iam_jax.ranking.evaluate import make_ranker, rank_chunked
 from iam_jax.ranking.metrics import ranking_metrics
+from iam_jax.ranking.scores import rank_catalogue, ranking_program
 
 USERS, ITEMS = 53, 12_501  # neither divides by 8, nor by any chunk
 CHUNKS = (64, 1000, 4096, 12_000)
@@ -45,7 +45,7 @@ def ranks_on(shape: tuple[int, int, int], chunks: tuple[int, ...] = CHUNKS) -> d
         evaluator = make_evaluator(prepared, eval={"chunk_items": chunk, "batch_rows": 8}, mesh=mesh)
         with jax.set_mesh(mesh):
             rank, ties = evaluator.rank(params, targets)
-            v = evaluator._item_vectors(params, evaluator.items, None)
+            v = evaluator.ranker.item_vectors(params, None)
         results[str(chunk)] = [rank.tolist(), ties.tolist()]
         held = [int(np.prod(shard.data.shape[:1])) for shard in v.addressable_shards]
     try:
@@ -60,7 +60,7 @@ def not_finite_on(mesh) -> list:
     h, v = np.ones((5, 3), np.float32), np.ones((21, 3), np.float32)
     h[3, 1] = np.nan
     v = jax.jit(lambda v: spread_rows(mesh, v))(v)
-    _, _, finite = make_ranker(mesh, 4, 21)(h, v, np.array([0, 5, 20, 11, 7]), np.full((5, 1), -1))
+    _, _, finite = ranking_program(mesh, 4, 21)(h, v, np.array([0, 5, 20, 11, 7]), np.full((5, 1), -1))
     return np.asarray(finite).tolist()
 
 
@@ -117,7 +117,9 @@ def test_a_targets_score_is_one_of_the_catalogues(users, items, width, chunk):
     rng = np.random.default_rng(0)
     h, v = (rng.standard_normal((n, width)).astype(np.float32) for n in (users, items))
     target = rng.integers(items, size=users)
-    ranker = optimized_jit(lambda *arrays: rank_chunked(*arrays, chunk))  # as users compile: products may be fused with what follows
+    ranker = optimized_jit(
+        lambda *arrays: rank_catalogue(*arrays, chunk=chunk)
+    )  # as users compile: products may be fused with what follows
     rank, ties, finite = ranker(h, v, target, np.full((users, 1), -1))
     assert finite.all() and not np.asarray(ties).any()  # -1 where it does not
     score = h.astype(np.float64) @ v.T.astype(np.float64)
@@ -131,7 +133,7 @@ def test_memory_does_not_grow_with_the_catalogue():
     def temporary_bytes(items):
         h, v = jax.ShapeDtypeStruct((64, 16), np.float32), jax.ShapeDtypeStruct((items, 16), np.float32)
         target, seen = jax.ShapeDtypeStruct((64,), np.int32), jax.ShapeDtypeStruct((64, 16), np.int32)
-        ranker = make_ranker(make_mesh(MeshConfig()), 256, items)
+        ranker = ranking_program(make_mesh(MeshConfig()), 256, items)
         return ranker.lower(h, v, target, seen).compile().memory_analysis().temp_size_in_bytes
 
     small, large = temporary_bytes(4_000), temporary_bytes(64_000)
@@ -163,9 +165,7 @@ def random_ranking(users=40, items=120):
 
 def metrics_of(scores, target, ks):
     """By the evaluator's function: the scores are products with unit vectors."""
-    found = jax.jit(rank_chunked, static_argnums=4)(
-        jnp.float32(scores), jnp.eye(scores.shape[1]), target, np.full((len(scores), 1), -1), 50
-    )
+    found = jax.jit(rank_catalogue, static_argnames="chunk")(jnp.float32(scores), jnp.eye(scores.shape[1]), target, chunk=50)
     return {name: float(value.mean()) for name, value in ranking_metrics(np.asarray(found[0]), np.asarray(found[1]), ks).items()}
 
 

@@ -81,6 +81,14 @@ class Catalogue:
         padded[np.arange(padded.shape[1]) < lengths[:, None]] = self.tokens[: self.offsets[self.items]]
         return padded, lengths.astype(np.int32)
 
+    def extended(self, entries: list[list[int]]) -> "Catalogue":
+        """The catalogue with more items behind its own, each given by its tokens."""
+        end = self.offsets[self.items]
+        new = np.fromiter((token for entry in entries for token in entry), np.int32)
+        lengths = np.concatenate([self.item_lengths, np.array([len(entry) for entry in entries], np.int64), self.lengths[-2:]])
+        tokens = np.concatenate([self.tokens[:end], new, self.tokens[end:]])
+        return dataclasses.replace(self, tokens=tokens, offsets=np.concatenate([[0], np.cumsum(lengths)]))
+
 
 def item_texts(items: pl.DataFrame, config: DataConfig) -> list[str]:
     """The template filled in: HTML entities unescaped, white space collapsed; "" where all of its columns are empty. Raises

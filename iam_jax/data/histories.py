@@ -25,6 +25,9 @@ class Lists:
     def lengths(self) -> np.ndarray:
         return np.diff(self.offsets)
 
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
     def __getitem__(self, users: slice) -> "Lists":
         begin, end, _ = users.indices(len(self.offsets) - 1)
         end = max(begin, end)
@@ -82,15 +85,20 @@ class Users:
 
 
 def read_users(path: str | Path, item_ids: pl.Series, drop: bool) -> tuple[Users, list[str]]:
-    """The users of an interactions table, and notes to print. drop: events with items that the catalogue does not have are removed and
-    counted, as in the preparation of the training data. Raises InputError for what `read_table` refuses and for unknown items."""
-    table = read_table(path, INTERACTIONS)
+    """The users of an interactions table, and notes to print: see `users_of_table`. Raises what `read_table` does, too."""
+    return users_of_table(read_table(path, INTERACTIONS), str(path), item_ids, drop)
+
+
+def users_of_table(table: pl.DataFrame, name: str, item_ids: pl.Series, drop: bool) -> tuple[Users, list[str]]:
+    """The users of a checked table (`user`, `item`, `timestamp`) that errors call `name`, and notes on what was left out. drop: events with
+    items that the catalogue does not have are removed and counted, as in the preparation of the training data. Raises InputError for
+    unknown items."""
     item, notes = codes(table["item"], item_ids), []
     unknown = item < 0
     if unknown.all() or (unknown.any() and not drop):
         count = table["item"].filter(pl.Series(unknown)).n_unique()
         what = f"{count:,} item{'s' * (count > 1)} that the working folder's catalogue does not have (--items=TABLE adds items)"
-        refuse(str(path), table["item"], pl.Series(unknown), what)
+        refuse(name, table["item"], pl.Series(unknown), what)
     if unknown.any():
         before = table["user"].n_unique()
         table, item = table.filter(pl.Series(~unknown)), item[~unknown]
@@ -100,21 +108,24 @@ def read_users(path: str | Path, item_ids: pl.Series, drop: bool) -> tuple[Users
     user, timestamp = codes(table["user"], ids), table["timestamp"]
     timestamp = (timestamp.dt.epoch("us") if timestamp.dtype == pl.Datetime else timestamp).to_numpy()
     order = order_events(user, item, timestamp, ids, item_ids)
-    notes.append(f"{len(ids):,} users, {len(item):,} events, {len(item_ids):,} items")
     return Users(ids, Lists(item[order], _offsets(user, len(ids))), None), notes
 
 
 def read_candidates(path: str | Path, users: Users, item_ids: pl.Series) -> Users:
-    """Those of the users that a table (user, item) names, with their candidates. Raises InputError for unknown users and items, and for
-    pairs that come twice."""
-    table = read_table(path, ("user", "item"))
+    """The users that a table (`user`, `item`) names, with their candidates: see `candidates_of_table`."""
+    return candidates_of_table(read_table(path, ("user", "item")), str(path), users, item_ids)
+
+
+def candidates_of_table(table: pl.DataFrame, name: str, users: Users, item_ids: pl.Series) -> Users:
+    """The users that a checked table (`user`, `item`), called `name`, has pairs of, with their candidates. Raises InputError for unknown
+    users and items, and for pairs that come twice."""
     user, item = codes(table["user"], users.ids), codes(table["item"], item_ids)
-    for name, place, where in (("user", user, "--users"), ("item", item, "the catalogue (--items=TABLE adds items)")):
+    for column, place, where in (("user", user, "--users"), ("item", item, "the catalogue (--items=TABLE adds items)")):
         if (place < 0).any():
-            refuse(str(path), table[name], pl.Series(place < 0), f"{name}s that are not in {where}")
+            refuse(name, table[column], pl.Series(place < 0), f"{column}s that are not in {where}")
     twice = table.is_duplicated()
     if twice.any():
-        raise InputError(f"{path}: {int(twice.sum()):,} rows repeat a pair of user and item, such as {table.row(twice.arg_true()[0])}")
+        raise InputError(f"{name}: {int(twice.sum()):,} rows repeat a pair of user and item, such as {table.row(twice.arg_true()[0])}")
     order = np.lexsort((item, user))
     chosen, lists = np.unique(user), Lists(item[order], _offsets(user, len(users)))
     return Users(users.ids.gather(chosen), users.events.of(chosen), lists.of(chosen))

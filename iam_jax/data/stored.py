@@ -97,22 +97,34 @@ def add_items(stored: Stored, config: DataConfig, path: str | Path) -> tuple[Sto
         notes.append(f"left out {empty.sum():,} added items without text")
     chosen = np.flatnonzero(~empty)
     chosen = chosen[ids.gather(chosen).arg_sort().to_numpy()]
-    tokenizer, catalogue = tokens_lib.Tokenizer.from_str(stored.catalogue.tokenizer_json), stored.catalogue
-    tokens = tokens_lib.encode(tokenizer, [texts[row] for row in chosen])
-    nothing = np.isin(np.arange(len(ids)), [row for row, some in zip(chosen, tokens, strict=True) if not some])
+    entries, truncated = text_entries(stored.catalogue, config, [texts[row] for row in chosen])
+    nothing = np.isin(np.arange(len(ids)), [row for row, entry in zip(chosen, entries, strict=True) if not entry])
     if nothing.any():
         refuse(str(path), ids, pl.Series(nothing), "items of whose text the tokenizer makes no token")
-    truncated = sum(len(some) > config.item_tokens for some in tokens)
     if truncated:
         notes.append(f"{truncated:,} added items have more than {config.item_tokens} text tokens and are truncated")
-    entries = item_entries(tokens, frame_entries(tokenizer, config)["separator"], catalogue.vocabulary - 1, config.item_tokens)
-    new = np.fromiter((token for entry in entries for token in entry), np.int32)
-    end = catalogue.offsets[catalogue.items]
-    lengths = np.concatenate([catalogue.item_lengths, np.array([len(entry) for entry in entries], np.int64), catalogue.lengths[-2:]])
-    added = dataclasses.replace(
-        catalogue,
-        tokens=np.concatenate([catalogue.tokens[:end], new, catalogue.tokens[end:]]),
-        offsets=np.concatenate([[0], np.cumsum(lengths)]),
-    )
     item_ids = pl.concat([stored.item_ids, ids.gather(chosen)])
-    return Stored(item_ids, added, np.append(stored.trained, np.zeros(len(entries), bool)), stored.known), notes
+    trained = np.append(stored.trained, np.zeros(len(entries), bool))
+    return Stored(item_ids, stored.catalogue.extended(entries), trained, stored.known), notes
+
+
+def text_entries(catalogue: Catalogue, config: DataConfig, texts: list[str]) -> tuple[list[list[int]], int]:
+    """The tokens of items of these texts as the catalogue has them, [] where the tokenizer makes no token of a text; and how many texts are
+    truncated. The catalogue must have a tokenizer."""
+    tokenizer = tokens_lib.Tokenizer.from_str(catalogue.tokenizer_json)
+    tokens = tokens_lib.encode(tokenizer, texts)
+    separator = frame_entries(tokenizer, config)["separator"]
+    entries = item_entries(tokens, separator, catalogue.vocabulary - 1, config.item_tokens)
+    entries = [entry if text else [] for entry, text in zip(entries, tokens, strict=True)]
+    return entries, sum(len(text) > config.item_tokens for text in tokens)
+
+
+def decoded_texts(catalogue: Catalogue, config: DataConfig) -> list[str] | None:
+    """The text of every item, decoded from its tokens (so at most `data.item_tokens` of them); None without a tokenizer."""
+    if not catalogue.tokenizer_json:
+        return None
+    tokenizer = tokens_lib.Tokenizer.from_str(catalogue.tokenizer_json)
+    separator = len(frame_entries(tokenizer, config)["separator"])
+    tokens = np.split(catalogue.tokens[: catalogue.offsets[catalogue.items]], catalogue.offsets[1 : catalogue.items])
+    texts = tokenizer.decode_batch([entry[separator:-1].tolist() for entry in tokens], skip_special_tokens=False)
+    return [text.strip() for text in texts]

@@ -134,12 +134,21 @@ def read_table(path: str | Path, required: Sequence[str], *, others: bool = Fals
     if not path.name.endswith(ENDINGS):
         raise InputError(f"{path}: a table ends in {', '.join(ENDINGS)}")
     frame = (_read_parquet if path.suffix == ".parquet" else _read_text)(path, required, others)
+    return _checked(frame, str(path), required)
+
+
+def table_of(frame: pl.DataFrame, required: Sequence[str], name: str) -> pl.DataFrame:
+    """The `required` columns of a table in memory, with the types and the checks of `read_table`. Errors call it `name`."""
+    return _checked(frame.select(_choose(name, frame.columns, required, others=False)), name, required)
+
+
+def _checked(frame: pl.DataFrame, name: str, required: Sequence[str]) -> pl.DataFrame:
     if frame.is_empty():
-        raise InputError(f"{path}: the table has no rows")
+        raise InputError(f"{name}: the table has no rows")
     columns = []
     for column in frame.iter_columns():
         convert = _text if column.name not in required else _timestamps if column.name == "timestamp" else _ids
-        columns.append(convert(str(path), column))
+        columns.append(convert(name, column))
     return pl.DataFrame(columns)
 
 
@@ -224,7 +233,7 @@ def _places(name: str, rows: list[int]) -> list[str]:
     return [f"line {line:,}" for line in lines]
 
 
-def _choose(path: Path, names: list[str], required: Sequence[str], others: bool) -> list[str]:
+def _choose(path: Path | str, names: list[str], required: Sequence[str], others: bool) -> list[str]:
     """The columns to load, required ones first."""
     found = ", ".join(map(_short, names[:20])) + ", ..." * (len(names) > 20)
     for name in required:

@@ -12,14 +12,12 @@ import re
 import time
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from iam_jax.config import Config
 from iam_jax.data.assumed import Assumption, assume
-from iam_jax.data.batches import Batch, Rows
-from iam_jax.data.item_rows import without_items
+from iam_jax.data.batches import Batch, Rows, evaluation_segments
 from iam_jax.data.prepare import Prepared, prepare
 from iam_jax.data.splits import VALIDATION
 from iam_jax.data.tokenizer import highest_id, load_tokenizer
@@ -31,8 +29,8 @@ from iam_jax.model import pretrained
 from iam_jax.model.parameters import abstract, join, select
 from iam_jax.model.pretrained.importing import read_pretrained
 from iam_jax.planning import hlo
-from iam_jax.ranking.evaluate import Evaluator, padded_seen
-from iam_jax.serving.scorer import lists_at_once, top_items
+from iam_jax.ranking.core import Ranker, keeps_item_states, padded, power_of_two
+from iam_jax.ranking.evaluate import seen_lists
 from iam_jax.training import flops
 from iam_jax.training.run import Run, make_run
 from iam_jax.training.step import abstract_state, make_train_step
@@ -42,7 +40,7 @@ RESERVE = {"tpu": 0.03, "gpu": 0.25}  # of a chip's memory: what the runtime kee
 
 
 @dataclasses.dataclass(frozen=True)
-class Request:
+class PlanRequest:
     """The flags of the command line."""
 
     topology: str
@@ -102,7 +100,7 @@ class Plan:
         return program.temporaries is not None and (self.capacity is None or program.least <= self.capacity)
 
 
-def make_plan(config: Config, request: Request) -> Plan:
+def make_plan(config: Config, request: PlanRequest) -> Plan:
     """Raises InputError for a config, data or a topology that there cannot be a run with."""
     devices = topology.devices(request.topology)
     if config.model.pretrained:
@@ -219,68 +217,68 @@ def _forward(run: Run, rows: Rows, batch: Batch, relations: tuple[str, ...]) -> 
 
 def evaluation(run: Run, capacity: int | None = None) -> list[Program]:
     """The evaluator's programs, beside which the training state stays in memory."""
-    config, prepared = run.config, run.prepared
-    evaluator = Evaluator(run.model, config, prepared, run.mesh)
-    state, items = abstract_state(run), whole(run, run.items.catalogue)
-    params = join(state["params"], frozen_parameters(run))
+    config, state = run.config, abstract_state(run)
     resident = _parameters(run) | {"optimizer": {name: x for name, x in state.items() if name != "params"}}
-    targets = prepared.events.targets(VALIDATION)
-    if not len(targets) or config.eval.ranking != "item":
+    found = _vector_programs(run, capacity, resident, config.eval.batch_rows)
+    if found is None:
         return []
-    rows, leading, first, programs = evaluator.rows(targets), None, 0, []
-    catalogue = evaluator.leading_items(rows)
-    if catalogue is not None:
-        item_rows = sharded_batch(run, catalogue.rows)
-        function, static = evaluator._leading_states, catalogue.chunks
-        leading = whole(run, jax.eval_shape(functools.partial(function, chunks=static), params, item_rows))
-        held = resident | {"batch and items": item_rows}
-        programs.append(_compiled("leading states", function, (params, item_rows, static), held, run, capacity))
-        first = config.schedule.leading_intra
-    batch = some_rows(rows, config.eval.batch_rows)
-    batch = sharded_batch(run, (without_items if catalogue is None else catalogue)(batch))
-    held = resident | {"batch and items": [batch, leading]}
-    histories = _compiled("history vectors", evaluator._history_vectors, (params, batch, leading), held, run, capacity)
-    histories.flops += _forward(run, rows, batch, config.schedule.relations[first:])
-    held = resident | {"batch and items": [items, leading]}
-    vectors_program = _compiled("item vectors", evaluator._item_vectors, (params, items, leading), held, run, capacity)
-
-    vectors = jax.eval_shape(evaluator._item_vectors, params, items, leading)
-    spread = NamedSharding(run.mesh, PartitionSpec(run.mesh.axis_names if run.mesh.size > 1 else ()))
-    vectors = jax.ShapeDtypeStruct(vectors.shape, vectors.dtype, sharding=spread)
-    X = evaluator.at_once
-    seen = padded_seen(prepared.events, targets[:X], X) if config.eval.filter_seen else np.full((X, 1), -1, np.int32)
-    ranked = whole(run, (np.zeros((X, vectors.shape[1]), np.float32), np.zeros(X, np.int32), seen))
-    h, target, seen = ranked
-    held = resident | {"batch and items": [vectors, ranked]}
-    ranking = _compiled("ranking", evaluator._rank, (h, vectors, target, seen), held, run, capacity)
+    ranker, targets, vectors, programs = found
+    events, X = run.prepared.events, ranker.at_once
+    seen = padded(seen_lists(events, targets[:X]), X) if config.eval.filter_seen else np.full((X, 1), -1, np.int32)
+    h, target, seen = whole(run, (np.zeros((X, vectors.shape[1]), np.float32), np.zeros(X, np.int32), seen))
+    held = resident | {"batch and items": [vectors, h, target, seen]}
+    ranking = _compiled("ranking", ranker.ranks, (h, vectors, target, seen), held, run, capacity)
     # Twice, as if all chunks held a target.
     ranking.flops = Flops({"float32 highest": 2 * 2 * X * vectors.shape[0] * vectors.shape[1]})
-    return [*programs, histories, vectors_program, ranking]
+    return [*programs, ranking]
 
 
 def scoring(run: Run, capacity: int | None = None, top_k: int = 100) -> list[Program]:
-    """Those of `--mode=score`: users' states, and their best items. The catalogue's vectors are there whole, and once more in chunks."""
-    config, prepared = run.config, run.prepared
-    if config.eval.ranking != "item":
+    """The programs of `--mode=score`: vectors of users and items, and each user's best items."""
+    config, resident = run.config, _parameters(run)
+    found = _vector_programs(run, capacity, resident, config.score.batch_rows)
+    if found is None:
         return []
-    params = join(run.abstract_trained, frozen_parameters(run))
+    ranker, targets, vectors, programs = found
+    X = min(power_of_two(config.score.part_users), ranker.at_once)
+    seen = padded(seen_lists(run.prepared.events, targets[:X]), X)
+    h, seen = whole(run, (np.zeros((X, vectors.shape[1]), np.float32), seen))
+    top = ranker.top_program(min(top_k, ranker.catalogue.items))
+    held = resident | {"item vectors": vectors, "batch and items": [h, seen]}
+    return [*programs, _compiled("top items", top, (h, vectors, seen), held, run, capacity)]
+
+
+def _vector_programs(run: Run, capacity: int | None, resident: dict, batch_rows: int):
+    """The ranking core for `batch_rows` rows at a time, the validation's targets, the shapes of the item vectors, and the programs that
+    make vectors: states of the catalogue where they are kept, of histories, of items. None where nothing is ranked by vectors."""
+    config, prepared = run.config, run.prepared
     targets = prepared.events.targets(VALIDATION)
-    evaluator = Evaluator(run.model, config, prepared, run.mesh)
-    items, width = len(prepared.events.item_ids), config.model.width
-    J = math.ceil(items / config.eval.chunk_items)
-    C = math.ceil(items / J)
-    vectors = whole(run, jax.ShapeDtypeStruct((J, C, width), jnp.float32))
-    rows = evaluator.rows(targets)
-    batch = sharded_batch(run, without_items(some_rows(rows, config.score.batch_rows)))
-    held = _parameters(run) | {"item vectors": [vectors, vectors]}
-    of_batch = held | {"batch and items": batch}
-    states = _compiled("users' states", evaluator._history_vectors, (params, batch, None), of_batch, run, capacity)
-    states.flops += _forward(run, rows, batch, config.schedule.relations)
-    X = lists_at_once(config.score.part_users, C)
-    seen = padded_seen(prepared.events, targets[:X], X)
-    h, seen = whole(run, (np.zeros((X, width), np.float32), seen))
-    arguments = h, vectors, seen, items, min(top_k, items)
-    return [states, _compiled("top items", top_items, arguments, held | {"batch and items": [h, seen]}, run, capacity)]
+    if not len(targets) or config.eval.ranking != "item":
+        return None
+    trained = prepared.events.train_counts > 0
+    ranker = Ranker(config, prepared.catalogue, trained, run.model, run.mesh, batch_rows)
+    params, items = join(run.abstract_trained, frozen_parameters(run)), whole(run, ranker.items)
+    segments = evaluation_segments(prepared.events, prepared.catalogue, config.data.row_tokens, targets)
+    rows, leading, first, programs = Rows(prepared.events, prepared.catalogue, segments, config.data.row_tokens), None, 0, []
+    if keeps_item_states(config, prepared.catalogue, int(rows.sizes.sum())):
+        catalogue = ranker.catalogue_items
+        item_rows = sharded_batch(run, catalogue.rows)
+        shape = jax.eval_shape(functools.partial(ranker.leading, chunks=catalogue.chunks), params, item_rows)
+        leading = whole(run, shape)
+        held = resident | {"batch and items": item_rows}
+        programs.append(_compiled("leading states", ranker.leading, (params, item_rows, catalogue.chunks), held, run, capacity))
+        first = config.schedule.leading_intra
+    batch = ranker.batch(some_rows(rows, batch_rows), power_of_two(rows.targets_per_row), leading is not None)
+    batch = sharded_batch(run, {name: x for name, x in batch.items() if name != "segment"})
+    held = resident | {"batch and items": [batch, leading]}
+    histories = _compiled("history vectors", ranker.history_states, (params, batch, leading), held, run, capacity)
+    histories.flops += _forward(run, rows, batch, config.schedule.relations[first:])
+    held = resident | {"batch and items": [items, leading]}
+    vectors_program = _compiled("item vectors", ranker.vectors, (params, items, leading), held, run, capacity)
+    vectors = jax.eval_shape(ranker.vectors, params, items, leading)
+    spread = NamedSharding(run.mesh, PartitionSpec(run.mesh.axis_names if run.mesh.size > 1 else ()))
+    vectors = jax.ShapeDtypeStruct(vectors.shape, vectors.dtype, sharding=spread)
+    return ranker, targets, vectors, [*programs, histories, vectors_program]
 
 
 def _compiled(name: str, function, arguments: tuple, held: dict, run: Run, capacity: int | None) -> Program:

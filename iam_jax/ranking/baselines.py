@@ -20,7 +20,7 @@ _BLOCK = 1 << 23  # dense scores that exist at a time: 64 MiB of float64
 _CHUNK = 1 << 12  # targets at a time where no dense scores exist
 _ENTRIES = 1 << 22  # pairs of items that item-kNN counts or scores at a time
 
-Scorer = Callable[[Events, np.ndarray], np.ndarray]
+ScoreFunction = Callable[[Events, np.ndarray], np.ndarray]
 Pairs = tuple[np.ndarray, np.ndarray]  # (row [m], item [m])
 
 
@@ -52,7 +52,7 @@ def rank_scores(scores: np.ndarray, target: np.ndarray, seen: Pairs | None = Non
 
 
 def evaluate(
-    scorer: Scorer,
+    scorer: ScoreFunction,
     events: Events,
     targets: np.ndarray,
     filter_seen: bool = True,

@@ -9,8 +9,8 @@ Axes: B users, any number; T token slots, S seen items, any number; E item vecto
 
 import dataclasses
 import json
-import math
 import shutil
+import sys
 import tempfile
 from importlib import metadata
 from pathlib import Path
@@ -24,18 +24,19 @@ from tokenizers import Tokenizer
 
 from iam_jax.config import Config
 from iam_jax.data.catalogue import Catalogue
+from iam_jax.data.prepare import Prepared
 from iam_jax.data.tokenizer import encode
 from iam_jax.errors import InputError
 from iam_jax.model import Params, make_model
 from iam_jax.model.parameters import name_of
 from iam_jax.model.pretrained.exporting import check_output, write_tensors
-from iam_jax.ranking.evaluate import Evaluator
+from iam_jax.ranking.core import Ranker
+from iam_jax.ranking.scores import top_items
 
 FORMAT = 1  # of the folder
 TOP_K = 100
 PLATFORMS = ("cpu", "cuda", "tpu")
 VECTORS = "item_vectors"
-_CHUNK = 8192  # items scored at one time
 
 
 def check(config: Config) -> None:
@@ -48,32 +49,7 @@ def check(config: Config) -> None:
         raise InputError("--format=stablehlo: bfloat16 attention of a GPU is no plain XLA; export on a CPU (JAX_PLATFORMS=cpu)")
 
 
-def top_items(h_BE: jax.Array, v_IE: jax.Array, seen_BS: jax.Array, k: int, chunk: int = _CHUNK) -> tuple[jax.Array, jax.Array]:
-    """Items [B, K] int32 and scores [B, K] float32, best first, of equal scores the first item; -1 and -inf where no candidate is left.
-    seen_BS: items that are none, -1 for no item. At most B times `chunk` scores exist at one time."""
-    B, I = h_BE.shape[0], len(v_IE)  # noqa: E741
-    J = math.ceil(I / chunk)
-    C = math.ceil(I / J)
-    b = jnp.arange(B)[:, None]
-
-    def step(best, c):
-        start = jnp.minimum(c * C, I - C)
-        scores_BC = jnp.einsum("BE,CE->BC", h_BE, jax.lax.dynamic_slice_in_dim(v_IE, start, C), precision="highest")
-        at_BS = seen_BS - start
-        scores_BC = scores_BC.at[b, jnp.where(at_BS >= 0, at_BS, C)].set(-jnp.inf, mode="drop")
-        item_C = start + jnp.arange(C, dtype=jnp.int32)
-        scores_BC = jnp.where(item_C >= c * C, scores_BC, -jnp.inf)  # the last chunk begins inside the one before it
-        found_BK, at_BK = jax.lax.top_k(scores_BC, min(k, C))
-        items_BK, scores_BK = jnp.concatenate([best[0], item_C[at_BK]], 1), jnp.concatenate([best[1], found_BK], 1)
-        scores_BK, at_BK = jax.lax.top_k(scores_BK, k)
-        return (jnp.take_along_axis(items_BK, at_BK, 1), scores_BK), None
-
-    none = jnp.full((B, k), -1, jnp.int32), jnp.full((B, k), -jnp.inf)
-    (items_BK, scores_BK), _ = jax.lax.scan(step, none, jnp.arange(J))
-    return jnp.where(scores_BK == -jnp.inf, -1, items_BK), scores_BK
-
-
-def export_scorer(config: Config, catalogue: Catalogue, params: Params, width: int, k: int) -> tuple[jax.export.Exported, list[str]]:
+def export_function(config: Config, catalogue: Catalogue, params: Params, width: int, k: int) -> tuple[jax.export.Exported, list[str]]:
     """The function, and the names of the parameters that it reads. params: all of them, or their shapes; width: E."""
     plain = dataclasses.replace(config, model=dataclasses.replace(config.model, attention="reference", remat=False))
     model = make_model(plain, catalogue.vocabulary, catalogue.items, int(catalogue.lengths.max()))
@@ -82,14 +58,14 @@ def export_scorer(config: Config, catalogue: Catalogue, params: Params, width: i
 
     def score(weights: dict, token_BT: jax.Array, group_BT: jax.Array, seen_BS: jax.Array) -> tuple[jax.Array, jax.Array]:
         leaves = [weights[name] if name in weights else jnp.zeros(x.shape, x.dtype) for name, x in shapes.items()]
-        recommender = model.bind(jax.tree.unflatten(jax.tree.structure(params), leaves))
+        network = model.bind(jax.tree.unflatten(jax.tree.structure(params), leaves))
         real_BT = group_BT >= 0
         position_BT = jnp.broadcast_to(jnp.arange(T, dtype=np.int32), token_BT.shape)
         batch = {"token": token_BT, "user": real_BT.astype(np.int32), "group": jnp.maximum(group_BT, 0), "position": position_BT}
         last_B = jnp.maximum(real_BT.sum(1) - 1, 0)
-        x_BD = jnp.take_along_axis(recommender.states(batch), last_B[:, None, None], axis=1)[:, 0]
-        h_BE = jnp.where(real_BT.any(1, keepdims=True), recommender.project(x_BD), 0)  # without a history, as in evaluation
-        return top_items(h_BE, weights[VECTORS], seen_BS, k)
+        x_BD = jnp.take_along_axis(network.states(batch), last_B[:, None, None], axis=1)[:, 0]
+        h_BE = jnp.where(real_BT.any(1, keepdims=True), network.project(x_BD), 0)  # without a history, as in evaluation
+        return top_items(h_BE, weights[VECTORS], seen_BS, k)[:2]
 
     def exported(names: list[str], B, S) -> jax.export.Exported:
         weights = {name: shapes[name] for name in names} | {VECTORS: jax.ShapeDtypeStruct((catalogue.items, width), np.float32)}
@@ -106,17 +82,16 @@ def export_scorer(config: Config, catalogue: Catalogue, params: Params, width: i
         return exported(names, *jax.export.symbolic_shape("b, s")), names
 
 
-def export(evaluator: Evaluator, params: Params, step: int, output: Path, top_k: int = TOP_K) -> list[str]:
+def export(ranker: Ranker, params: Params, prepared: Prepared, step: int, output: Path, top_k: int = TOP_K) -> list[str]:
     """Writes the folder, whole or not at all, and returns notes for the user. params: all parameters, addressable from this process.
     Raises FloatingPointError for an item vector that is not finite."""
-    check(evaluator.config)
-    output = check_output(output)
-    config, prepared = evaluator.config, evaluator.prepared
-    catalogue, k = prepared.catalogue, min(top_k, prepared.catalogue.items)
-    v_IE = np.asarray(evaluator._item_vectors(params, evaluator.items, None))[: catalogue.items]
+    config, catalogue = ranker.config, ranker.catalogue
+    check(config)
+    output, k = check_output(output), min(top_k, catalogue.items)
+    v_IE = np.asarray(ranker.item_vectors(params, ranker.leading_states(params, sys.maxsize)))[: catalogue.items]
     if not np.isfinite(v_IE).all():
         raise FloatingPointError("an item's vector is not finite")
-    function, names = export_scorer(config, catalogue, params, v_IE.shape[1], k)
+    function, names = export_function(config, catalogue, params, v_IE.shape[1], k)
     leaves = {name_of(path): x for path, x in jax.tree_util.tree_leaves_with_path(params)}
     weights = {name: leaves[name] for name in names} | {VECTORS: v_IE}
     items = {"tokens": catalogue.tokens[: catalogue.offsets[-3]], "offsets": catalogue.offsets[:-2].astype(np.int32)}

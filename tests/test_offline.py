@@ -24,9 +24,9 @@ from iam_jax.data.sources import synthetic
 from iam_jax.data.tokenizer import train_bpe
 from iam_jax.devices.signals import Stop
 from iam_jax.errors import InputError
-from iam_jax.serving import score as score_lib
-from iam_jax.serving.score import Request, score
-from iam_jax.serving.scorer import top_items
+from iam_jax.ranking.scores import top_items
+from iam_jax.serving import offline
+from iam_jax.serving.offline import ScoreRequest, score
 
 FIELDS = {"data.source": "table", "data.path": "tables", "objective.vectors": "both", "score.part_users": 16, "train.steps": 30}
 
@@ -71,7 +71,7 @@ def scored(folder, output, **request):
     """The request's rows, in this process."""
     changes = {name: request.pop(name) for name in list(request) if "__" in name}
     request = {name: value if name in ("top_k", "vectors", "step") else str(value) for name, value in request.items()}
-    score(folder / "run", config_of(folder, **changes), Request(output=str(output), **request), saved=True)
+    score(folder / "run", config_of(folder, **changes), ScoreRequest(output=str(output), **request), saved=True)
     return read(output)
 
 
@@ -133,17 +133,16 @@ def test_chunks_ties_and_seen_items():
     seen = [rng.choice(23, n, replace=False) for n in (0, 1, 5, 20, 23)]
     padded = Lists(np.concatenate(seen).astype(np.int32), np.cumsum([0, *map(len, seen)])).padded(32)
     for chunk in (1, 4, 7, 23):
-        chunks = -(-23 // chunk)
-        v_JCE = np.pad(v_IE, ((0, chunks * chunk - 23), (0, 0))).reshape(chunks, chunk, 4)
-        item, score, finite = map(np.asarray, top_items(h_XE, v_JCE, padded, 23, 9))
+        top = jax.jit(top_items, static_argnums=3, static_argnames="chunk")
+        item, score, finite = map(np.asarray, top(h_XE, v_IE, padded, 9, chunk=chunk))
         assert finite.all()
         for x in range(5):
             scores = v_IE @ h_XE[x]
             best = [i for i in np.argsort(-scores, kind="stable") if i not in seen[x]][:9]
             assert item[x, : len(best)].tolist() == best and (score[x, : len(best)] == scores[best]).all()
             assert (score[x, len(best) :] == -np.inf).all()
-    v_JCE[0, 3] = np.nan
-    assert not np.asarray(top_items(h_XE, v_JCE, padded, 23, 9)[2]).any()
+    v_IE[3, 1] = np.nan
+    assert not np.asarray(top(h_XE, v_IE, padded, 9, chunk=7)[2]).any()
 
 
 def test_users_unseen_in_training_and_order_in_time(folder, shop, tmp_path):
@@ -182,14 +181,14 @@ def test_uneven_candidates_are_scored_in_pieces(folder, users, shop, tmp_path, m
     pairs = [(user, item) for n, user in enumerate(every) for item in (items if n == 20 else items[n % 7 : n % 7 + 2])]
     pl.DataFrame(pairs, schema=["user", "item"], orient="row").write_parquet(tmp_path / "pairs.parquet")
     whole = scored(folder, tmp_path / "whole", users=users, candidates=tmp_path / "pairs.parquet")
-    given, sizes = score_lib.Scorer.given, []
+    given, sizes = offline.Recommender.given, []
 
-    def told(self, users, k):
+    def told(self, users, *args):
         sizes.append((len(users), int(users.candidates.lengths.max())))
-        return given(self, users, k)
+        return given(self, users, *args)
 
-    monkeypatch.setattr(score_lib.Scorer, "given", told)
-    monkeypatch.setattr(score_lib, "_PAIRS", 30)
+    monkeypatch.setattr(offline.Recommender, "given", told)
+    monkeypatch.setattr(offline, "_PAIRS", 30)
     pieces = scored(folder, tmp_path / "pieces", users=users, candidates=tmp_path / "pairs.parquet")
     assert (1, 50) in sizes and all(count * most <= 30 for count, most in sizes if count > 1) and sum(n for n, _ in sizes) == len(every)
     assert pieces["user"].equals(whole["user"]) and pieces["item"].equals(whole["item"])
@@ -245,7 +244,7 @@ def test_an_added_items_table_row_counts_as_zero(folder, users, tmp_path):
 
 def test_an_interrupted_request_goes_on(folder, users, tmp_path, monkeypatch):
     whole = scored(folder, tmp_path / "whole", users=users)
-    write, calls = score_lib.write_atomically, []
+    write, calls = offline.write_atomically, []
 
     def interrupted(path, writer):
         calls.append(path.name)
@@ -255,14 +254,14 @@ def test_an_interrupted_request_goes_on(folder, users, tmp_path, monkeypatch):
         write(path, writer)
 
     with monkeypatch.context() as patch:
-        patch.setattr(score_lib, "write_atomically", interrupted)
+        patch.setattr(offline, "write_atomically", interrupted)
         with pytest.raises(Stop):
             scored(folder, tmp_path / "parts", users=users)
     there = contents(tmp_path / "parts")
     assert len(there) == 4  # with what the kill left
     wrote = []
     with monkeypatch.context() as patch:
-        patch.setattr(score_lib, "write_atomically", lambda path, writer: (wrote.append(path.name), write(path, writer)))
+        patch.setattr(offline, "write_atomically", lambda path, writer: (wrote.append(path.name), write(path, writer)))
         assert scored(folder, tmp_path / "parts", users=users).equals(whole)
     assert wrote == [f"part-{n:05}-of-00004.parquet" for n in (2, 3)]
     assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
@@ -307,7 +306,7 @@ def test_progress_within_a_part(folder, users, tmp_path, monkeypatch):
         bars[-1].update = lambda n: (bars[-1].updates.append(n), advance(n))
         return bars[-1]
 
-    monkeypatch.setattr(score_lib, "tqdm", bar)
+    monkeypatch.setattr(offline, "tqdm", bar)
     scored(folder, tmp_path / "lists", users=users, score__batch_rows=1)
     assert bars[0].n == 60 and len([n for n in bars[0].updates if n]) > 8  # there are 4 parts
     (tmp_path / "lists" / "part-00002-of-00004.parquet").unlink()
@@ -342,10 +341,10 @@ def test_the_benchmark_tells_whether_a_kill_shows(folder, tmp_path, monkeypatch)
 
 @pytest.mark.parametrize("given", [False, True])
 def test_a_score_that_is_not_finite_ends_it(folder, users, shop, tmp_path, monkeypatch, given):
-    restore = score_lib._restore
+    restore = offline.restore
     nan = lambda x: jax.numpy.full_like(x, np.nan) if np.issubdtype(x.dtype, np.floating) else x  # noqa: E731
     monkeypatch.setattr(
-        score_lib, "_restore", lambda *arguments: (lambda step, params: (step, jax.tree.map(nan, params)))(*restore(*arguments))
+        offline, "restore", lambda *arguments: (lambda step, params: (step, jax.tree.map(nan, params)))(*restore(*arguments))
     )
     more = {}
     if given:
@@ -486,4 +485,4 @@ def test_other_requests_and_other_folders_are_refused(folder, users, tmp_path):
 def test_added_items_need_a_model_that_reads_text(folder, tmp_path):
     config = config_of(folder, objective__vectors="table")
     with pytest.raises(InputError, match=r"--items: the model does not read the items' text"):
-        Request(output=str(tmp_path / "out"), vectors=True, items="new.csv").check(config)
+        ScoreRequest(output=str(tmp_path / "out"), vectors=True, items="new.csv").check(config)

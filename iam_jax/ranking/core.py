@@ -1,0 +1,296 @@
+"""The ranking core: histories to vectors, vectors to ranks or to lists, and likelihoods of items' texts.
+
+Evaluation, offline scoring, export, planning and the Python API rank by this class and by nothing else. On a mesh the item vectors are
+spread over all devices, each of which scores all histories against its own items; histories are spread by rows. On a mesh of several
+processes all of them call the same methods with the same arguments.
+
+Axes: X histories ranked at one time, C items of a chunk or given candidates, I items, E item vectors, S seen items, K items of a list,
+D model.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from iam_jax.config import Config
+from iam_jax.data.batches import Batch, Rows, evaluation_batches
+from iam_jax.data.candidates import candidate_rows
+from iam_jax.data.catalogue import Catalogue
+from iam_jax.data.histories import Lists
+from iam_jax.data.item_rows import CatalogueItems, without_items
+from iam_jax.devices.mesh import batch_shards, shard_batch, spread_rows
+from iam_jax.model import Model, Params
+from iam_jax.model.items import Items, item_vectors, make_items
+from iam_jax.ranking.beam import beam_search, history_rows, make_trie
+from iam_jax.ranking.likelihood import log_likelihoods
+from iam_jax.ranking.scores import over_items, pair_scores, ranking_program, top_program
+
+_SCORES = 1 << 21  # scores that exist at one time: 8 MiB, which a CPU's cache holds in part
+_PAIR_NUMBERS = 1 << 23  # numbers of given candidates' vectors that exist at one time: 32 MiB
+
+Found = tuple[np.ndarray, np.ndarray]  # items [n, K] int32 best first, and their scores [n, K] float32, -inf behind the last
+Report = Callable[[int], None]  # called after each batch, with the number of histories in it
+
+
+def nothing(_: int) -> None:
+    """A `Report` that does nothing."""
+
+
+def keeps_item_states(config: Config, catalogue: Catalogue, history_tokens: int) -> bool:
+    """Whether the states of the whole catalogue after the leading intra layers are computed once, to be used by all histories.
+
+    They are where the schedule and `model.item_states` allow it, they fit in `eval.item_states_gib`, and (`auto`) they are no additional
+    work: the items' text vectors need them anyway, or the histories have at least as many tokens as the catalogue.
+    """
+    model = config.model
+    if not config.states_by_item or model.item_states == "off" or item_states_gib(config, catalogue) > config.eval.item_states_gib:
+        return False
+    return model.item_states == "on" or config.leading_vectors or int(catalogue.lengths.sum()) <= history_tokens
+
+
+def item_states_gib(config: Config, catalogue: Catalogue) -> float:
+    """Size of the catalogue's states after the leading intra layers."""
+    return float(catalogue.lengths.sum()) * config.model.width * jnp.dtype(config.model.dtype).itemsize / 2**30
+
+
+class Ranker:
+    """A model with its catalogue, compiled for one mesh. Parameters are arguments, so one object serves a whole training run.
+
+    catalogue: the items in the order of their rows; trained_I: bool, whether each has a training event; batch_rows: rows of histories that
+    are computed at one time.
+    """
+
+    def __init__(self, config: Config, catalogue: Catalogue, trained_I: np.ndarray, model: Model, mesh: jax.sharding.Mesh, batch_rows: int):
+        self.config, self.catalogue, self.model, self.mesh, self.batch_rows = config, catalogue, model, mesh, batch_rows
+        self.items = make_items(catalogue, trained_I)
+        whole = functools.partial(jax.jit, out_shardings=NamedSharding(mesh, PartitionSpec()))  # read by the host, whole in every process
+        chunk, count = config.eval.chunk_items, catalogue.items
+
+        @whole
+        def history_states(params: Params, batch: dict, leading_XD: jax.Array | None) -> jax.Array:
+            network = model.bind(params)
+            x_BTD = network.states(batch, leading_XD=leading_XD)
+            return network.project(jnp.take_along_axis(x_BTD, batch["target_at"][..., None], axis=1))
+
+        @jax.jit
+        def vectors(params: Params, items: Items, leading_XD: jax.Array | None) -> jax.Array:
+            boundary_XD = None if leading_XD is None else leading_XD[self.catalogue_items.boundary_slots]
+            return spread_rows(mesh, item_vectors(model.bind(params), config, items, boundary_XD))
+
+        # The programs, as `planning` compiles them too.
+        self.history_states, self.vectors = history_states, vectors
+        self.leading = jax.jit(lambda params, rows, chunks: model.bind(params).leading_states(rows, chunks), static_argnums=2)
+        self.ranks = ranking_program(mesh, chunk, count)
+        self.pairs = over_items(mesh, pair_scores, arrays=3)
+        size, normalize = config.objective.chunk, config.eval.length_normalized
+        self.log_likelihoods = whole(
+            lambda params, batch, count: log_likelihoods(model.bind(params), batch, count, size, normalize=normalize), static_argnums=2
+        )
+        self._top: dict[tuple[int, bool], Callable] = {}
+
+    # ---- item states and vectors
+
+    @functools.cached_property
+    def catalogue_items(self) -> CatalogueItems:
+        """The catalogue packed into rows for the leading intra layers."""
+        shards = batch_shards(self.mesh)
+        return CatalogueItems(self.catalogue, self.config.data.row_tokens, math.ceil(self.batch_rows / shards) * shards)
+
+    def leading_states(self, params: Params, history_tokens: int) -> jax.Array | None:
+        """States of the catalogue after the leading intra layers, for histories of so many tokens; None where they are not kept."""
+        if not keeps_item_states(self.config, self.catalogue, history_tokens):
+            return None
+        return self.leading(params, shard_batch(self.mesh, self.catalogue_items.rows), self.catalogue_items.chunks)
+
+    def item_vectors(self, params: Params, leading_XD: jax.Array | None) -> jax.Array:
+        """v_IE spread over the mesh, with rows of zeros behind the items where they do not divide."""
+        return self.vectors(params, self.items, leading_XD)
+
+    # ---- histories
+
+    def batch(self, batch: Batch, width: int, leading: bool) -> Batch:
+        """What `history_states` reads of a batch, with places for `width` targets a row."""
+        at, segment = batch["target_at"], batch["segment"]
+        more = (0, 0), (0, width - at.shape[1])
+        batch = self.catalogue_items(batch) if leading else without_items(batch)
+        kept = {name: batch[name] for name in ("token", "user", "group", "position", "slot") if name in batch}
+        return kept | {"target_at": np.pad(at, more), "segment": np.pad(segment, more, constant_values=-1)}
+
+    def history_vectors(
+        self, params: Params, rows: Rows, leading_XD: jax.Array | None, batch_rows: int | None = None, report: Report = nothing
+    ) -> np.ndarray:
+        """h_nE float32: the projected state from which each segment of the rows is continued. batch_rows: instead of the core's own."""
+        width, n = power_of_two(rows.targets_per_row), len(rows.segments)  # few shapes are compiled
+        h_nE = np.zeros((n, 0 if n else self.config.model.width), np.float32)
+        finish = functools.partial(self.batch, width=width, leading=leading_XD is not None)
+        for batch in evaluation_batches(rows, batch_rows or self.batch_rows, finish):
+            segment = batch.pop("segment")
+            h = np.asarray(self.history_states(params, shard_batch(self.mesh, batch), leading_XD))
+            h_nE = h_nE if h_nE.size else np.zeros((n, h.shape[-1]), np.float32)
+            h_nE[segment[segment >= 0]] = h[segment >= 0]
+            report(int((segment >= 0).sum()))
+        return h_nE
+
+    # ---- vectors to ranks and lists
+
+    @property
+    def at_once(self) -> int:
+        """Histories that are ranked at one time."""
+        return max(8, min(1024, _SCORES // min(self.config.eval.chunk_items, self.catalogue.items)))
+
+    def rank(
+        self, h_nE: np.ndarray, v_IE: jax.Array, target_n: np.ndarray, seen: Callable[[np.ndarray], Lists] | None, report: Report = nothing
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Rank [n] int64, ties [n] int64 and whether all scores are finite [n] of the targets. seen: places [m] among the targets -> their
+        items that are no candidates, distinct and without the target; None: every item is a candidate."""
+        n, X = len(target_n), self.at_once
+        rank, ties, finite = np.zeros(n, np.int64), np.zeros(n, np.int64), np.zeros(n, bool)
+        # By item: then few chunks hold the targets of a batch, and few are computed twice.
+        order = np.argsort(target_n, kind="stable")
+        for start in range(0, n, X):
+            at = order[start : start + X]
+            more = X - len(at)
+            seen_XS = padded(seen(at), X) if seen else np.full((X, 1), -1, np.int32)
+            results = self.ranks(np.pad(h_nE[at], ((0, more), (0, 0))), v_IE, np.pad(target_n[at], (0, more), mode="edge"), seen_XS)
+            rank[at], ties[at], finite[at] = (np.asarray(result)[: len(at)] for result in results)
+            report(len(at))
+        return rank, ties, finite
+
+    def top_program(self, k: int, filter_seen: bool = True) -> Callable:
+        """`scores.top_program` for this catalogue, kept from call to call."""
+        if (k, filter_seen) not in self._top:
+            self._top[k, filter_seen] = top_program(self.mesh, k, self.config.eval.chunk_items, self.catalogue.items, filter_seen)
+        return self._top[k, filter_seen]
+
+    def top(self, h_nE: np.ndarray, v_IE: jax.Array, seen: Lists | None, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Each history's k best items [n, k] without the seen ones, their scores, and whether all scores are finite [n]."""
+        n = len(h_nE)
+        X = min(power_of_two(n), self.at_once)
+        item, score, finite = np.full((n, k), -1, np.int32), np.full((n, k), -np.inf, np.float32), np.ones(n, bool)
+        program = self.top_program(k, seen is not None)
+        for begin in range(0, n, X):
+            at = slice(begin, min(begin + X, n))
+            h_XE = np.pad(h_nE[at], ((0, X - (at.stop - begin)), (0, 0)))
+            results = program(h_XE, v_IE, *([] if seen is None else [padded(seen[at], X)]))
+            item[at], score[at], finite[at] = (np.asarray(x)[: at.stop - begin] for x in results)
+        return item, score, finite
+
+    def scores(self, h_nE: np.ndarray, v_IE: jax.Array, item_nC: np.ndarray) -> np.ndarray:
+        """[n, C] float32: the scores of given items, -inf where item_nC is -1."""
+        n, C = item_nC.shape
+        X = min(power_of_two(n), max(1, _PAIR_NUMBERS // (C * h_nE.shape[1])))
+        score = np.zeros((n, C), np.float32)
+        for begin in range(0, n, X):
+            h, item = h_nE[begin : begin + X], item_nC[begin : begin + X]
+            more = (0, X - len(h)), (0, 0)
+            score[begin : begin + X] = np.asarray(self.pairs(np.pad(h, more), v_IE, np.pad(item, more, constant_values=-1)))[: len(h)]
+        return score
+
+    # ---- text generators
+
+    @property
+    def generations_at_once(self) -> int:
+        """Histories of text generators that are computed at one time."""
+        shards = batch_shards(self.mesh)
+        return math.ceil(self.batch_rows / 5 / shards) * shards
+
+    @functools.cached_property
+    def _texts(self) -> tuple[np.ndarray, np.ndarray]:
+        """Items with equal tokens once: one item of each text, and the text of each item. Equal texts must tie, and rounding depends on the
+        place in a row."""
+        token, length = self.catalogue.padded()
+        _, first, text_I = np.unique(np.column_stack([length, token]), axis=0, return_index=True, return_inverse=True)
+        return first, text_I.reshape(-1)
+
+    @functools.cached_property
+    def _trie(self):
+        return make_trie(self.catalogue)
+
+    def fitting(self, histories: Sequence[np.ndarray], catalogue: Catalogue) -> list[np.ndarray]:
+        """The most recent items of each history that leave room in a row for the longest item of the catalogue."""
+        room = self.config.data.row_tokens - catalogue.frame_tokens - int(catalogue.item_lengths.max())
+        return [items[len(items) - int((np.cumsum(catalogue.lengths[items][::-1]) <= room).sum()) :] for items in histories]
+
+    def likelihoods(
+        self,
+        params: Params,
+        histories: Sequence[np.ndarray],
+        candidates: Sequence[np.ndarray] | None,
+        report: Report = nothing,
+        catalogue: Catalogue | None = None,
+    ) -> np.ndarray:
+        """[n, C] float32: log p(text of candidate | history) of each history's candidates, -inf behind the last. candidates: rows of the
+        catalogue for each history; None: all items for every history. report is called after every batch, with the histories that are done.
+        catalogue: the core's own, with more items behind that only histories hold.
+        """
+        first, text_I = self._texts
+        catalogue, B, n = catalogue or self.catalogue, self.generations_at_once, len(histories)
+        everything = np.arange(len(first)), text_I
+        width = len(text_I) if candidates is None else max(map(len, candidates), default=0)
+        longest = int(catalogue.item_lengths.max())
+        # A row holds a history and a few times as many tokens of candidates.
+        C = min(math.ceil(4 * self.config.data.row_tokens / longest), width)
+        T = self.config.data.row_tokens + C * longest
+        histories, scores = self.fitting(histories, catalogue), np.full((n, width), -np.inf, np.float32)
+        for begin in range(0, n, B):
+            batch_histories = histories[begin : begin + B]
+            more = B - len(batch_histories)
+            if candidates is None:
+                texts = [everything] * len(batch_histories)
+            else:
+                texts = [np.unique(text_I[items], return_inverse=True) for items in candidates[begin : begin + B]]
+            found = np.zeros((B, max(len(text) for text, _ in texts) + C), np.float32)
+            for c in range(0, found.shape[1] - C, C):
+                items = [first[text[c : c + C]] for text, _ in texts]
+                batch = candidate_rows(catalogue, batch_histories + batch_histories[:1] * more, items + items[:1] * more, T, T)
+                found[:, c : c + C] = np.asarray(self.log_likelihoods(params, shard_batch(self.mesh, batch), C))
+                report(0)
+            for row, (_, text) in enumerate(texts):
+                scores[begin + row, : len(text)] = found[row, text.reshape(-1)]
+            report(len(texts))
+        return scores
+
+    def likeliest(
+        self,
+        params: Params,
+        histories: Sequence[np.ndarray],
+        seen: Sequence[np.ndarray],
+        k: int,
+        report: Report = nothing,
+        catalogue: Catalogue | None = None,
+    ) -> Found:
+        """Each history's k likeliest items by beam search, without the seen ones: as many hypotheses as leave k items when those are left
+        out. catalogue: as in `likelihoods`."""
+        B, T, n = self.generations_at_once, self.config.data.row_tokens, len(histories)
+        size, normalize = self.config.objective.chunk, self.config.eval.length_normalized
+        catalogue = catalogue or self.catalogue
+        histories = self.fitting(histories, catalogue)
+        found = np.full((n, k), -1, np.int32), np.full((n, k), -np.inf, np.float32)
+        for begin in range(0, n, B):
+            part = histories[begin : begin + B]
+            batch = history_rows(catalogue, part + part[:1] * (B - len(part)), T, T)
+            left_out = [np.unique(items) for items in seen[begin : begin + B]]
+            beams = min(self.catalogue.items, math.ceil((k + max(map(len, left_out))) / 16) * 16)
+            batch = shard_batch(self.mesh, batch)
+            item, score = beam_search(self.model, params, self._trie, batch, beams, normalize=normalize, chunk=size)
+            for row, items in enumerate(left_out):
+                kept = np.flatnonzero(~np.isin(item[row], items))[:k]
+                found[0][begin + row, : len(kept)], found[1][begin + row, : len(kept)] = item[row, kept], score[row, kept]
+            report(len(part))
+        return found
+
+
+def padded(items: Lists, rows: int) -> np.ndarray:
+    """[rows, S] int32, -1 behind each list: S is a power of two, so that few shapes are compiled."""
+    out_XS = items.padded(max(16, power_of_two(int(items.lengths.max(initial=1)))))
+    return np.pad(out_XS, ((0, rows - len(out_XS)), (0, 0)), constant_values=-1)
+
+
+def power_of_two(n: int) -> int:
+    """The least power of two that is at least n."""
+    return 1 << max(n - 1, 0).bit_length()

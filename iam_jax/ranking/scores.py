@@ -1,0 +1,186 @@
+"""Scores of a whole catalogue as pure functions of arrays: exact ranks, the best K items, and the scores of given pairs.
+
+A score is the product of a history vector and an item vector, in float32 without rounding of its inputs. At most X times `chunk` scores
+exist at one time. Inside a `jax.shard_map` over the mesh axes `axes`, `v_IE` is this device's part of the catalogue, and the results are
+those of all parts together: `over_items` makes such a function.
+
+Axes: X histories scored at one time, C items of a chunk (or given candidates), J chunks, I items, E item vectors, S seen items, K items of
+a list.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+CHUNK = 8192  # items of one matrix product
+
+
+def rank_catalogue(
+    h_XE: jax.Array,
+    v_IE: jax.Array,
+    target_X: jax.Array,
+    seen_XS: jax.Array | None = None,
+    *,
+    chunk: int = CHUNK,
+    items: int = 0,
+    axes: tuple[str, ...] = (),
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The exact rank of each target among all items. Traceable.
+
+    Args:
+      h_XE: history vectors, float32.
+      v_IE: item vectors, float32.
+      target_X: int32, row of each target in the catalogue.
+      seen_XS: int32, distinct items that are no candidates, the target not among them; -1 for none. None: every item is a candidate.
+      chunk: items of one matrix product.
+      items: number of items; rows of v_IE behind them are padding. 0: every row is an item.
+      axes: mesh axes over which v_IE is split, inside a `shard_map`.
+
+    Returns:
+      rank [X] int32, 1 + the candidates that score higher; ties [X] int32, the other candidates that score the same; finite [X] bool,
+      whether all scores are finite.
+    """
+    seen_XS = jnp.full((len(h_XE), 1), -1, jnp.int32) if seen_XS is None else seen_XS
+    I = len(v_IE)  # noqa: E741
+    J = math.ceil(I / chunk)
+    C = math.ceil(I / J)
+    offset = jax.lax.axis_index(axes) * I if axes else 0
+    target_X, seen_XS, stop = target_X - offset, seen_XS - offset, (items or I) - offset
+    chunk_X, chunk_XS = (jnp.where((i >= 0) & (i < I), i // C, -1) for i in (target_X, seen_XS))  # -1: of another part, or none
+    i_C = jnp.arange(C)
+    holds_J = (chunk_X == jnp.arange(J)[:, None]).any(1)
+    holders_first_J = jnp.argsort(~holds_J, stable=True)
+
+    # A target's own score is taken from the catalogue's scores: computed apart, the last bits could differ. So the chunks that hold a
+    # target are computed twice, by one and the same product of the program: first for the targets' own scores, then to compare with them.
+    def sweep(comparing, carry):
+        def step(n, carry):
+            c = jnp.where(comparing, n, holders_first_J[n])
+            start = jnp.minimum(c * C, I - C)
+            scores_XC = jnp.einsum("XE,CE->XC", h_XE, jax.lax.dynamic_slice_in_dim(v_IE, start, C), precision="highest")
+
+            def scores_of(item_X):  # any value for items of other chunks
+                return jnp.take_along_axis(scores_XC, jnp.clip(item_X - start, 0, C - 1), axis=1)
+
+            def find(here_X, own_X, *counts):
+                return jnp.where(chunk_X == c, scores_of(target_X[:, None])[:, 0], here_X), own_X, *counts
+
+            def compare(here_X, own_X, above_X, equal_X, finite_X):
+                own_X1 = own_X[:, None]
+                real_C = (start + i_C >= c * C) & (start + i_C < stop)
+                seen_here_XS, seen_scores_XS = chunk_XS == c, scores_of(seen_XS)
+                above_X += ((scores_XC > own_X1) & real_C).sum(1) - ((seen_scores_XS > own_X1) & seen_here_XS).sum(1)
+                equal_X += ((scores_XC == own_X1) & real_C).sum(1) - ((seen_scores_XS == own_X1) & seen_here_XS).sum(1)
+                return here_X, own_X, above_X, equal_X, finite_X & (jnp.isfinite(scores_XC) | ~real_C).all(1)
+
+            return jax.lax.cond(comparing, compare, find, *carry)
+
+        here_X, _, *counts = jax.lax.fori_loop(0, jnp.where(comparing, J, holds_J.sum()), step, carry)
+        return here_X, jax.lax.psum(here_X, axes) if axes else here_X, *counts
+
+    zero_X, none_X = jnp.zeros(len(h_XE)), jnp.zeros(len(h_XE), jnp.int32)
+    carry = (zero_X, zero_X, none_X, none_X, jnp.ones(len(h_XE), bool))
+    _, _, above_X, equal_X, finite_X = jax.lax.fori_loop(0, 2, lambda n, carry: sweep(n > 0, carry), carry)
+    if axes:
+        above_X, equal_X = jax.lax.psum((above_X, equal_X), axes)
+    return 1 + above_X, equal_X - 1, _everywhere(finite_X, axes)
+
+
+def top_items(
+    h_XE: jax.Array,
+    v_IE: jax.Array,
+    seen_XS: jax.Array | None,
+    k: int,
+    *,
+    chunk: int = CHUNK,
+    items: int = 0,
+    axes: tuple[str, ...] = (),
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The K items with the highest scores, best first; of equal scores the item that comes first in the catalogue. Traceable.
+
+    Args as in `rank_catalogue`; seen_XS: int32, items that are no candidates, -1 for none; k: K, a Python integer.
+
+    Returns:
+      items [X, K] int32 and scores [X, K] float32, -1 and -inf where no candidate is left; finite [X] bool, whether all scores are finite.
+    """
+    X, I = h_XE.shape[0], len(v_IE)  # noqa: E741
+    J = math.ceil(I / chunk)
+    C = math.ceil(I / J)
+    offset = jax.lax.axis_index(axes) * I if axes else 0
+    stop, x = (items or I) - offset, jnp.arange(X)[:, None]
+
+    def step(best, c):
+        item_XK, score_XK, finite_X = best
+        start = jnp.minimum(c * C, I - C)
+        scores_XC = jnp.einsum("XE,CE->XC", h_XE, jax.lax.dynamic_slice_in_dim(v_IE, start, C), precision="highest")
+        i_C = start + jnp.arange(C, dtype=jnp.int32)
+        real_C = (i_C >= c * C) & (i_C < stop)  # the last chunk begins inside the one before it
+        finite_X &= (jnp.isfinite(scores_XC) | ~real_C).all(1)
+        scores_XC = jnp.where(real_C, scores_XC, -jnp.inf)
+        if seen_XS is not None:
+            at_XS = seen_XS - offset - start
+            scores_XC = scores_XC.at[x, jnp.where(at_XS >= 0, at_XS, C)].set(-jnp.inf, mode="drop")
+        found_XK, at_XK = jax.lax.top_k(scores_XC, min(k, C))
+        # Items of earlier chunks come first, and of equal scores top_k takes the first.
+        return (*_best(k, item_XK, score_XK, offset + i_C[at_XK], found_XK), finite_X), None
+
+    none = jnp.full((X, k), -1, jnp.int32), jnp.full((X, k), -jnp.inf), jnp.ones(X, bool)
+    (item_XK, score_XK, finite_X), _ = jax.lax.scan(step, none, jnp.arange(J))
+    if axes:
+        parts = (jax.lax.all_gather(x_XK, axes, axis=1, tiled=True) for x_XK in (item_XK, score_XK))
+        item_XK, score_XK = _best(k, *parts)
+    return jnp.where(score_XK == -jnp.inf, -1, item_XK), score_XK, _everywhere(finite_X, axes)
+
+
+def pair_scores(h_XE: jax.Array, v_IE: jax.Array, item_XC: jax.Array, *, axes: tuple[str, ...] = ()) -> jax.Array:
+    """[X, C] float32: the scores of given items, -inf where item_XC is -1. Traceable. Args as in `rank_catalogue`."""
+    at_XC = item_XC - (jax.lax.axis_index(axes) * len(v_IE) if axes else 0)
+    here_XC = (item_XC >= 0) & (at_XC >= 0) & (at_XC < len(v_IE))
+    scores_XC = jnp.einsum("XE,XCE->XC", h_XE, v_IE[jnp.where(here_XC, at_XC, 0)], precision="highest")
+    scores_XC = jnp.where(here_XC, scores_XC, 0)
+    scores_XC = jax.lax.psum(scores_XC, axes) if axes else scores_XC
+    return jnp.where(item_XC >= 0, scores_XC, -jnp.inf)
+
+
+def over_items(mesh: jax.sharding.Mesh, function: Callable, arrays: int) -> Callable:
+    """`function(h_XE, v_IE, *others, axes=…)` jitted, with v_IE spread over all devices of the mesh (`devices.mesh.spread_rows`) and the
+    others whole on each. arrays: how many array arguments there are."""
+    axes = mesh.axis_names if mesh.size > 1 else ()
+
+    def call(*args):
+        return function(*args, axes=axes)
+
+    everywhere, parts = PartitionSpec(), PartitionSpec(axes)
+    specs = {"in_specs": (everywhere, parts, *[everywhere] * (arrays - 2)), "out_specs": everywhere}
+    return jax.jit(jax.shard_map(call, mesh=mesh, check_vma=False, **specs) if axes else call)
+
+
+def ranking_program(mesh: jax.sharding.Mesh, chunk: int, items: int) -> Callable[..., tuple[jax.Array, jax.Array, jax.Array]]:
+    """(h_XE, v_IE, target_X, seen_XS) -> rank, ties, finite: `rank_catalogue` jitted for a mesh."""
+    return over_items(mesh, functools.partial(rank_catalogue, chunk=chunk, items=items), arrays=4)
+
+
+def top_program(
+    mesh: jax.sharding.Mesh, k: int, chunk: int, items: int, filter_seen: bool = True
+) -> Callable[..., tuple[jax.Array, jax.Array, jax.Array]]:
+    """(h_XE, v_IE, seen_XS), or (h_XE, v_IE) without filter_seen, -> items, scores, finite: `top_items` jitted for a mesh."""
+
+    def top(h_XE, v_IE, seen_XS=None, *, axes):
+        return top_items(h_XE, v_IE, seen_XS, k, chunk=chunk, items=items, axes=axes)
+
+    return over_items(mesh, top, arrays=2 + filter_seen)
+
+
+def _best(k: int, *parts: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The first k by score of items and scores in parts: (items, scores, items, scores, …) or (items, scores)."""
+    item_XC, score_XC = (jnp.concatenate(part, axis=1) if len(part) > 1 else part[0] for part in (parts[::2], parts[1::2]))
+    score_XK, at_XK = jax.lax.top_k(score_XC, k)
+    return jnp.take_along_axis(item_XC, at_XK, axis=1), score_XK
+
+
+def _everywhere(finite_X: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    return jax.lax.psum((~finite_X).astype(jnp.int32), axes) == 0 if axes else finite_X

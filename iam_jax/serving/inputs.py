@@ -1,0 +1,147 @@
+"""Histories and candidates as people have them, in lists or in tables of polars or pandas, turned into rows of the catalogue; and answers
+in the kind that was given."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from iam_jax.config import Config
+from iam_jax.data.catalogue import Catalogue
+from iam_jax.data.histories import Lists, Users, candidates_of_table, users_of_table
+from iam_jax.data.stored import Stored, text_entries
+from iam_jax.data.tables import INTERACTIONS, table_of
+from iam_jax.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class Histories:
+    """Histories as rows of `catalogue`, which holds the texts that were given behind the items of the working folder."""
+
+    users: Users
+    catalogue: Catalogue
+    texts: int  # how many texts were given: rows of `catalogue` that are no candidates
+    table: str = ""  # "polars" or "pandas", where a table was given
+    notes: tuple[str, ...] = ()  # what was left out
+
+
+class Reader:
+    """Reads histories and candidates for one catalogue."""
+
+    def __init__(self, config: Config, stored: Stored):
+        self._config, self._stored = config, stored
+        self._row = {item: row for row, item in enumerate(stored.item_ids.to_list())}
+
+    def row(self, item: object, name: str = "item") -> int:
+        """The row of an item id. Raises TypeError for what is no string, InputError for an unknown item."""
+        if not isinstance(item, str):
+            raise TypeError(f"{name} is {item!r} ({type(item).__name__}): an item is its id, a string")
+        if item not in self._row:
+            raise InputError(f"{name}: no item {item!r} in the catalogue of {len(self._row):,} items")
+        return self._row[item]
+
+    def text_entries(self, items: Sequence[dict], names: Sequence[str]) -> list[list[int]]:
+        """The tokens of items `{"text": …}`, called `names` in errors. Raises TypeError for other dicts, InputError for a text without a
+        token and for a model that reads ids."""
+        for name, item in zip(names, items, strict=True):
+            if item.keys() != {"text"} or not isinstance(item["text"], str):
+                raise TypeError(f"{name} is {item!r}: an item that is not in the catalogue is {{'text': '…'}}")
+        if items and not self._stored.catalogue.tokenizer_json:
+            raise InputError(f"{names[0]}: the model reads item ids (config.data.tokenizer = 'id'), not text")
+        entries, _ = text_entries(self._stored.catalogue, self._config.data, [" ".join(item["text"].split()) for item in items])
+        for name, entry in zip(names, entries, strict=True):
+            if not entry:
+                raise InputError(f"{name}: the tokenizer makes no token of its text")
+        return entries
+
+    def histories(self, given: Any) -> Histories:
+        """Raises TypeError for what is neither a list of lists nor a table, InputError for unknown items and empty histories."""
+        if kind := table_kind(given):
+            table = table_of(_to_polars(given), INTERACTIONS, "histories")
+            data = self._config.data
+            drops = data.untitled == "drop" or data.k_core > 0
+            users, notes = users_of_table(table, "histories", self._stored.item_ids, drops)
+            return Histories(users, self._stored.catalogue, 0, kind, tuple(notes))
+        rows, texts, names = [], [], []
+        items = self._stored.catalogue.items
+        for n, history in enumerate(_lists(given, "histories")):
+            if not history and not self._stored.catalogue.prompt:
+                raise InputError(f"histories[{n}] is empty: the next item is predicted from at least one item")
+            rows.append([])
+            for place, item in enumerate(history):
+                name = f"histories[{n}][{place}]"
+                if isinstance(item, dict):
+                    rows[-1].append(items + len(texts))
+                    texts.append(item)
+                    names.append(name)
+                else:
+                    rows[-1].append(self.row(item, name))
+        catalogue = self._stored.catalogue.extended(self.text_entries(texts, names)) if texts else self._stored.catalogue
+        ids = pl.Series("user", [str(n) for n in range(len(rows))], dtype=pl.String)
+        return Histories(Users(ids, to_lists(rows), None), catalogue, len(texts))
+
+    def candidates(self, given: Any, histories: Histories) -> tuple[Users, list[list[int]] | None]:
+        """The users with their candidates; for lists also the candidates' rows in the order given. Raises as `histories`, and InputError
+        for candidates that come twice or are of another kind or number than the histories."""
+        kind = table_kind(given)
+        if bool(kind) != bool(histories.table):
+            raise TypeError("histories and candidates: give both as lists or both as tables")
+        if kind:
+            table = table_of(_to_polars(given), ("user", "item"), "candidates")
+            return candidates_of_table(table, "candidates", histories.users, self._stored.item_ids), None
+        rows = []
+        for n, items in enumerate(_lists(given, "candidates")):
+            rows.append([self.row(item, f"candidates[{n}][{place}]") for place, item in enumerate(items)])
+            if not items:
+                raise InputError(f"candidates[{n}] is empty")
+        if len(rows) != len(histories.users):
+            raise InputError(f"{len(rows):,} lists of candidates for {len(histories.users):,} histories")
+        users = histories.users
+        return Users(users.ids, users.events, to_lists([sorted(set(items)) for items in rows])), rows
+
+
+def table_kind(given: object) -> str:
+    """ "polars" or "pandas" for a table of one of them, "" for anything else. Imports neither."""
+    module, name = type(given).__module__.partition(".")[0], type(given).__name__
+    return module if module in ("polars", "pandas") and name == "DataFrame" else ""
+
+
+def answer(table: pl.DataFrame, kind: str) -> Any:
+    """The table as polars or as pandas has it."""
+    if kind == "polars":
+        return table
+    import pandas
+
+    return pandas.DataFrame({column.name: column.to_numpy() if column.dtype.is_numeric() else column.to_list() for column in table})
+
+
+def to_lists(rows: Sequence[Sequence[int]]) -> Lists:
+    return Lists(np.array([item for items in rows for item in items], np.int32), np.cumsum([0, *map(len, rows)], dtype=np.int64))
+
+
+def _to_polars(table: Any) -> pl.DataFrame:
+    if isinstance(table, pl.DataFrame):
+        return table
+    columns = {}
+    for name in table.columns:
+        column = table[name]
+        plain = column.dtype.kind in "iufM" if hasattr(column.dtype, "kind") else False
+        columns[str(name)] = pl.Series(str(name), column.to_numpy() if plain else column.tolist(), strict=False)
+    return pl.DataFrame(columns)
+
+
+def _lists(given: object, name: str) -> list[list]:
+    """A list of lists. Strings are no lists: the usual slip is one history instead of a list of histories."""
+    whole = "a list of lists of item ids, or a table of polars or pandas"
+    if isinstance(given, str) or not isinstance(given, Sequence | np.ndarray):
+        raise TypeError(f"{name} is a {type(given).__name__}: give {whole}")
+    lists = []
+    for n, items in enumerate(given):
+        if isinstance(items, str | dict) or not isinstance(items, Sequence | np.ndarray):
+            raise TypeError(f"{name}[{n}] is {items!r}: {name} is {whole} ([['a', 'b']] is one history of two items)")
+        lists.append([str(item) if isinstance(item, np.str_) else item for item in items])
+    if not lists:
+        raise InputError(f"{name} is empty")
+    return lists

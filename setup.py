@@ -1,22 +1,6 @@
 """Installs iam_jax. Each dependency states, in one line, what it does for the project."""
 
-from pathlib import Path
-
 from setuptools import find_packages, setup
-from setuptools.command.build_py import build_py
-
-
-class BuildPackage(build_py):
-    """Puts `configs/` inside the package of a wheel, where `--config=NAME` finds them; a checkout has them beside it."""
-
-    def run(self) -> None:
-        super().run()
-        if not self.editable_mode:
-            folder = Path(self.build_lib, "iam_jax", "configs")
-            self.mkpath(str(folder))
-            for path in sorted(Path("configs").glob("*.py")):
-                self.copy_file(str(path), str(folder / path.name))
-
 
 setup(
     name="iam_jax",
@@ -26,9 +10,9 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=find_packages(include=["iam_jax", "iam_jax.*"]),
+    packages=[*find_packages(include=["iam_jax", "iam_jax.*"]), "iam_jax.configs"],
+    package_dir={"iam_jax.configs": "configs"},  # a wheel has them inside the package, a checkout beside it
     package_data={"iam_jax": ["py.typed"]},
-    cmdclass={"build_py": BuildPackage},
     entry_points={"console_scripts": ["iam-jax = iam_jax.__main__:cli"]},
     install_requires=[
         "jax>=0.10,<0.14",

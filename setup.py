@@ -10,7 +10,10 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=find_packages(include=["iam_jax", "iam_jax.*"]),
+    packages=[*find_packages(include=["iam_jax", "iam_jax.*"]), "iam_jax.configs"],
+    package_dir={"iam_jax.configs": "configs"},  # a wheel has them inside the package, a checkout beside it
+    package_data={"iam_jax": ["py.typed"]},
+    entry_points={"console_scripts": ["iam-jax = iam_jax.__main__:cli"]},
     install_requires=[
         "jax>=0.10,<0.14",
         "flax>=0.12.8,<0.14",  # NNX modules

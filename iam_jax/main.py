@@ -1,7 +1,7 @@
 """The command line: flags to one mode.
 
     python -m iam_jax.main --config=FILE [--workdir=DIR] [--mode=train|evaluate|export]
-        [--step=N|best|last] [--config.section.key=value ...]
+        [--step=N|best|last] [--config.section.key=value ...]        (FILE: a path, or a name from configs/, such as demo)
     python -m iam_jax.main --mode=score --workdir=DIR --users=TABLE [--items=TABLE] [--candidates=TABLE] --output=DIR [--top_k=100]
     python -m iam_jax.main --mode=score --workdir=DIR --vectors [--users=TABLE] [--items=TABLE] --output=DIR
     python -m iam_jax.main --mode=compare --runs=DIR,DIR[,DIR...] [--output=DIR]
@@ -38,6 +38,7 @@ from absl import app, flags, logging  # noqa: E402
 from ml_collections import config_flags  # noqa: E402
 
 from iam_jax import config as config_lib  # noqa: E402
+from iam_jax import config_files  # noqa: E402
 from iam_jax.devices import distributed  # noqa: E402
 from iam_jax.devices.signals import Signals  # noqa: E402
 from iam_jax.errors import InputError, JobError, NonFiniteError  # noqa: E402
@@ -275,6 +276,8 @@ def _parse(argv: list[str]) -> list[str]:
     if file is None and workdir and not comparing:
         argv = [argv[0], f"--config={config_lib.__file__}:{workdir}", *argv[1:]]
     try:
+        if file and (found := config_files.find(file)) != file:
+            argv, file = _with_config(argv, found), found
         if file and not Path(file.partition(":")[0]).is_file():
             raise InputError(f"--config={file}: no such file")
         _check_names(argv)
@@ -310,6 +313,17 @@ def _given(argv: list[str], name: str) -> str | None:
         if flag in (f"-{name}", f"--{name}"):
             found = value if equals else following
     return found
+
+
+def _with_config(argv: list[str], file: str) -> list[str]:
+    """argv with another value of --config."""
+    out = list(argv)
+    for at, argument in enumerate(argv):
+        if argument in ("-config", "--config"):
+            out[at + 1] = file
+        elif argument.startswith(("-config=", "--config=")):
+            out[at] = f"--config={file}"
+    return out
 
 
 def _check_names(argv: list[str]) -> None:

@@ -31,7 +31,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from iam_jax.kernels.range_attention import allowed, choose, cudnn_refuses, range_attention
+from iam_jax.kernels.range_attention import choose_implementation, cudnn_unsupported_reason, range_attention, range_mask
 from iam_jax.model.attention import Ranges, key_ranges
 
 ITEM = 12  # tokens
@@ -61,10 +61,10 @@ class Case:
 def attend(backend: str, include_self: bool, reach: tuple[int, int] | None, q, k, v, ranges: Ranges) -> jax.Array:
     if backend not in PEERS:
         return range_attention(q, k, v, *ranges.first, include_self=include_self, second=ranges.second, reach=reach, implementation=backend)
-    allowed_BTS = allowed(q.shape[1], k.shape[1], tuple(filter(None, ranges)), include_self)
+    mask_BTS = range_mask(q.shape[1], k.shape[1], tuple(filter(None, ranges)), include_self)
     with jax.default_matmul_precision("highest" if q.dtype == jnp.float32 else "default"):
-        o = jax.nn.dot_product_attention(q, k, v, mask=allowed_BTS[:, None], implementation=backend)
-    return jnp.where(allowed_BTS.any(-1)[..., None, None], o, 0)
+        o = jax.nn.dot_product_attention(q, k, v, mask=mask_BTS[:, None], implementation=backend)
+    return jnp.where(mask_BTS.any(-1)[..., None, None], o, 0)
 
 
 def jax_case(backend: str, q, k, v, do, ranges: Ranges, include_self: bool = False, reach: tuple[int, int] | None = None) -> Case:
@@ -130,11 +130,11 @@ def why_not(backend: str, q, k, reach: tuple[int, int] | None, limit_gb: float) 
     """What keeps the backend from the work; "" for nothing."""
     if backend == "flex" and importlib.util.find_spec("torch") is None:
         return "torch is not installed"
-    if backend == "cudnn" and (reason := cudnn_refuses(q, k)):
+    if backend == "cudnn" and (reason := cudnn_unsupported_reason(q, k)):
         return reason
     if backend not in PEERS:
         try:
-            choose(q, k, reach, backend)
+            choose_implementation(q, k, reach, backend)
         except ValueError as error:
             return str(error)
     # Logits and weights, forward and backward, float32; cuDNN takes the mask as a bias that all heads share.
@@ -280,7 +280,7 @@ def check(args: argparse.Namespace) -> list[dict]:
             # The reference in float32, of the same rounded inputs.
             oracle = jax_case("reference", *(x.astype(jnp.float32) for x in arrays), of_variant, **options)
             expected = oracle.arrays(oracle.run())
-            empty = ~np.asarray(allowed(length, length, tuple(filter(None, of_variant)), options.get("include_self", False))).any(-1)
+            empty = ~np.asarray(range_mask(length, length, tuple(filter(None, of_variant)), options.get("include_self", False))).any(-1)
             for name in (name for name in args.backends if name != "local" or "reach" in options):
                 case, reason = make_case(name, arrays, of_variant, args.limit_gb, **options)
                 row = {"relation": variant, "backend": name, "length": length, "skipped": reason}

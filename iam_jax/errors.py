@@ -1,4 +1,4 @@
-"""What goes wrong on the user's side, told in one line."""
+"""Exceptions of the program, and helpers for their one-line messages."""
 
 import os
 import re
@@ -6,30 +6,33 @@ from collections.abc import Iterable
 
 
 class InputError(ValueError):
-    """Bad input, flag or config: the program prints the message as one line and exits with code 2."""
+    """Invalid input, flag or config. The program prints the message as one line and exits with code 2."""
 
 
 class DamagedError(InputError):
-    """A checkpoint that cannot be read any more: the message says which and why. Where another can stand in for it, it does."""
+    """A checkpoint cannot be read any more. The message names it and the reason. Callers use another checkpoint if there is one."""
 
 
 class NonFiniteError(RuntimeError):
-    """Training met more losses or gradients that are not finite than train.skip_limit: exit code 4, the last good checkpoint untouched."""
+    """More training steps than train.skip_limit had a non-finite loss or gradient: exit code 4. The last good checkpoint is kept."""
 
 
 class JobError(RuntimeError):
-    """The job of several processes failed, and not for this process's input: exit code 5, the same command goes on."""
+    """The job of several processes failed, but not because of this process's input: exit code 5. The same command continues the run."""
 
 
 def quote_first(values: Iterable, limit: int = 3) -> str:
-    """The first few of `values`, as they are quoted in an error."""
+    """Quotes the first `limit` values for an error message and gives the number of the others."""
     values = list(values)
-    more = f" and {len(values) - limit:,} more" if len(values) > limit else ""
-    return ", ".join(repr(value) for value in values[:limit]) + more
+    others = f" and {len(values) - limit:,} more" if len(values) > limit else ""
+    return ", ".join(repr(value) for value in values[:limit]) + others
 
 
-def of_the_system(error: BaseException | None) -> str | None:
-    """What the operating system said ("No space left on device"), if it is behind an error; libraries quote it in their own."""
+def os_error_reason(error: BaseException | None) -> str | None:
+    """Returns the message of the operating system ("No space left on device") behind an error, or None if there is none.
+
+    Libraries wrap such errors in types of their own, so this also searches causes and the messages of tensorstore and polars.
+    """
     while error is not None:
         if isinstance(error, OSError) and error.strerror:
             return error.strerror

@@ -155,11 +155,11 @@ def run(signals: Signals) -> None:
 
     this = make_run(config, prepared)
     lock = contextlib.nullcontext()
-    with distributed.together(signals), signals.deferred():  # a folder with some of its files would be refused afterwards
+    with distributed.fail_together(signals), signals.deferred():  # a folder with some of its files would be refused afterwards
         if distributed.is_first():
             lock = lock_workdir(workdir) if training else lock
             open_workdir(workdir, config, prepared, fingerprint, create=training)
-    with distributed.together(signals):
+    with distributed.fail_together(signals):
         if not distributed.is_first():
             open_workdir(workdir, config, prepared, fingerprint, shared=True)
     signals.poll()
@@ -187,7 +187,7 @@ def run(signals: Signals) -> None:
 
             oracle = synthetic.from_config(config.data.synthetic).oracle().scores
         evaluate_all(evaluator, params, step, workdir, oracle, signals.poll)
-        with distributed.together(signals):
+        with distributed.fail_together(signals):
             if distributed.is_first():
                 write_atomically(workdir / "run.json", lambda path: path.write_text(json.dumps(cost, indent=2) + "\n"))
     print(f"wrote {workdir / 'evaluation.json'}")
@@ -339,7 +339,7 @@ def _check_names(argv: list[str]) -> None:
 def _fail(error: Exception | str, code: int) -> NoReturn:
     print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
     if distributed.processes() > 1:
-        distributed.leave(code)
+        distributed.exit_process(code)
     sys.exit(code)
 
 
@@ -357,9 +357,9 @@ def _fail_job(error: Exception) -> NoReturn:
     if any(isinstance(cause, jax.errors.JaxRuntimeError) for cause in _causes(error)):
         told = f"the devices' program failed, another process of the job may be gone: {' '.join(str(error).split())}"
         print(f"error: process {jax.process_index()}: {told}", file=sys.stderr)
-        distributed.leave(distributed.FAILED, with_others=False)
+        distributed.exit_process(distributed.FAILED, with_others=False)
     traceback.print_exception(error)
-    distributed.leave(1, with_others=False)
+    distributed.exit_process(1, with_others=False)
 
 
 def _run_reachable(signals: Signals) -> None:
@@ -378,7 +378,7 @@ def _main(_: list[str]) -> None:
             _run_reachable(signals)
         except BaseException as error:
             signals.ignore()
-            distributed.tell(error)
+            distributed.report_failure(error)
             raise
         signals.ignore()
     except InputError as error:
@@ -390,7 +390,7 @@ def _main(_: list[str]) -> None:
     except KeyboardInterrupt:
         if distributed.is_first():
             print("stopped; the same command goes on from here", file=sys.stderr)
-        distributed.leave(75)
+        distributed.exit_process(75)
     except Exception as error:
         if distributed.processes() == 1:
             raise

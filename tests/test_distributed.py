@@ -24,7 +24,7 @@ def job(monkeypatch):
         return [value, told.pop(0)]
 
     monkeypatch.setattr(distributed, "_processes", 2)
-    monkeypatch.setattr(distributed, "_alone", True)
+    monkeypatch.setattr(distributed, "_before_agreement", True)
     monkeypatch.setattr(distributed, "gather", gather)
     return SimpleNamespace(told=told, heard=heard)
 
@@ -50,18 +50,18 @@ def test_what_must_be_the_same_is_named_where_it_differs(job):
 def test_all_raise_what_one_raises_alone(job, error, raised, text):
     """In the part before the first agreement, and in what is done together."""
     job.told.append({"facts": {}})
-    distributed.tell(error)
-    distributed.tell(error)  # told once: the others wait but once
+    distributed.report_failure(error)
+    distributed.report_failure(error)  # told once: the others wait but once
     (told,) = job.heard
     job.told += [told, told["problem"], None, None]
     with pytest.raises(raised, match=f"^{text}$"):
         distributed.agree({"a": 1}, Signals())
-    with pytest.raises(raised, match=f"^{text}$"), distributed.together(Signals()):
+    with pytest.raises(raised, match=f"^{text}$"), distributed.fail_together(Signals()):
         pass
-    with pytest.raises(type(error)) as mine, distributed.together(Signals()):
+    with pytest.raises(type(error)) as mine, distributed.fail_together(Signals()):
         raise error
     assert mine.value is error and job.heard[-1] == told["problem"]
-    with distributed.together(Signals()):
+    with distributed.fail_together(Signals()):
         pass
     assert job.heard[-1] is None
 
@@ -96,11 +96,11 @@ def test_a_process_that_hangs_ends_itself(monkeypatch, capsys):
 
     monkeypatch.setattr(os, "_exit", leave)
     monkeypatch.setattr(distributed, "_process", 3)
-    distributed.alive("step 7")
+    distributed.report_progress("step 7")
     with pytest.raises(Ended, match=r"^5$"):
         distributed._watch(0.05)
     told = capsys.readouterr().err
-    assert told.startswith("error: process 3: nothing for ") and told.endswith("(config.mesh.hang_minutes), waiting for step 7\n")
+    assert told.startswith("error: process 3: no progress for ") and told.endswith("(config.mesh.hang_minutes), waiting for step 7\n")
 
 
 @pytest.mark.parametrize(

@@ -22,9 +22,9 @@ def kernels(q, k, v, start, stop, do, lse, delta):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_plan_lists_exactly_the_needed_blocks_in_order(seed):
+def test_lists_hold_exactly_the_needed_blocks_in_order(seed):
     start, stop = packing(seed)
-    plan = gpu.plan(start, stop, start.shape[1], BLOCK)
+    lists = gpu.block_lists(start, stop, start.shape[1], BLOCK)
     needed, pairs = needed_pairs(start, stop, start.shape[1]), 2 * 6 * 6
     assert 0 < len(needed) < pairs
 
@@ -33,28 +33,28 @@ def test_plan_lists_exactly_the_needed_blocks_in_order(seed):
         assert all(list_ == sorted(set(list_)) for list_ in lists.values())
         return {(b, own, other) for (b, own), list_ in lists.items() for other in list_}
 
-    assert listed(np.asarray(plan.keys_BIJ), np.asarray(plan.keys_count_BI)) == needed
-    by_keys = listed(np.asarray(plan.queries_BJI), np.asarray(plan.queries_count_BJ))
+    assert listed(np.asarray(lists.keys_BIJ), np.asarray(lists.keys_count_BI)) == needed
+    by_keys = listed(np.asarray(lists.queries_BJI), np.asarray(lists.queries_count_BJ))
     assert {(b, i, j) for b, j, i in by_keys} == needed
 
 
 def test_refusals(monkeypatch):
-    def refuses(H=64, dtype=jnp.float32):
-        return gpu.refuses(jax.ShapeDtypeStruct((1, 8, 2, H), dtype), None, None)
+    def reason(H=64, dtype=jnp.float32):
+        return gpu.unsupported_reason(jax.ShapeDtypeStruct((1, 8, 2, H), dtype), None, None)
 
-    assert [refuses(dtype=dtype) for dtype in (jnp.float32, jnp.bfloat16, jnp.float16)] == [""] * 3
-    assert refuses(H=256) == "" and "257" in refuses(H=257)
-    assert "int8" in refuses(dtype=jnp.int8) and "float8" in refuses(dtype=jnp.float8_e4m3fn)
+    assert [reason(dtype=dtype) for dtype in (jnp.float32, jnp.bfloat16, jnp.float16)] == [""] * 3
+    assert reason(H=256) == "" and "257" in reason(H=257)
+    assert "int8" in reason(dtype=jnp.int8) and "float8" in reason(dtype=jnp.float8_e4m3fn)
 
     class Device:
         compute_capability = "8.6"
 
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(jax, "local_devices", lambda: [Device])
-    assert refuses() == ""
+    assert reason() == ""
     for capability, ok in (("7.5", False), ("9.0", True), ("12.0", True), ("gfx942", False)):
         Device.compute_capability = capability
-        assert (refuses() == "") is ok
+        assert (reason() == "") is ok
 
 
 def test_block_sizes():

@@ -1,5 +1,6 @@
 """One suite for every backend of range_attention; the kernels are interpreted, with blocks so small that a row has several."""
 
+import logging
 from functools import cache, partial
 
 import jax
@@ -10,12 +11,12 @@ from helpers import attention_arrays, dense_attention, pack_row, range_mask, sta
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from iam_jax.kernels import blocked, gpu, local, tpu
-from iam_jax.kernels import range_attention as module
-from iam_jax.kernels.range_attention import choose, range_attention
+from iam_jax.kernels import IMPLEMENTATIONS as BACKENDS
+from iam_jax.kernels import blocked, gpu, local, range_attention, tpu
+from iam_jax.kernels.range_attention import _warn_once, choose_implementation, cudnn_unsupported_reason
 from iam_jax.model.attention import key_ranges
+from iam_jax.runs.checkpoint import Checkpoints
 
-BACKENDS = ("reference", "local", "blocked", "tpu", "gpu")
 BLOCK = 16
 SHAPE = (2, 40, 40, 4, 2, 16)  # B, T, S, N, K, H
 SHAPES = [SHAPE, (1, 21, 50, 2, 1, 32), (1, 33, 9, 3, 3, 24), (1, 1, 1, 1, 1, 1)]
@@ -271,62 +272,77 @@ def shapes(dtype=jnp.float32, H=16, T=4096, S=None):
     return jax.ShapeDtypeStruct((1, T, 2, H), dtype), jax.ShapeDtypeStruct((1, S or T, 2, H), dtype)
 
 
-def test_the_automatic_choice(monkeypatch):
-    told = []
-    monkeypatch.setattr(module, "_say_once", told.append)
-    assert choose(*shapes(), (11, 0), platform="cpu") == "local"
-    assert choose(*shapes(T=22), (11, 0), platform="cpu") == "reference"  # local would meet every key
-    assert choose(*shapes(T=24), (11, 0), platform="cpu") == "local"
-    assert choose(*shapes(), (64, 63), platform="cpu") == "local"
-    assert choose(*shapes(), (128, 0), platform="cpu") == choose(*shapes(), None, platform="cpu") == "blocked"
-    assert choose(*shapes(T=511), None, platform="cpu") == "reference"
-    assert choose(*shapes(T=20, S=512), (11, 0), platform="cpu") == "blocked"
+@pytest.fixture
+def no_warning_yet():
+    _warn_once.cache_clear()
+    yield
+    _warn_once.cache_clear()
+
+
+def test_the_automatic_choice(no_warning_yet, caplog):
+    def choice(reach, platform, **sizes):
+        return choose_implementation(*shapes(**sizes), reach, platform=platform)
+
+    assert choice((11, 0), "cpu") == "local"
+    assert choice((11, 0), "cpu", T=22) == "reference"  # every block of `local` would attend to every key
+    assert choice((11, 0), "cpu", T=24) == "local"
+    assert choice((64, 63), "cpu") == "local"
+    assert choice((128, 0), "cpu") == choice(None, "cpu") == "blocked"
+    assert choice(None, "cpu", T=511) == "reference"
+    assert choice((11, 0), "cpu", T=20, S=512) == "blocked"
     for platform in ("tpu", "gpu"):
-        assert choose(*shapes(), (11, 0), platform=platform) == choose(*shapes(), None, platform=platform) == platform
-        assert not told
-        assert choose(*shapes(H=512), (11, 0), platform=platform) == "local"
-        assert f"{platform!r} " in told.pop() and not told
-        assert choose(*shapes(H=512), None, platform=platform) == "reference"
-        assert "'reference' is used, with memory in the square" in told[0] and "256" in told.pop()
-    assert choose(*shapes(), None) == "blocked"  # tests run on a CPU
+        assert choice((11, 0), platform) == choice(None, platform) == platform
+        assert not caplog.messages
+        assert choice((11, 0), platform, H=512) == "local"
+        reason = f"range_attention: implementation {platform!r} supports head sizes up to 256, not 512; falling back to "
+        assert caplog.messages == [f"{reason}'local'"]
+        caplog.clear()
+        assert choice(None, platform, H=512) == "reference"
+        assert caplog.messages == [f"{reason}'reference', whose memory grows with the square of the length"]
+        caplog.clear()
+    assert choose_implementation(*shapes(), None) == "blocked"  # tests run on a CPU
 
 
-def test_a_fallback_is_said_once(monkeypatch):
-    told = []
-    monkeypatch.setattr(module.logging, "warning", told.append)
-    module._say_once.cache_clear()
+def test_a_fallback_warns_once_on_stderr(no_warning_yet, monkeypatch, capsys, tmp_path):
+    """Without any configured logging, and although Checkpoints silences absl's logger, with which Orbax reports every step of a save."""
+    monkeypatch.setattr(logging.root, "handlers", [])
+    Checkpoints(tmp_path, keep=1, metric="ndcg@10").close()
+    assert not logging.getLogger("absl").isEnabledFor(logging.WARNING)
     for _ in range(3):
-        choose(*shapes(H=512), None, platform="tpu")
-    assert len(told) == 1 and "'reference' is used" in told[0]
-    module._say_once.cache_clear()
+        choose_implementation(*shapes(H=512), None, platform="tpu")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith(
+        "range_attention: implementation 'tpu' supports head sizes up to 256, not 512; falling back to 'reference', whose memory grows "
+        "with the square of the length"
+    )
 
 
 def test_what_cannot_be_done_is_refused():
     q, k, v, _ = attention_arrays(SHAPE, 0)
     t = np.zeros((2, 40), np.int32)
-    with pytest.raises(ValueError, match=r"implementation 'local' needs `reach`"):
+    with pytest.raises(ValueError, match=r"implementation 'local' needs `reach`, the largest distance between a query and its keys"):
         range_attention(q, k, v, t, t, implementation="local")
     with pytest.raises(ValueError, match=r"'local' needs as many keys as queries, not 30 and 40"):
         range_attention(q, k[:, :30], v[:, :30], t, t, reach=(3, 0), implementation="local")
     with pytest.raises(ValueError, match=r"implementation = 'splash': must be one of reference, local, blocked, tpu, gpu"):
         range_attention(q, k, v, t, t, implementation="splash")
-    with pytest.raises(ValueError, match="different types: float32, bfloat16, float32"):
+    with pytest.raises(ValueError, match="q, k and v have different dtypes: float32, bfloat16, float32"):
         range_attention(q, k.astype(jnp.bfloat16), v, t, t)
-    with pytest.raises(ValueError, match=r"ranges of shape \(2, 39\) for queries of shape \(2, 40\)"):
+    with pytest.raises(ValueError, match=r"ranges have shape \(2, 39\), but queries have shape \(2, 40\)"):
         range_attention(q, k, v, t[:, :39], t)
-    with pytest.raises(ValueError, match="does not fit"):
+    with pytest.raises(ValueError, match=r"the shapes of q \(2, 40, 3, 16\), k \(2, 40, 2, 16\) and v \(2, 40, 2, 16\) do not match"):
         range_attention(q[:, :, :3], k, v, t, t)
     for backend in ("tpu", "gpu"):
-        with pytest.raises(ValueError, match=f"implementation '{backend}' .*256"):
+        with pytest.raises(ValueError, match=f"implementation '{backend}' supports head sizes up to 256, not 300"):
             range_attention(*(jnp.zeros((2, 40, 2, 300)),) * 3, t, t, implementation=backend)
 
 
 def test_cudnn_is_for_what_it_can_do():
-    assert module.cudnn_refuses(*shapes(jnp.float32, 64)).startswith("has no float32")
-    assert module.cudnn_refuses(*shapes(jnp.bfloat16, 20)) == "has no head size 20"
-    assert module.cudnn_refuses(*shapes(jnp.bfloat16, 256)) == "has no head size 256"
-    assert module.cudnn_refuses(*shapes(jnp.bfloat16, 64, T=33)) == "needs even lengths"
-    assert module.cudnn_refuses(*shapes(jnp.float16, 128)) == module.cudnn_refuses(*shapes(jnp.bfloat16, 16)) == ""
+    assert cudnn_unsupported_reason(*shapes(jnp.float32, 64)) == "does not support float32"
+    assert cudnn_unsupported_reason(*shapes(jnp.bfloat16, 20)) == "does not support head size 20"
+    assert cudnn_unsupported_reason(*shapes(jnp.bfloat16, 256)) == "does not support head size 256"
+    assert cudnn_unsupported_reason(*shapes(jnp.bfloat16, 64, T=33)) == "needs even lengths"
+    assert cudnn_unsupported_reason(*shapes(jnp.float16, 128)) == cudnn_unsupported_reason(*shapes(jnp.bfloat16, 16)) == ""
 
 
 def test_no_array_in_the_square_of_the_length(monkeypatch):
@@ -343,17 +359,17 @@ def test_no_array_in_the_square_of_the_length(monkeypatch):
 
 
 @pytest.mark.parametrize("reach", [(11, 0), (11, 11), (0, 0), (25, 17)])
-@pytest.mark.parametrize("piece", [1, 130, 300])
-def test_pieces_of_local_join_again(monkeypatch, reach, piece):
-    """Rows of 40 positions in 8 positions and heads: a piece of one block each, of some, of half a row; bitwise but for the sums."""
-    assert 2 * 40 * 4 > piece
+@pytest.mark.parametrize("chunk", [1, 130, 300])
+def test_chunks_of_local_are_joined(monkeypatch, reach, chunk):
+    """Rows of 40 positions, in chunks of one block, of several blocks and of half a row."""
+    assert 2 * 40 * 4 > chunk
     arrays, ranges = attention_arrays(SHAPE, 0), random_ranges(SHAPE, 1, 1, reach)
 
     def run():
         o, pullback = jax.vjp(lambda q, k, v: range_attention(q, k, v, *ranges[0], reach=reach, implementation="local"), *arrays[:3])
         return o, *pullback(arrays[3])
 
-    monkeypatch.setattr(local, "_PIECE", piece)
-    pieces = local._Cut(*arrays[:2], reach).pieces
-    assert pieces > 1 or (reach == (25, 17) and piece == 300)
+    monkeypatch.setattr(local, "_CHUNK", chunk)
+    chunks = local._Blocks(*arrays[:2], reach).chunks
+    assert chunks > 1 or (reach == (25, 17) and chunk == 300)
     agree(run(), brute_force(*arrays, ranges, False))

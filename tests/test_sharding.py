@@ -18,7 +18,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from iam_jax.config import MeshConfig
-from iam_jax.devices.mesh import AXES, BATCH, at_block_boundary, axes_of, make_mesh, mesh_sizes, param_sharding, shard_batch, split_rows
+from iam_jax.devices.mesh import AXES, BATCH, axes_of, constrain_activations, make_mesh, mesh_sizes, param_sharding, shard_batch, split_rows
 from iam_jax.errors import InputError
 from iam_jax.model import make_model
 
@@ -118,7 +118,7 @@ def constraints_on(mesh_shape: tuple[int, int, int]) -> list:
             jaxpr = jax.make_jaxpr(lambda params, batch: model.bind(params).decoder(batch))(model.shapes(), batch)
             counts.append(str(jaxpr).count("sharding_constraint"))
         x = jax.device_put(np.zeros((8, 24, 16)), jax.sharding.NamedSharding(mesh, P(None, "fsdp", "tensor")))
-        spec = jax.jit(at_block_boundary)(x).sharding.spec
+        spec = jax.jit(constrain_activations)(x).sharding.spec
     return [*counts, list(spec)]
 
 

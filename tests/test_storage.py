@@ -65,9 +65,9 @@ def test_other_storage_and_missing_clients_are_refused(monkeypatch):
     storage.remote_folder.cache_clear()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     for name, told in {
-        "az://bucket/run": "az://bucket/run: of object storage gs:// and s3:// are known",
-        "gs://": "gs://: the bucket's name is missing",
-        "s3:///run": "s3:///run: the bucket's name is missing",
+        "az://bucket/run": "az://bucket/run: only gs:// and s3:// are supported as object storage",
+        "gs://": "gs://: the bucket name is missing",
+        "s3:///run": "s3:///run: the bucket name is missing",
         "gs://bucket/run": "gs://bucket/run: gs:// needs gcsfs, which the extra 'gcs' installs: pip install 'iam_jax[gcs]'",
         "s3://bucket/run": "s3://bucket/run: s3:// needs s3fs, which the extra 's3' installs: pip install 'iam_jax[s3]'",
     }.items():
@@ -90,7 +90,7 @@ def test_what_the_storage_refuses_is_one_line(bucket, monkeypatch):
         with pytest.raises(InputError, match=r"^gs://bucket/other: cannot be read \(no access: to this bucket\)$"):
             to_path(f"{bucket}/other")
         patch.setattr(Store, "info", lambda *_, **__: time.sleep(60))
-        patch.setattr(storage, "_PATIENCE", 0.1)
+        patch.setattr(storage, "_TIMEOUT", 0.1)
         with pytest.raises(InputError, match=r"cannot be read \(no answer within 0.1 seconds\)$"):
             to_path(f"{bucket}/other")
     assert objects() == {}

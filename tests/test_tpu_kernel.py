@@ -38,8 +38,8 @@ def test_a_block_of_the_real_size():
 def test_what_is_needed_is_listed_once_and_in_order(make, seed, by_keys):
     B, T, S = (3, 122, 122) if make is packing else (2, 74, 140)
     start, stop = packing(seed, B, T) if make is packing else any_ranges((B, T, S), seed, longest=22)
-    pairs, count = tpu.visits(start, stop, S, BLOCK, by_keys)
-    b, i, j, first, last = (np.asarray(x)[:count].tolist() for x in tpu.unpack(pairs, -(-T // BLOCK), -(-S // BLOCK), by_keys))
+    pairs, count = tpu.visited_pairs(start, stop, S, BLOCK, by_keys)
+    b, i, j, first, last = (np.asarray(x)[:count].tolist() for x in tpu.unpack_pair(pairs, -(-T // BLOCK), -(-S // BLOCK), by_keys))
     expected = sorted(needed_pairs(start, stop, S), key=lambda pair: (pair[0], *pair[:0:-1]) if by_keys else pair)
     assert list(zip(b, i, j, strict=True)) == expected and 0 < len(expected) < len(pairs)
     target = list(zip(b, j if by_keys else i, strict=True))
@@ -48,8 +48,8 @@ def test_what_is_needed_is_listed_once_and_in_order(make, seed, by_keys):
 
 
 def test_where_nothing_is_needed_one_pair_is_visited():
-    pairs, count = tpu.visits(np.full((2, 19), 5, np.int32), np.full((2, 19), 2, np.int32), 27, BLOCK)
-    assert count == 1 and [int(x[0]) for x in tpu.unpack(pairs, 2, 2)] == [0, 0, 0, 1, 1]
+    pairs, count = tpu.visited_pairs(np.full((2, 19), 5, np.int32), np.full((2, 19), 2, np.int32), 27, BLOCK)
+    assert count == 1 and [int(x[0]) for x in tpu.unpack_pair(pairs, 2, 2)] == [0, 0, 0, 1, 1]
 
 
 def test_rows_in_parts_where_the_list_is_too_long(monkeypatch):
@@ -76,12 +76,12 @@ def test_blocks_grow_with_the_rows():
 
 
 def test_refusals():
-    def refuses(T=8, H=8, dtype=jnp.float32):
+    def reason(T=8, H=8, dtype=jnp.float32):
         x = jax.ShapeDtypeStruct((1, T, 1, H), dtype)
-        return tpu.refuses(x, x, None)
+        return tpu.unsupported_reason(x, x, None)
 
-    assert not refuses() and not refuses(dtype=jnp.bfloat16) and not refuses(H=256) and not refuses(T=131072)
-    assert "float16" in refuses(dtype=jnp.float16) and "257" in refuses(H=257) and "too many" in refuses(T=2**18)
+    assert not reason() and not reason(dtype=jnp.bfloat16) and not reason(H=256) and not reason(T=131072)
+    assert "float16" in reason(dtype=jnp.float16) and "257" in reason(H=257) and "too many" in reason(T=2**18)
     arrays = attention_arrays((1, 4, 4, 1, 1, 4), 0, jnp.float16)
-    with pytest.raises(ValueError, match="'tpu' takes float32 and bfloat16, not float16"):
+    with pytest.raises(ValueError, match="'tpu' supports float32 and bfloat16, not float16"):
         attend(*arrays, *any_ranges((1, 4, 4), 0))

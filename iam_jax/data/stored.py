@@ -15,7 +15,7 @@ from iam_jax.data.catalogue import Catalogue, frame_entries, item_entries, item_
 from iam_jax.data.prepare import Prepared
 from iam_jax.data.tables import read_table, refuse
 from iam_jax.errors import InputError
-from iam_jax.storage.files import parquet
+from iam_jax.storage.files import parquet_source
 
 ITEMS_FILE = "items.parquet"
 
@@ -52,7 +52,7 @@ def read_stored(workdir: Path, config: DataConfig) -> Stored:
         saved = json.loads((workdir / "data.json").read_text(encoding="utf-8"))
         if not path.exists():
             raise InputError(f"{path} is missing: an older version trained there; the same training command again adds it")
-        frame = pl.read_parquet(parquet(path), glob=False, hive_partitioning=False)
+        frame = pl.read_parquet(parquet_source(path), glob=False, hive_partitioning=False)
         ids, trained, lengths = frame["item"], frame["trained"].to_numpy(), frame["tokens"].list.len().to_numpy()
         tokens = frame["tokens"].explode().to_numpy().astype(np.int32)
     except InputError:

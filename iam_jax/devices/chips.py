@@ -1,8 +1,9 @@
-"""What an accelerator can do at most, by its maker's data sheet: for plans (plan.py) and for model FLOPs utilisation.
+"""Peak performance of accelerators from their data sheets, for plans (plan.py) and for model FLOPs utilisation.
 
-TPU figures are those of Google Cloud's architecture pages, GPU figures those of NVIDIA's data sheets (dense, without sparsity). The
-bandwidth of links is what a chip can send, all its links together: half of what the sheets call bidirectional. Prices are what Google
-Cloud lists on demand in its cheapest region of the United States, for a chip an hour, as of 2025: they move, and `--price` takes another.
+TPU figures come from the architecture pages of Google Cloud, GPU figures from the data sheets of NVIDIA (dense, without sparsity). The
+link bandwidth is what a chip can send over all its links together, which is half of the bidirectional figure in the sheets. Prices are
+those of Google Cloud per chip and hour, on demand, in its cheapest region of the United States, as of 2025. Prices change; `--price` sets
+another one.
 """
 
 import dataclasses
@@ -11,21 +12,24 @@ from collections import Counter
 
 _GIB = 2**30
 
-Flops = Counter  # by what is multiplied, as in Chip.flops
+Flops = Counter  # FLOPs by dtype and precision, with the keys of Chip.flops
 
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """flops: multiplications and additions a second, by what is multiplied. "float32": a product as JAX does it by default, with inputs
-    rounded to bfloat16 on a TPU and to TF32 on a GPU; "float32 highest": with nothing rounded, six passes on a TPU."""
+    """Peak performance and price of one chip.
+
+    flops holds FLOP/s by dtype and precision: "bfloat16"; "float32", a product at JAX's default precision, which rounds inputs to bfloat16
+    on a TPU and to TF32 on a GPU; "float32 highest", without rounding, which takes six passes on a TPU.
+    """
 
     name: str
-    flops: dict[str, float]  # "bfloat16", "float32", "float32 highest"
+    flops: dict[str, float]
     hbm_bytes: int
     hbm_bytes_per_second: float
     link_bytes_per_second: float
-    dollars_per_hour: float | None  # None: not listed
-    source: str  # of the price
+    dollars_per_hour: float | None  # None if no price is listed
+    price_source: str
 
 
 def _tpu(name: str, teraflops: float, gib: int, hbm: float, link: float, dollars: float) -> Chip:
@@ -38,7 +42,7 @@ def _gpu(name: str, teraflops: tuple[float, float, float], gib: int, hbm: float,
     return Chip(name, flops, gib * _GIB, hbm * 1e9, link * 1e9, dollars, "Google Cloud, on demand, an eighth of a machine, 2025")
 
 
-# By what jax.Device.device_kind says.
+# Patterns of jax.Device.device_kind.
 _CHIPS = {
     r"TPU v4": _tpu("TPU v4", 275, 32, 1228, 300, 3.22),
     r"TPU v5( lite|e)": _tpu("TPU v5e", 197, 16, 819, 200, 1.20),
@@ -53,15 +57,15 @@ _CHIPS = {
 
 
 def find_chip(device_kind: str) -> Chip | None:
-    """The chip that calls itself so (`jax.Device.device_kind`); None where it is not in the table, like a CPU."""
+    """Returns the chip with this `jax.Device.device_kind`, or None if the table does not contain it (a CPU, for instance)."""
     return next((chip for kind, chip in _CHIPS.items() if re.fullmatch(kind, device_kind)), None)
 
 
 def seconds_at_peak(flops: Flops, chip: Chip) -> float:
-    """What one chip would need, every product at the peak of its kind."""
+    """Seconds that one chip would take if every product ran at the peak of its dtype and precision."""
     return sum(count / chip.flops[kind] for kind, count in flops.items())
 
 
 def utilisation(flops: Flops, chip: Chip, devices: int, seconds: float) -> float:
-    """Model FLOPs utilisation: the share of a step's seconds that its products would take at the devices' peak."""
+    """Model FLOPs utilisation: the time that a step's FLOPs would take at the devices' peak, as a share of the step's actual seconds."""
     return seconds_at_peak(flops, chip) / devices / seconds

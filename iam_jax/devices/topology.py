@@ -1,4 +1,4 @@
-"""Devices that are not here: the chips of a TPU slice, for which libtpu compiles on any machine."""
+"""Devices that are not attached to this machine: the chips of a TPU slice, for which libtpu can compile anywhere."""
 
 import importlib.util
 import math
@@ -12,7 +12,10 @@ _TPU = re.compile(r"(v4|v5e|v5p|v6e):(\d+)x(\d+)(?:x(\d+))?")
 
 
 def prepare(topology: str) -> None:
-    """To be called before JAX is used: the environment in which it compiles for `topology`. Raises InputError for a name that is none."""
+    """Sets the environment variables that JAX needs to compile for `topology`. Call it before the first use of JAX.
+
+    topology: "local" or a TPU slice, such as v5e:2x4. Raises InputError for any other name, and if libtpu is missing.
+    """
     if topology == LOCAL:
         return
     if not _TPU.fullmatch(topology):
@@ -20,12 +23,12 @@ def prepare(topology: str) -> None:
     if importlib.util.find_spec("libtpu") is None:
         raise InputError(f"--topology={topology} needs libtpu: pip install 'iam_jax[tpu]'")
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no TPU machine to ask
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nothing runs: other processes may hold it
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no metadata server of a TPU machine
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nothing runs on a TPU, so other processes may use libtpu too
 
 
 def devices(topology: str) -> list:
-    """The slice's chips; for "local" the devices that are here. Raises InputError where there is no such slice."""
+    """Returns the devices of the slice, or for "local" those of this machine. Raises InputError if there is no such slice."""
     import jax
     from jax.experimental import topologies
 
@@ -33,13 +36,13 @@ def devices(topology: str) -> list:
         return jax.devices()
     chip, *sizes = _TPU.fullmatch(topology).groups()
     sides = [int(size or 1) for size in sizes]
-    # Machines of four chips, or fewer where there are not so many; with both cores of a v4 as one device, as JAX has them.
+    # Hosts have four chips, or all chips of a smaller slice. JAX presents both cores of a v4 chip as one device.
     options = {"chips_per_host_bounds": (*(min(side, 2) for side in sides[:2]), 1)}
     options |= {"chip_config_name": "megacore"} if chip == "v4" else {}
     try:
         found = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices
-    except Exception as error:  # of several types
+    except Exception as error:  # the type depends on the cause
         raise InputError(f"--topology={topology}: libtpu has no such slice ({str(error).splitlines()[0]})") from error
     if len(found) != math.prod(sides):
-        raise InputError(f"--topology={topology}: libtpu makes {len(found)} devices of it")
+        raise InputError(f"--topology={topology}: libtpu finds {len(found)} devices in it instead of {math.prod(sides)}")
     return list(found)

@@ -1,4 +1,4 @@
-"""Which pairs of a query block and a key block hold an allowed (query, key) pair: what a kernel must visit, and no more.
+"""The pairs of a query block and a key block that contain at least one allowed (query, key) pair: the pairs that a kernel must visit.
 
 Axes: B batch, T query positions, S key positions, I query blocks, J key blocks.
 """
@@ -8,10 +8,10 @@ import jax.numpy as jnp
 
 
 def needed_blocks(start_BT: jax.Array, stop_BT: jax.Array, keys: int, query_block: int, key_block: int) -> jax.Array:
-    """[B, I, J] bool, exact: some query of block I has a key of block J in its range [start, stop), cut to [0, keys).
+    """Returns [B, I, J] bool: True if the range [start, stop) of any query in block I contains a key of block J. This is exact.
 
-    The smallest start and the largest stop of a block would not do: between the ranges of two users in one block may lie many
-    blocks that neither needs.
+    Ranges are clipped to [0, keys). query_block and key_block are the numbers of positions in a block. The smallest start and the largest
+    stop of a query block are not sufficient: if a block holds two users, many key blocks between their ranges may not be needed.
     """
     B, T = start_BT.shape
     I, J = -(-T // query_block), -(-keys // key_block)  # noqa: E741

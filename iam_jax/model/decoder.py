@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from iam_jax.config import ModelConfig
-from iam_jax.devices.mesh import at_block_boundary, looked_up
+from iam_jax.devices.mesh import constrain_activations, constrain_lookup_table
 from iam_jax.kernels.range_attention import range_attention
 from iam_jax.model.attention import Ranges, key_ranges, rotary
 from iam_jax.model.lora import Keys, add_adapters, dropout, linear, weight
@@ -168,7 +168,7 @@ class Decoder(nnx.Module):
         """
         ranges = key_ranges(batch["user"], batch["group"], batch.get("candidate"))
         if x_BTD is None:
-            x_BTD = at_block_boundary(self._embed(batch["token"], batch["position"], key))
+            x_BTD = constrain_activations(self._embed(batch["token"], batch["position"], key))
         return self._layers(x_BTD, batch, ranges, first=first, last=last, key=key)[0]
 
     def cache(self, rows: int, slots: int) -> Cache:
@@ -208,7 +208,7 @@ class Decoder(nnx.Module):
                 block = nnx.merge(split[i][0], params)
                 slots = None if cache is None else (*cache, slot_BT)
                 x_BTD, new = block(x_BTD, ranges[relation], position, reach, include_self, key, slots)
-                return at_block_boundary(x_BTD), None if cache is None else new
+                return constrain_activations(x_BTD), None if cache is None else new
 
             if config.remat:
                 layer = jax.checkpoint(layer, static_argnums=0)
@@ -245,10 +245,10 @@ class Decoder(nnx.Module):
     def _embed(self, token_BT, position_BT, key: jax.Array | None) -> jax.Array:
         config = self.config
         if self.boundary_D is None:
-            x_BTD = looked_up(self.embedding_VD[...])[token_BT]
+            x_BTD = constrain_lookup_table(self.embedding_VD[...])[token_BT]
         else:
             V = len(self.embedding_VD[...])
-            x_BTD = looked_up(self.embedding_VD[...])[jnp.minimum(token_BT, V - 1)]
+            x_BTD = constrain_lookup_table(self.embedding_VD[...])[jnp.minimum(token_BT, V - 1)]
             x_BTD = jnp.where((token_BT == V)[..., None], self.boundary_D[...], x_BTD)
         if config.scale_embedding:
             x_BTD = x_BTD * config.width**0.5

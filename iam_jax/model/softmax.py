@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from iam_jax.devices.mesh import shards_here, split_rows
+from iam_jax.devices.mesh import current_batch_shards, split_rows
 
 
 def cross_entropy(
@@ -102,7 +102,7 @@ def _over_chunks(part: Callable[..., jax.Array], chunk: int, label_X: jax.Array,
 def strided(y: jax.Array, chunk: int, fill: int = 0) -> jax.Array:
     """[X, …] as [parts, size, …]: the fewest parts of about `chunk` rows, of the same size, filled up at the end. A part is every parts-th
     row, so that rows that are spread over devices stay where they are and every part is spread over all of them."""
-    shards = shards_here()
+    shards = current_batch_shards()
     parts = math.ceil(len(y) / chunk)
     size = math.ceil(len(y) / parts / shards) * shards
     widths = ((0, parts * size - len(y)), *[(0, 0)] * (y.ndim - 1))

@@ -110,7 +110,7 @@ def assumptions(plan: Plan, price: float | None) -> list[str]:
         told.append("a step takes at least the longest of compute, memory and links, at most their sum; waiting for data is not in it")
         told.append(f"{RESERVE[platform]:.0%} of the chip's {chip.hbm_bytes / GIB:.0f} GiB are the runtime's")
         dollars = chip.dollars_per_hour if price is None else price
-        source = f"{chip.source}; --price" if price is None else "--price"
+        source = f"{chip.price_source}; --price" if price is None else "--price"
         told.append(f"{dollars:.2f} USD for a chip an hour ({source})" if dollars is not None else "no price is known (--price)")
     else:
         told.append("no data sheet of this device: no capacity, no times")

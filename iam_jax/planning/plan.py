@@ -149,7 +149,7 @@ def _with_kernels(config: Config, platform: str) -> Config:
     if platform != "tpu" or model.attention != "auto":
         return config
     q = jax.ShapeDtypeStruct((1, config.data.row_tokens, model.heads, model.head_size or model.width // model.heads), model.dtype)
-    chosen = "reference" if tpu.refuses(q, q, None) else "tpu"
+    chosen = "reference" if tpu.unsupported_reason(q, q, None) else "tpu"
     return dataclasses.replace(config, model=dataclasses.replace(model, attention=chosen))
 
 

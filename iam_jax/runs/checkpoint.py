@@ -21,8 +21,8 @@ from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
+from iam_jax.errors import DamagedError, InputError, os_error_reason, quote_first
 from iam_jax.storage import remote as storage
-from iam_jax.errors import DamagedError, InputError, of_the_system, quote_first
 from iam_jax.storage.files import write_atomically
 
 _PROGRESS, _METRICS = "progress/metadata", "metrics/metrics"  # where Orbax puts the two JSON items of a step
@@ -142,7 +142,7 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
-            if (reason := of_the_system(error)) is None:
+            if (reason := os_error_reason(error)) is None:
                 raise
             where = f"{self.folder}/{self._saving}" if self._saving >= 0 else self.folder
             raise InputError(f"{where} {what}: {reason}") from error
@@ -287,7 +287,7 @@ class Checkpoints:
     def _damage(self, step: int, name: str, error: Exception) -> DamagedError:
         while type(error) is Exception and error.__cause__ is not None:
             error = error.__cause__  # Orbax's own says which array it was, its cause what is wrong
-        reason = of_the_system(error) or " ".join(str(error).partition(" [tensorstore_spec=")[0].split())
+        reason = os_error_reason(error) or " ".join(str(error).partition(" [tensorstore_spec=")[0].split())
         return DamagedError(f"{self.folder}/{step} is damaged ({name}: {reason[:160]}{'…' * (len(reason) > 160)})")
 
 

@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from iam_jax.ranking import metrics
 from iam_jax.errors import InputError
-from iam_jax.storage.files import make_folder, parquet, to_path, write_atomically
+from iam_jax.ranking import metrics
+from iam_jax.storage.files import make_folder, parquet_source, to_path, write_atomically
 from iam_jax.storage.remote import is_remote
 
 _EVENT = ["split", "user", "timestamp", "target"]
@@ -78,10 +78,10 @@ def read(folder: Path) -> Finished:
         evaluation["split_sha256"], evaluation["protocol"]["ks"], evaluation["step"], evaluation["results"]["model"]
         told = (folder / name for name in ("run.json", "data.json"))
         cost, data = (json.loads(path.read_text(encoding="utf-8")) if path.exists() else {} for path in told)
-        ranks = pl.read_parquet(parquet(folder / "ranks.parquet"))
+        ranks = pl.read_parquet(parquet_source(folder / "ranks.parquet"))
         ranks.select(*_EVENT, "rank", "ties")
         baselines = folder / "baselines.parquet"
-        baselines = pl.read_parquet(parquet(baselines)) if baselines.exists() else None
+        baselines = pl.read_parquet(parquet_source(baselines)) if baselines.exists() else None
         if baselines is not None:
             baselines.select("name", "rank", "ties")
         run = Finished(evaluation, ranks, cost, baselines, data.get("items_sha256"))

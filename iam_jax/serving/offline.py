@@ -98,10 +98,10 @@ def score(workdir: Path, config: Config, request: ScoreRequest, saved: bool, sig
     parts = math.ceil(rows / config.score.part_users)
     identity = _identity(workdir, config, request, step, checkpoints.progress(step))
     distributed.agree(identity, signals)
-    with distributed.together(signals):
+    with distributed.fail_together(signals):
         if distributed.is_first():
             _claim(output, identity)
-    with distributed.together(signals):
+    with distributed.fail_together(signals):
         if not (output / _REQUEST).exists():
             raise InputError(f"--output={output}: this process does not see what the first one wrote; all need the same disk")
     for note in notes:
@@ -124,12 +124,12 @@ def score(workdir: Path, config: Config, request: ScoreRequest, saved: bool, sig
         recommender = Recommender(config, stored, model, params, mesh, step)
 
         def report(users_done: int) -> None:
-            distributed.alive("a batch of histories")
+            distributed.report_progress("a batch of histories")
             bar.update(users_done)
 
         for first in range(0, len(missing), processes):
             next_parts = missing[first : first + processes]
-            with distributed.together(signals):
+            with distributed.fail_together(signals):
                 for part in next_parts[jax.process_index() :][:1]:
                     begin = part * config.score.part_users
                     frame = _part(recommender, users, begin, begin + sizes[part], request, tokens, report)

@@ -1,0 +1,1 @@
+"""Files and folders, on local disks and on object storage."""

@@ -1,4 +1,4 @@
-"""Files that are complete or absent, and the folders that hold them: local ones, or on object storage (`storage.py`)."""
+"""Atomic file writes, and checks of the folders for them, on local disks and on object storage (remote.py)."""
 
 import io
 import os
@@ -7,38 +7,47 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from iam_jax.errors import InputError, of_the_system
-from iam_jax.storage import remote as storage
+from iam_jax.errors import InputError, os_error_reason
+from iam_jax.storage import remote
 
 
 def to_path(name: str | os.PathLike) -> Path:
-    """A pathlib.Path, or for gs:// and s3:// an epath.Path. Raises InputError for storage that is not known or lacks its client."""
-    return storage.remote_folder(os.fspath(name)) if re.match(r"[a-z][a-z0-9+.-]*://", os.fspath(name)) else Path(name)
+    """Returns a pathlib.Path, or an epath.Path for gs:// and s3://.
+
+    Raises InputError for other storage, and if object storage cannot be reached or its client is not installed (`remote.remote_folder`).
+    """
+    return remote.remote_folder(os.fspath(name)) if re.match(r"[a-z][a-z0-9+.-]*://", os.fspath(name)) else Path(name)
 
 
 def make_folder(folder: Path) -> None:
-    """With its parents, unless it is there; on object storage there are only names."""
-    if not storage.is_remote(folder):
+    """Makes the folder and its parents if they do not exist. Object storage has no folders, so nothing happens there."""
+    if not remote.is_remote(folder):
         folder.mkdir(parents=True, exist_ok=True)
 
 
 def check_writable(folder: Path, flag: str) -> None:
-    """Raises InputError where nothing can be written to the folder, or where a folder that is not there cannot be made."""
-    if storage.is_remote(folder):
-        return storage.check_writable(folder)
+    """Raises InputError if files cannot be written to the folder, or if it does not exist and cannot be made.
+
+    flag: the flag that gave the folder, for the message.
+    """
+    if remote.is_remote(folder):
+        return remote.check_writable(folder)
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise InputError(f"--{flag}={folder}: {existing} cannot be written to")
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """`write` fills a temporary neighbour of `path`, or for object storage a local file, which then takes its place. Raises InputError
-    where the system does not allow it."""
+    """Writes a file so that it is complete or absent, whatever happens.
+
+    `write` gets the path of a temporary file beside `path` (for object storage, of a local file), which then replaces `path`. Raises
+    InputError if the operating system refuses, for instance because the disk is full; other errors of `write` pass through.
+    """
     try:
-        if storage.is_remote(path):
+        if remote.is_remote(path):
             with tempfile.TemporaryDirectory(prefix="iam_jax-") as local:
                 write(Path(local) / path.name)
-                storage.put(path, (Path(local) / path.name).read_bytes())
+                remote.put(path, (Path(local) / path.name).read_bytes())
             return
         handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
         os.close(handle)
@@ -49,11 +58,11 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         finally:
             Path(name).unlink(missing_ok=True)
     except Exception as error:
-        if (reason := of_the_system(error)) is None:
+        if (reason := os_error_reason(error)) is None:
             raise
         raise InputError(f"{path}: cannot be written ({reason})") from error
 
 
-def parquet(path: Path) -> Path | io.BytesIO:
-    """What polars reads: it has a client of its own, with other settings."""
-    return io.BytesIO(path.read_bytes()) if storage.is_remote(path) else path
+def parquet_source(path: Path) -> Path | io.BytesIO:
+    """Returns what `polars.read_parquet` should read. Remote files are read here, since polars has its own client with other settings."""
+    return io.BytesIO(path.read_bytes()) if remote.is_remote(path) else path

@@ -1,7 +1,7 @@
-"""Folders on object storage, gs://bucket/… and s3://bucket/…: what they need, whether they can be written to, and what they lack.
+"""Folders on object storage (gs://bucket/… and s3://bucket/…): clients, checks, uploads, and a patch of Orbax for S3.
 
-Small files go through etils.epath and fsspec (the extras `gcs` and `s3`), arrays through Orbax and TensorStore: two clients, which find
-credentials each by itself. An object is put whole or not at all; none can be appended to, and there is no lock.
+Small files go through etils.epath and fsspec (extras `gcs` and `s3`), arrays through Orbax and TensorStore. These are two clients, and each
+finds credentials by itself. An object is written completely or not at all. Objects cannot be appended to, and there are no locks.
 """
 
 import contextlib
@@ -20,8 +20,8 @@ from pathlib import Path
 
 from iam_jax.errors import InputError
 
-_CLIENTS = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}  # fsspec's implementation, and the extra that installs it
-_PATIENCE, _ARRAYS_PATIENCE = 60, 20  # seconds; fsspec's clients give up in between, TensorStore would try for many minutes
+_CLIENTS = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}  # scheme: (client of fsspec, extra that installs it)
+_TIMEOUT, _ARRAYS_TIMEOUT = 60, 20  # seconds; fsspec's clients give up within a minute, TensorStore would retry for many minutes
 
 
 def is_remote(path: str | os.PathLike) -> bool:
@@ -30,78 +30,85 @@ def is_remote(path: str | os.PathLike) -> bool:
 
 @functools.cache
 def remote_folder(name: str) -> Path:
-    """An epath.Path, which has pathlib's methods. Raises InputError for other storage, without a bucket or the client, and, before long,
-    where the storage cannot be asked. A folder that is not there is not wrong here."""
+    """Returns the folder as an epath.Path, which has the methods of pathlib.Path. The folder need not exist.
+
+    Raises InputError if the scheme is not gs:// or s3://, if the bucket or the client is missing, and (within a minute) if the storage
+    cannot be read.
+    """
     scheme, _, place = name.partition("://")
     if scheme not in _CLIENTS:
-        raise InputError(f"{name}: of object storage gs:// and s3:// are known")
+        raise InputError(f"{name}: only gs:// and s3:// are supported as object storage")
     if not place.split("/")[0]:
-        raise InputError(f"{name}: the bucket's name is missing")
+        raise InputError(f"{name}: the bucket name is missing")
     module, extra = _CLIENTS[scheme]
     if importlib.util.find_spec(module) is None:
         raise InputError(f"{name}: {scheme}:// needs {module}, which the extra {extra!r} installs: pip install 'iam_jax[{extra}]'")
-    os.environ.setdefault("EPATH_USE_TF", "false")  # epath would prefer TensorFlow's client where that is installed
+    os.environ.setdefault("EPATH_USE_TF", "false")  # epath prefers TensorFlow's client if it is installed
     import fsspec
     from etils import epath
 
-    # A listing that is kept would not show what TensorStore, or another process, has written since.
+    # A cached listing would not show objects that TensorStore or another process has written since.
     fsspec.config.conf.setdefault(scheme, {}).setdefault("use_listings_cache", False)
-    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it tells of every request that it cannot find out the bucket's kind
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it warns at every request that it cannot determine the type of the bucket
     folder = epath.Path(name)
 
-    def ask() -> None:
+    def probe() -> None:
         with contextlib.suppress(FileNotFoundError):
             _client(folder).info(name)
 
-    _within_patience(folder, "cannot be read", ask)
+    _within_timeout(folder, "cannot be read", probe)
     return folder
 
 
 def put(path: Path, data: bytes) -> None:
-    """Raises OSError, with a `strerror` of one line, where it is not there afterwards."""
+    """Writes an object. Raises OSError, with a `strerror` of one line, if that fails."""
     with _as_os_error(path):
-        _client(path).pipe_file(str(path), data)  # not path.write_bytes: a file that is closed while Stop is raised is put in part
+        # Not path.write_bytes: if Stop is raised meanwhile, closing the file would upload a part of it.
+        _client(path).pipe_file(str(path), data)
 
 
 @functools.cache
 def check_writable(folder: Path) -> None:
-    """Raises InputError, before long, where one of the two clients cannot write there, or they mean different places: an object is put by
-    both, then read and removed."""
+    """Raises InputError, within a minute, if one of the two clients cannot write to the folder or if they write to different places.
 
-    def ask() -> None:
+    Both clients write to the same object, which is then read and removed.
+    """
+
+    def probe() -> None:
         import tensorstore
 
-        probe, token, client = f"{folder}/.writable-{uuid.uuid4().hex}", uuid.uuid4().bytes, _client(folder)
-        client.pipe_file(probe, b"")  # its errors are the clearer ones
+        name, token, client = f"{folder}/.writable-{uuid.uuid4().hex}", uuid.uuid4().bytes, _client(folder)
+        client.pipe_file(name, b"")  # first, because its errors are clearer
         try:
-            store = tensorstore.KvStore.open(kvstore(probe)).result(timeout=_ARRAYS_PATIENCE)
-            store.write("", token).result(timeout=_ARRAYS_PATIENCE)
+            store = tensorstore.KvStore.open(kvstore(name)).result(timeout=_ARRAYS_TIMEOUT)
+            store.write("", token).result(timeout=_ARRAYS_TIMEOUT)
         except TimeoutError as error:
-            client.rm_file(probe)
-            raise OSError(errno.ETIMEDOUT, f"TensorStore's client had no answer within {_ARRAYS_PATIENCE} seconds") from error
-        if client.cat_file(probe) != token:
-            raise OSError(errno.EIO, "what was written there is read otherwise")
-        client.rm_file(probe)
+            client.rm_file(name)
+            raise OSError(errno.ETIMEDOUT, f"TensorStore's client got no answer within {_ARRAYS_TIMEOUT} seconds") from error
+        if client.cat_file(name) != token:
+            raise OSError(errno.EIO, "the two clients do not read the same object")
+        client.rm_file(name)
 
-    _within_patience(folder, "cannot be written to", ask)
+    _within_timeout(folder, "cannot be written to", probe)
 
 
 class Mirror:
-    """A local folder for files that grow, put whole to a folder on object storage by `upload`."""
+    """A local folder for files that grow. `upload` copies them, each completely, to a folder on object storage."""
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self._kept = tempfile.TemporaryDirectory(prefix="iam_jax-", ignore_cleanup_errors=True)
-        self.local = Path(self._kept.name)
-        self._sizes: dict[Path, int] = {}  # what is there
+        self._temporary = tempfile.TemporaryDirectory(prefix="iam_jax-", ignore_cleanup_errors=True)
+        self.local = Path(self._temporary.name)
+        self._sizes: dict[Path, int] = {}  # of the uploaded files
         self._last = time.monotonic()
 
     def fetch(self, name: str) -> None:
+        """Copies a file from object storage to the local folder, if it exists."""
         if (self.folder / name).exists():
             (self.local / name).write_bytes((self.folder / name).read_bytes())
 
     def upload(self, at_most_every: float = 0) -> None:
-        """Puts the files that have grown, unless the last upload is less than so many seconds ago. Raises OSError."""
+        """Uploads the files that have grown, unless the last upload was less than `at_most_every` seconds ago. Raises OSError."""
         if time.monotonic() - self._last < at_most_every:
             return
         self._last = time.monotonic()
@@ -112,12 +119,13 @@ class Mirror:
                 self._sizes[path] = len(data)
 
     def close(self) -> None:
+        """Uploads the rest and removes the local folder."""
         self.upload()
-        self._kept.cleanup()
+        self._temporary.cleanup()
 
 
 def kvstore(url: str) -> dict:
-    """TensorStore's spec of what begins with a URL. The environment variables are those that fsspec's clients read."""
+    """Returns TensorStore's KvStore spec for a URL. It reads the same environment variables as the clients of fsspec."""
     scheme, _, place = url.partition("://")
     bucket, _, path = place.partition("/")
     spec: dict = {"driver": {"gs": "gcs", "s3": "s3"}[scheme], "bucket": bucket, "path": path}
@@ -125,7 +133,7 @@ def kvstore(url: str) -> dict:
         given = {
             "endpoint": os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL"),
             "aws_region": os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION"),
-            # Else it looks for profiles first, and tells on stderr of every file that is not there.
+            # Otherwise TensorStore looks for profiles first and prints every missing file on stderr.
             "aws_credentials": {"type": "environment"} if "AWS_ACCESS_KEY_ID" in os.environ else None,
         }
         spec |= {name: value for name, value in given.items() if value}
@@ -133,11 +141,11 @@ def kvstore(url: str) -> dict:
 
 
 def patch_orbax_for_s3(folder: Path) -> Path:
-    """Returns the folder, ready for Orbax's checkpoints.
+    """Patches Orbax so that it can keep checkpoints on s3://, if the folder is there, and returns the folder.
 
-    Orbax 0.12 makes TensorStore's specs of gs:// and of local paths, though TensorStore has a client for S3; and it takes a rename for
-    atomic, which on S3 is a copy of one object after the other. So s3:// is sent the way of gs://, where a checkpoint is complete once a
-    last object says so. Raises InputError where an Orbax of another build has no such way.
+    Orbax 0.12 makes TensorStore specs only for gs:// and local paths, although TensorStore has an S3 client. It also treats a rename as
+    atomic, but on S3 a rename copies one object after another. The patch makes Orbax treat s3:// like gs://, where a last object marks a
+    checkpoint as complete. Raises InputError if the installed version of Orbax is built differently.
     """
     if not str(folder).startswith("s3://"):
         return folder
@@ -165,7 +173,7 @@ def _normalized(path: str) -> str:
 
 
 def _client(path: Path):
-    """fsspec's file system; it is made once."""
+    """Returns fsspec's file system for the path. fsspec caches it."""
     import fsspec
 
     return fsspec.core.url_to_fs(str(path))[0]
@@ -173,7 +181,7 @@ def _client(path: Path):
 
 @contextlib.contextmanager
 def _as_os_error(path: Path) -> Iterator[None]:
-    """Few errors of the clients are OSErrors, and few of those tell their `strerror`."""
+    """Turns errors of the clients into OSErrors with a `strerror`. Few of them are OSErrors, and few of those have a `strerror`."""
     try:
         yield
     except Exception as error:
@@ -185,18 +193,19 @@ def _reason(error: BaseException) -> str:
     return f"not found: {text}" if isinstance(error, FileNotFoundError) else text
 
 
-def _within_patience(folder: Path, what: str, ask: Callable[[], None]) -> None:
-    errors: list[BaseException] = [TimeoutError(f"no answer within {_PATIENCE} seconds")]
+def _within_timeout(folder: Path, problem: str, probe: Callable[[], None]) -> None:
+    """Calls probe, and raises InputError if it raises or takes too long. problem: for the message, for instance "cannot be read"."""
+    errors: list[BaseException] = [TimeoutError(f"no answer within {_TIMEOUT} seconds")]
 
-    def asking() -> None:
+    def run_probe() -> None:
         try:
-            ask()
+            probe()
             errors.clear()
         except BaseException as error:
             errors[:] = [error]
 
-    thread = threading.Thread(target=asking, daemon=True)  # that cannot be stopped, but is not waited for
+    thread = threading.Thread(target=run_probe, daemon=True)  # it cannot be stopped; as a daemon it does not delay the exit
     thread.start()
-    thread.join(_PATIENCE)
+    thread.join(_TIMEOUT)
     if errors:
-        raise InputError(f"{folder}: {what} ({_reason(errors[0])})") from errors[0]
+        raise InputError(f"{folder}: {problem} ({_reason(errors[0])})") from errors[0]

@@ -13,7 +13,7 @@ from iam_jax.data.batches import training_batches, users_of_batch
 from iam_jax.data.item_rows import DistinctItems
 from iam_jax.devices import distributed
 from iam_jax.devices.chips import find_chip
-from iam_jax.devices.mesh import per_process, rows_here, shard_batch
+from iam_jax.devices.mesh import local_rows, per_process, shard_batch
 from iam_jax.devices.signals import Signals, Stop
 from iam_jax.errors import InputError, NonFiniteError, quote_first
 from iam_jax.model.items import all_text_vectors
@@ -99,7 +99,7 @@ def train(run: Run, workdir: Path, evaluator: Evaluator, signals: Signals) -> Ch
     refresh = jax.jit(lambda params, frozen, items: all_text_vectors(run.model.bind(join(params, frozen)), items))
     validation = validation_subset(run.prepared.events, config)
     log = MetricsLog(workdir, progress.step, config.log, progress.validated)
-    here = rows_here(run.mesh, cfg.batch_rows)
+    here = local_rows(run.mesh, cfg.batch_rows)
     batches = training_batches(run.rows, cfg.batch_rows, cfg.seed, progress.next_batch, run.finish, here)
     bar = progress_bar(config.log, cfg.steps, progress.step)
     meter, profile = make_meter(run), Profile(workdir, config.log.profile)
@@ -113,9 +113,9 @@ def train(run: Run, workdir: Path, evaluator: Evaluator, signals: Signals) -> Ch
         if pending is None:
             return
         (step, values), pending = pending, None
-        distributed.alive(f"step {step}")
+        distributed.report_progress(f"step {step}")
         values = {name: float(value) for name, value in jax.device_get(values).items()}
-        distributed.alive(f"what follows step {step}")
+        distributed.report_progress(f"what follows step {step}")
         if several:  # all processes settle a step at the same point, and so learn the same at the same time
             signals.agree(values.pop("stopping") > 0)
             agreed_late |= values.pop("late") > 0

@@ -14,7 +14,7 @@ from iam_jax.data.item_rows import DistinctItems, without_items
 from iam_jax.data.prepare import Prepared
 from iam_jax.devices.mesh import batch_shards, make_mesh
 from iam_jax.errors import InputError
-from iam_jax.kernels.range_attention import choose
+from iam_jax.kernels.range_attention import choose_implementation
 from iam_jax.model import Model, Params, make_model, pretrained
 from iam_jax.model.parameters import abstract, frozen_names, name_of, select
 from iam_jax.training import objectives
@@ -84,7 +84,7 @@ def _check_attention(config: Config, platform: str) -> None:
     try:
         if platform != model.attention:
             raise ValueError(f"there is a {platform} here, on which these kernels are only interpreted; auto takes what is there")
-        choose(q, q, None, model.attention)
+        choose_implementation(q, q, None, model.attention)
     except ValueError as error:
         raise InputError(f"config.model.attention = {model.attention!r}: {error}") from error
 

@@ -476,8 +476,8 @@ def check(config: Config) -> None:
     text, token = objective.vectors != "table", objective.token
     require(not (by_id and token), "objective.token", "needs text tokens, and data.tokenizer is 'id'")
     require(not (by_id and text), "objective.vectors", "vectors from text need text tokens, and data.tokenizer is 'id'")
-    sees_next = "intra_both" in schedule.relations
-    require(not (token and sees_next), "objective.token", "intra_both sees the token to be predicted")
+    ahead = schedule.sees_ahead
+    require(not (token and ahead), "objective.token", f"{ahead} sees the token to be predicted")
     leads = objective.text_layers == "all" or schedule.leading_intra > 0
     require(not config.uses_text or leads, "objective.text_layers", "'leading' needs a schedule that begins with intra layers")
     cached = objective.softmax == "cached"

@@ -17,6 +17,7 @@ from iam_jax.errors import InputError, quote_first
 from iam_jax.model.pretrained.folder import CONFIG, INDEX, TOKENIZER, WEIGHTS
 from iam_jax.model.pretrained.importing import places, read_pretrained
 from iam_jax.model.pretrained.table import param_axes, to_tensor
+from iam_jax.relations import ORDINARY
 
 EXTRA = "iam_jax.safetensors"
 COPIED = (
@@ -97,7 +98,7 @@ def export(config: Config, params: dict, output: str | Path, max_shard_bytes: in
 
 def _notes(config: Config) -> list[str]:
     inserted = any(any(stage.inserted) for stage in config.schedule.stages)
-    other = any(relation != "full" for stage in config.schedule.stages for relation in stage.relations)
+    other = any(relation != ORDINARY for stage in config.schedule.stages for relation in stage.relations)
     if not (inserted or other):
         return []
     without = f", without the inserted layers (they are in {EXTRA})" if inserted else ""

@@ -76,6 +76,7 @@ class ModelConfig:
     activation: str = "silu"  # silu | gelu | relu
     norm: str = "rms"  # rms | layer
     norm_epsilon: float = 1e-6  # added to the mean square
+    norm_offset: float = 0.0  # added to the norm's scale
     positions: str = "rotary"  # rotary | learned
     max_positions: int = 0  # learned positions there are; 0: data.row_tokens
     rope_theta: float = 10000.0  # base of the rotary frequencies

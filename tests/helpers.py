@@ -202,9 +202,10 @@ def softmax(x: np.ndarray) -> np.ndarray:
 
 
 def _norm(model: ModelConfig, p: dict, x: np.ndarray) -> np.ndarray:
+    scale = p["scale"] + model.norm_offset
     if model.norm == "layer":
-        return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + model.norm_epsilon) * p["scale"] + p["shift"]
-    return x / np.sqrt((x**2).mean(-1, keepdims=True) + model.norm_epsilon) * p["scale"]
+        return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + model.norm_epsilon) * scale + p["shift"]
+    return x / np.sqrt((x**2).mean(-1, keepdims=True) + model.norm_epsilon) * scale
 
 
 def _frequencies(model: ModelConfig, half: int) -> np.ndarray:

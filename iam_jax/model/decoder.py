@@ -29,15 +29,16 @@ class Norm(nnx.Module):
     """RMS or layer norm over the last axis, computed in float32."""
 
     def __init__(self, config: ModelConfig, width: int):
-        self.epsilon, self.center = config.norm_epsilon, config.norm == "layer"
-        self.scale = nnx.Param(jnp.ones(width))
+        self.epsilon, self.offset, self.center = config.norm_epsilon, config.norm_offset, config.norm == "layer"
+        self.scale = nnx.Param(jnp.full(width, 1 - self.offset))
         self.shift = nnx.Param(jnp.zeros(width)) if self.center else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = x.astype(jnp.float32)
         if self.center:
             y = y - y.mean(-1, keepdims=True)
-        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.epsilon) * self.scale[...]
+        scale = self.scale[...] + self.offset if self.offset else self.scale[...]
+        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.epsilon) * scale
         return (y + self.shift[...] if self.center else y).astype(x.dtype)
 
 

@@ -8,9 +8,9 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
-import jax
 import ml_dtypes
 import numpy as np
+from flax.traverse_util import flatten_dict
 
 from iam_jax.config import Config
 from iam_jax.errors import InputError, quote_first
@@ -52,7 +52,7 @@ def export(config: Config, params: dict, output: str | Path, max_shard_bytes: in
     """
     output = check_output(output)
     source = read_pretrained(config)
-    leaves = {jax.tree_util.keystr(path, simple=True, separator="."): x for path, x in jax.tree_util.tree_leaves_with_path(params)}
+    leaves = flatten_dict(params, sep=".")
     known = places(config, source)
     missing = [name for name in known if name not in leaves]
     if missing or any("_lora_" in name for name in leaves):

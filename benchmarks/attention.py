@@ -33,11 +33,11 @@ import numpy as np
 
 from iam_jax.kernels.range_attention import choose_implementation, cudnn_unsupported_reason, range_attention, range_mask
 from iam_jax.model.attention import Ranges, key_ranges
+from iam_jax.relations import RELATIONS
 
 ITEM = 12  # tokens
 PACKAGES = ("iam_jax", "jax", "jaxlib", "numpy", "libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin", "torch", "triton")
-REACH = (ITEM - 1, 0)  # of intra
-RELATIONS = ("intra", "inter", "full")
+MEASURED = ("intra", "inter", "full")
 PEERS = ("xla", "cudnn", "flex")  # not the project's own
 BACKENDS = {"tpu": ("reference", "local", "tpu"), "gpu": ("local", "gpu", *PEERS)}
 SIZES = {"batch": (1, 1), "heads": (2, 8), "kv_heads": (2, 8), "head_size": (32, 64), "dtype": ("float32", "bfloat16")}  # CPU, else
@@ -220,9 +220,9 @@ def measure(args: argparse.Namespace) -> list[dict]:
     rows = []
     for length in args.lengths:
         arrays = random_arrays(length, args)
-        ranges = key_ranges(*packed(args.batch, length, args.users_per_row))
-        for relation in RELATIONS:
-            reach = REACH if relation == "intra" else None
+        ranges = key_ranges(*packed(args.batch, length, args.users_per_row), relations=MEASURED)
+        for relation in MEASURED:
+            reach = RELATIONS[relation].reach(ITEM)
             names = [name for name in args.backends if name != "local" or reach]
             made = {name: make_case(name, arrays, ranges[relation], args.limit_gb, reach=reach) for name in names}
             ready = {name: case for name, (case, _) in made.items() if case}
@@ -267,15 +267,13 @@ def check(args: argparse.Namespace) -> list[dict]:
         arrays = random_arrays(length, args)
         user, group, candidate = ragged(args.batch, length)
         ranges, plain = key_ranges(user, group, candidate), key_ranges(user, group)
-        variants = {
-            "intra": (ranges["intra"], {"reach": REACH}),
-            "intra, self key": (ranges["intra"], {"reach": REACH, "include_self": True}),
-            "intra_both": (ranges["intra_both"], {"reach": (ITEM - 1, ITEM - 1)}),
-            "inter": (ranges["inter"], {}),
-            "inter, self key": (ranges["inter"], {"include_self": True}),
-            "full": (plain["full"], {}),
-            "full, second range": (ranges["full"], {}),
-        }
+        variants = {}
+        for name, relation in RELATIONS.items():
+            options = {} if (reach := relation.reach(ITEM)) is None else {"reach": reach}
+            if ranges[name].second is None:
+                variants |= {name: (ranges[name], options), f"{name}, self key": (ranges[name], options | {"include_self": True})}
+            else:
+                variants |= {name: (plain[name], options), f"{name}, second range": (ranges[name], options)}
         for variant, (of_variant, options) in variants.items():
             # The reference in float32, of the same rounded inputs.
             oracle = jax_case("reference", *(x.astype(jnp.float32) for x in arrays), of_variant, **options)
@@ -306,7 +304,7 @@ def print_times(result: dict, lengths: list[int]) -> None:
     print(f"{'relation backend':<18}" + f"{'ms':>10}{'MiB':>9}" * len(lengths) + "   growth")
     rows = {(row["relation"], row["backend"], row["length"]): row for row in result["rows"]}
     grown = {(of["relation"], of["backend"]): of for of in result["growth"]}
-    for relation, backend in sorted({key[:2]: None for key in rows}, key=lambda pair: RELATIONS.index(pair[0])):
+    for relation, backend in sorted({key[:2]: None for key in rows}, key=lambda pair: MEASURED.index(pair[0])):
         line = f"{relation:<8} {backend:<9}"
         for row in (rows[relation, backend, length] for length in lengths):
             values = [] if row["skipped"] else [row["best_seconds"] * 1e3, row["temporary_bytes"] / 2**20]

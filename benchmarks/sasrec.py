@@ -42,6 +42,7 @@ from sasrec_speed import SIDES, Meter, speed, train_here, train_peer
 
 from iam_jax.config import Config, get_config, resolve
 from iam_jax.errors import InputError
+from iam_jax.relations import ORDINARY
 
 CONFIG = Path(__file__).parents[1] / "configs" / "amazon_toys_sasrec.py"
 # OpenMP's threads wait asleep: where other work shares the cores, torch's steps take up to 60 times longer with threads that spin.
@@ -69,7 +70,7 @@ def config_of(args: argparse.Namespace) -> Config:
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"--set {change}: not section.field=value of the config ({error})") from error
     config = resolve(config)
-    if config.data.tokenizer != "id" or config.softmax != "full" or config.uses_text or set(config.schedule.relations) != {"full"}:
+    if config.data.tokenizer != "id" or config.softmax != "full" or config.uses_text or set(config.schedule.relations) != {ORDINARY}:
         raise InputError("the config is no SASRec: data.tokenizer id, item table, full softmax and `full` layers")
     return config
 

@@ -17,6 +17,7 @@ Measured on tables of the same data (split 56384689…) through --config.data.pa
 
 from iam_jax.config import default_config
 from iam_jax.errors import InputError
+from iam_jax.schedule import parse_schedule
 
 SCHEDULES = {"iam": "intra inter", "full": "full*2", "no_intra": "full inter", "no_inter": "intra full", "hatllm": "intra full inter"}
 
@@ -38,7 +39,7 @@ def get_config(variant: str = "iam"):
     config.model.heads = 4
     config.model.dropout = 0.1
     config.objective.vectors = "both"
-    config.objective.text_layers = "leading" if SCHEDULES[variant].startswith("intra") else "all"
+    config.objective.text_layers = "leading" if parse_schedule(SCHEDULES[variant]).leading_intra else "all"
     config.objective.negatives = 512
     config.optimizer.learning_rate = 2e-3
     config.optimizer.warmup_steps = 100

@@ -76,6 +76,7 @@ class ModelConfig:
     activation: str = "silu"  # silu | gelu | relu
     norm: str = "rms"  # rms | layer
     norm_epsilon: float = 1e-6  # added to the mean square
+    norm_offset: float = 0.0  # added to the norm's scale
     positions: str = "rotary"  # rotary | learned
     max_positions: int = 0  # learned positions there are; 0: data.row_tokens
     rope_theta: float = 10000.0  # base of the rotary frequencies
@@ -476,8 +477,8 @@ def check(config: Config) -> None:
     text, token = objective.vectors != "table", objective.token
     require(not (by_id and token), "objective.token", "needs text tokens, and data.tokenizer is 'id'")
     require(not (by_id and text), "objective.vectors", "vectors from text need text tokens, and data.tokenizer is 'id'")
-    sees_next = "intra_both" in schedule.relations
-    require(not (token and sees_next), "objective.token", "intra_both sees the token to be predicted")
+    ahead = schedule.sees_ahead
+    require(not (token and ahead), "objective.token", f"{ahead} sees the token to be predicted")
     leads = objective.text_layers == "all" or schedule.leading_intra > 0
     require(not config.uses_text or leads, "objective.text_layers", "'leading' needs a schedule that begins with intra layers")
     cached = objective.softmax == "cached"

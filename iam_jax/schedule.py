@@ -11,17 +11,17 @@ import dataclasses
 import re
 
 from iam_jax.errors import InputError
+from iam_jax.relations import NAME, RELATIONS
 
 MOST_LAYERS = 1000
-RELATIONS = ("full", "intra", "inter", "intra_both")
 
-_TERM = re.compile(r"\s*(?:\((?P<group>[^()]*)\)|(?P<layers>\+?[a-z_]+))(?:\s*\*\s*(?P<count>\d+))?(?=[\s(]|$)\s*")
-_LAYERS = re.compile(r"\s*(?P<inserted>\+?)(?P<relation>[a-z_]+)(?:\s*\*\s*(?P<count>\d+))?(?=\s|$)\s*")
+_TERM = re.compile(rf"\s*(?:\((?P<group>[^()]*)\)|(?P<layers>\+?{NAME}))(?:\s*\*\s*(?P<count>\d+))?(?=[\s(]|$)\s*")
+_LAYERS = re.compile(rf"\s*(?P<inserted>\+?)(?P<relation>{NAME})(?:\s*\*\s*(?P<count>\d+))?(?=\s|$)\s*")
 
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """Layers `relations`, one after another, the whole repeated `repeats` times."""
+    """Layers with these relations, one after another; the whole is repeated `repeats` times."""
 
     relations: tuple[str, ...]
     repeats: int
@@ -37,14 +37,19 @@ class Schedule:
 
     @property
     def relations(self) -> tuple[str, ...]:
-        """One relation per layer, first to last."""
+        """The name of each layer's relation, first to last."""
         return tuple(relation for stage in self.stages for relation in stage.relations * stage.repeats)
 
     @property
     def leading_intra(self) -> int:
-        """Number of layers before the first that sees beyond its own item: their states depend on the item alone."""
+        """Number of layers before the first one that sees other items. Their states depend on the item alone."""
         relations = self.relations
-        return next((i for i, relation in enumerate(relations) if not relation.startswith("intra")), len(relations))
+        return next((i for i, name in enumerate(relations) if not RELATIONS[name].own_item_only), len(relations))
+
+    @property
+    def sees_ahead(self) -> str | None:
+        """The name of the first relation whose tokens see later ones of their item; None if there is none."""
+        return next((name for name in self.relations if RELATIONS[name].sees_ahead), None)
 
     @property
     def own_layers(self) -> list[tuple[int, int, int]]:

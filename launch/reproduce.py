@@ -32,6 +32,7 @@ import numpy as np
 from iam_jax.config import flatten
 from iam_jax.errors import InputError
 from iam_jax.runs import compare
+from iam_jax.schedule import parse_schedule
 from iam_jax.storage.files import write_atomically
 
 # data set -> config of the models over text, how many times its schedule repeats "intra inter", and SASRec's data.row_tokens
@@ -117,7 +118,7 @@ def model_flags(args: argparse.Namespace, data: str, model: str) -> tuple[str, l
         file = "amazon_toys_sasrec.py"
     else:
         relations = schedule(repeats)
-        leading = relations.lstrip("(").startswith("intra")
+        leading = parse_schedule(relations).leading_intra
         changes = {"model.schedule": relations, "objective.text_layers": "leading" if leading else "all"}
     if data in args.paths:
         changes["data.path"] = args.paths[data]

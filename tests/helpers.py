@@ -179,17 +179,21 @@ def attention_arrays(shape: tuple[int, ...], seed: int, dtype=np.float32) -> lis
 # ---- the model once more
 
 
+# Which key s token t may see, straight from the meaning of the relations: (whether the user is the same, groups of t and of s, t, s).
+MEANINGS: dict[str, Callable] = {
+    "full": lambda same, group_t, group_s, t, s: same & (s <= t),
+    "intra": lambda same, group_t, group_s, t, s: same & (group_t == group_s) & (s <= t),
+    "inter": lambda same, group_t, group_s, t, s: same & (group_t != group_s) & (s < t),
+    "intra_both": lambda same, group_t, group_s, t, s: same & (group_t == group_s),
+}
+SELF_KEY = {"inter"}  # the relations that `model.self_key` and `model.inter_positions` apply to
+
+
 def allowed_keys(relation: str, user_T: np.ndarray, group_T: np.ndarray) -> np.ndarray:
-    """[T, S] bool, straight from the meaning of the relations."""
+    """[T, S] bool."""
     t, s = np.indices((len(user_T), len(user_T)))
     same_user = (user_T[t] == user_T[s]) & (user_T[t] > 0)
-    same_item = same_user & (group_T[t] == group_T[s])
-    return {
-        "full": same_user & (s <= t),
-        "intra": same_item & (s <= t),
-        "inter": same_user & ~same_item & (s < t),
-        "intra_both": same_item,
-    }[relation]
+    return MEANINGS[relation](same_user, group_T[t], group_T[s], t, s)
 
 
 def softmax(x: np.ndarray) -> np.ndarray:
@@ -198,9 +202,10 @@ def softmax(x: np.ndarray) -> np.ndarray:
 
 
 def _norm(model: ModelConfig, p: dict, x: np.ndarray) -> np.ndarray:
+    scale = p["scale"] + model.norm_offset
     if model.norm == "layer":
-        return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + model.norm_epsilon) * p["scale"] + p["shift"]
-    return x / np.sqrt((x**2).mean(-1, keepdims=True) + model.norm_epsilon) * p["scale"]
+        return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + model.norm_epsilon) * scale + p["shift"]
+    return x / np.sqrt((x**2).mean(-1, keepdims=True) + model.norm_epsilon) * scale
 
 
 def _frequencies(model: ModelConfig, half: int) -> np.ndarray:
@@ -261,9 +266,9 @@ def reference_states(model: ModelConfig, decoder: dict, batch: Batch, layers: in
             x = x + p["position_PD"][position]
         for relation, layer in stack_of_layers[:layers]:
             allowed = allowed_keys(relation, user, group)
-            if relation == "inter" and model.self_key:
+            if relation in SELF_KEY and model.self_key:
                 allowed = allowed | np.eye(len(user), dtype=bool)
-            at = group if relation == "inter" and model.inter_positions == "item" else position
+            at = group if relation in SELF_KEY and model.inter_positions == "item" else position
             x = x + _attention(model, layer["attention"], _norm(model, layer["attention_norm"], x), allowed, at)
             x = x + _mlp(model, layer["mlp"], _norm(model, layer["mlp_norm"], x))
         rows.append(x)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from iam_jax.config import ModelConfig
 from iam_jax.model.attention import key_ranges, rotary
-from iam_jax.schedule import RELATIONS
+from iam_jax.relations import RELATIONS
 
 SLOTS = 16
 ranges_of = jax.jit(key_ranges)

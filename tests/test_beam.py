@@ -167,7 +167,7 @@ def test_cached_states_are_those_of_whole_rows(name):
             whole = jnp.ones((3, 2), jnp.int32)
             position = (history_B + t)[:, None] * whole
             token = {"token": token_2T.T[t] * whole, "user": whole, "group": group_B[:, None] * whole, "position": position}
-            ranges = decode_ranges(history_B, begin, begin + t, model.bind(params).config.model.self_key)
+            ranges = decode_ranges(batch["user"], batch["group"], begin, begin + t, model.bind(params).config.model.self_key)
             x, cache = recommender.cached_states(token, cache, (begin + t) * whole, ranges)
             return cache, x
 

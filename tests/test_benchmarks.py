@@ -154,7 +154,7 @@ def test_attention_check(mistake, tmp_path, monkeypatch, capsys):
     assert module.main() == (mistake != "none")
     text, result = capsys.readouterr().out, json.loads((tmp_path / "a.json").read_text())
     assert {"local", "reference"} == set(reference_calls)
-    assert [row["relation"] for row in result["rows"]] == ["intra", "intra, self key", "intra_both"]
+    assert [row["relation"] for row in result["rows"]] == ["intra", "intra, self key", "intra_both", "intra_both, self key"]
     assert result["passed"] == ("MISMATCH" not in text) == (mistake == "none")
     assert ("an empty row is not zero" in text) == (mistake == "leak")
     padding = result["rows"][0]["empty_rows"]

@@ -49,6 +49,7 @@ VARIANTS = {
     "biased MLP, frequencies of LLaMA 3": {
         "schedule": "full", "mlp_bias": True, "rope_theta": 50.0, "rope_scaling": "llama3", "rope_factor": 8.0, "rope_original": 40,
     },
+    "norms with an offset": {"schedule": "full", "norm_offset": 1.0, "qk_norm": True, "norm": "layer"},
     "self key, item positions": {
         "schedule": "(intra_both inter)*2", "self_key": True, "inter_positions": "item", "activation": "gelu",
     },
@@ -74,6 +75,7 @@ def test_the_variants_differ():
         {"activation": "relu"},
         {"schedule": "full inter"},
         {"scale_embedding": False},
+        {"norm_offset": 1.0},
     ):
         changed = reference_states(dataclasses.replace(model, **change), decoder, BATCH)
         assert np.abs(changed - expected)[REAL].max() > 1e-2, change
@@ -89,6 +91,8 @@ def test_parameters_at_the_start():
     np.testing.assert_allclose(np.std(block["mlp"]["down_FD"]), 200**-0.5 * 24**-0.5, rtol=0.05)
     assert not np.any(block["attention"]["out_D"]) and not np.any(block["mlp"]["up_F"])
     assert (block["mlp_norm"]["scale"] == 1).all() and not np.any(block["mlp_norm"]["shift"])
+    offset = jax.jit(model_of(schedule="intra", norm_offset=0.75)[0].init)(jax.random.key(0))["decoder"]
+    assert (offset["final_norm"]["scale"] == 0.25).all()  # together with the offset 1
     assert not np.array_equal(block["attention"]["query_DNH"][0], block["attention"]["query_DNH"][1])  # every repeat its own
     assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype("float32")}
 

@@ -30,7 +30,7 @@ STORIES = Path(__file__).parents[2] / "shared" / "data" / "tiny-llama-stories"
 @pytest.mark.parametrize(
     ("name", "values", "message"),
     [
-        ("llama2", {"model_type": "gemma2"}, "model_type = 'gemma2' is not supported; supported are llama, mistral, qwen2, qwen3, gpt2"),
+        ("llama2", {"model_type": "gemma2"}, "model_type = 'gemma2' is not supported; supported are gpt2, llama, mistral, qwen2, qwen3"),
         ("llama2", {"model_type": None}, "model_type must be of type str, not None"),
         (
             "llama2",

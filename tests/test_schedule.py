@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from iam_jax.errors import InputError
-from iam_jax.schedule import RELATIONS, Schedule, Stage, parse_schedule
+from iam_jax.relations import RELATIONS
+from iam_jax.schedule import Schedule, Stage, parse_schedule
 
 
 @pytest.mark.parametrize(
@@ -83,7 +84,7 @@ def test_errors_name_the_field_and_the_place(text, what):
     assert str(caught.value).startswith("config.model.schedule") and what in str(caught.value)
 
 
-terms = st.tuples(st.lists(st.sampled_from(RELATIONS), min_size=1, max_size=3), st.integers(1, 4))
+terms = st.tuples(st.lists(st.sampled_from(list(RELATIONS)), min_size=1, max_size=3), st.integers(1, 4))
 
 
 @given(st.lists(terms, min_size=1, max_size=4), st.booleans())

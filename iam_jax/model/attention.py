@@ -1,5 +1,6 @@
-"""From segments to relations: the key range of every token, per relation (README, "The mathematics")."""
+"""From segments to relations: the key range of every token, per relation (iam_jax/relations.py); and rotary positions."""
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import jax
@@ -8,10 +9,11 @@ from jax import lax
 
 from iam_jax.config import ModelConfig
 from iam_jax.kernels.range_attention import Range
+from iam_jax.relations import RELATIONS, Layout, Relation
 
 
 class Ranges(NamedTuple):
-    """The keys that each token may see in one relation: start and stop of one range, or of two."""
+    """The keys that each token may see in one relation: start and stop of one range, or of two disjoint ones."""
 
     first: Range
     second: Range | None = None
@@ -23,46 +25,75 @@ def group_starts(user_BT: jax.Array, group_BT: jax.Array, candidate_BT: jax.Arra
 
 
 def history_ends(candidate_BT: jax.Array) -> jax.Array:
-    """[B, T] int32: for the tokens of candidates, the slot behind their history's last token; otherwise anything."""
+    """[B, T] int32: for the tokens of candidates, the slot after their history's last token; arbitrary for other tokens."""
     before_BT = jnp.pad(candidate_BT[:, :-1], ((0, 0), (1, 0)))
     return _last_true((candidate_BT > 0) & (before_BT == 0))
 
 
-def key_ranges(user_BT: jax.Array, group_BT: jax.Array, candidate_BT: jax.Array | None = None) -> dict[str, Ranges]:
-    """The ranges of every relation. user 0 is padding: it sees nothing. candidate_BT: 1, 2, … for the candidates behind a user's
-    history (there must be one, or a prompt), each an item of its own that sees the history and itself; 0 for the history."""
+def key_ranges(
+    user_BT: jax.Array, group_BT: jax.Array, candidate_BT: jax.Array | None = None, relations: Iterable[str] | None = None
+) -> dict[str, Ranges]:
+    """The key ranges of each relation, by name. relations: names; None: all that are registered. User 0 is padding: it sees nothing.
+    candidate_BT: 1, 2, … for the candidates after a user's history (which needs at least one item or a prompt), 0 for the history. A
+    candidate is an item of its own: it sees the history and itself."""
     T = user_BT.shape[1]
     t = jnp.broadcast_to(jnp.arange(T), user_BT.shape)
-    user_start = _last_true(_changes(user_BT))
     item_start = group_starts(user_BT, group_BT, candidate_BT)
     last = jnp.pad(item_start[:, 1:] == t[:, 1:], ((0, 0), (0, 1)), constant_values=True)
-    item_end = lax.cummin(jnp.where(last, t + 1, T), axis=1, reverse=True)
-
+    item_stop = lax.cummin(jnp.where(last, t + 1, T), axis=1, reverse=True)
     real = user_BT > 0
-
-    def cut(start, stop, of=real):
-        return jnp.where(of, start, 0), jnp.where(of, stop, 0)
-
-    full, inter = Ranges(cut(user_start, t + 1)), Ranges(cut(user_start, item_start))
-    if candidate_BT is not None:
-        is_candidate = real & (candidate_BT > 0)
-        history = cut(user_start, jnp.where(is_candidate, history_ends(candidate_BT), t + 1))
-        full = Ranges(history, cut(item_start, t + 1, is_candidate))
-        inter = Ranges(cut(user_start, jnp.where(is_candidate, history_ends(candidate_BT), item_start)))
-    return {"full": full, "intra": Ranges(cut(item_start, t + 1)), "inter": inter, "intra_both": Ranges(cut(item_start, item_end))}
+    is_candidate = None if candidate_BT is None else real & (candidate_BT > 0)
+    before = item_start if candidate_BT is None else jnp.where(is_candidate, history_ends(candidate_BT), item_start)
+    layout = Layout(_last_true(_changes(user_BT)), before, item_start, item_stop, t, item_start)
+    found = {name: _ranges(RELATIONS[name], layout, is_candidate) for name in _names(relations)}
+    return jax.tree.map(lambda bound: jnp.where(real, bound, 0), found)
 
 
-def decode_ranges(history_B: jax.Array, begin_C: jax.Array, slot_C: jax.Array, self_key: bool) -> dict[str, Ranges]:
-    """The ranges of one new token of each of C candidates behind a history, in slots of a cache: the history is slots 0, …, history_B - 1,
-    candidate c's tokens are slots begin_C, …, slot_C, the new one last."""
-    shape = len(history_B), len(slot_C)
-    zero, begin, slot = jnp.zeros(shape, jnp.int32), jnp.broadcast_to(begin_C, shape), jnp.broadcast_to(slot_C, shape)
-    history, own = (zero, jnp.broadcast_to(history_B[:, None], shape)), (begin, slot + 1)
-    return {
-        "full": Ranges(history, own),
-        "intra": Ranges(own),
-        "inter": Ranges(history, (slot, slot + 1) if self_key else None),
-    }
+def decode_ranges(
+    user_BS: jax.Array,
+    group_BS: jax.Array,
+    begin_C: jax.Array,
+    slot_C: jax.Array,
+    self_key: bool,
+    relations: Iterable[str] | None = None,
+) -> dict[str, Ranges]:
+    """The key ranges of one new token of each of C candidates after a history, in slots of a cache, by relation. user_BS, group_BS: of
+    the histories, one user a row; their tokens lie in the cache's first slots. Candidate c's tokens lie in slots begin_C, …, slot_C, the
+    new one last. self_key: whether inter layers include the token itself; the ranges then contain it. relations: names; None: all that do
+    not see ahead. Raises ValueError for a relation that sees ahead."""
+    shape = len(user_BS), len(slot_C)
+    history, slot = (user_BS > 0).sum(1, dtype=jnp.int32)[:, None], jnp.broadcast_to(slot_C, shape)
+    zero, begin = jnp.zeros(shape, jnp.int32), jnp.broadcast_to(begin_C, shape)
+    layout = Layout(zero, jnp.broadcast_to(history, shape), begin, slot + 1, slot, group_starts(user_BS, group_BS))
+    found = {}
+    for name in [name for name in RELATIONS if not RELATIONS[name].sees_ahead] if relations is None else _names(relations):
+        if RELATIONS[name].sees_ahead:
+            raise ValueError(f"{name!r} cannot decode: it sees the tokens that are to be predicted")
+        found[name] = _ranges(RELATIONS[name], layout, True)
+        if self_key and RELATIONS[name].other_items_only:
+            found[name] = Ranges(found[name].first, (slot, slot + 1))
+    return found
+
+
+def _names(relations: Iterable[str] | None) -> list[str]:
+    return list(RELATIONS if relations is None else dict.fromkeys(relations))
+
+
+def _ranges(relation: Relation, layout: Layout, apart: jax.Array | bool | None) -> Ranges:
+    """apart: whether other tokens lie between the earlier items and the own one, as for candidates; None: nowhere."""
+    own = layout.item_start, layout.item_stop if relation.sees_ahead else layout.slot + 1
+    if relation.own_item_only:
+        return Ranges(own)
+    before = layout.before
+    stop = before if relation.stop is None else jnp.clip(relation.stop(layout), layout.user_start, before)
+    earlier = jnp.clip(relation.start(layout), layout.user_start, stop), stop
+    if relation.other_items_only:
+        return Ranges(earlier)
+    if relation.stop is not None or apart is True:
+        return Ranges(earlier, own)
+    if apart is None:  # one range: the own item follows
+        return Ranges((earlier[0], own[1]))
+    return Ranges((earlier[0], jnp.where(apart, stop, own[1])), tuple(jnp.where(apart, bound, 0) for bound in own))
 
 
 def _changes(x_BT: jax.Array) -> jax.Array:

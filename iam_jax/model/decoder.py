@@ -16,6 +16,7 @@ from iam_jax.devices.mesh import constrain_activations, constrain_lookup_table
 from iam_jax.kernels.range_attention import range_attention
 from iam_jax.model.attention import Ranges, key_ranges, rotary
 from iam_jax.model.lora import Keys, add_adapters, dropout, linear, weight
+from iam_jax.relations import RELATIONS
 from iam_jax.schedule import Schedule
 
 _ACTIVATIONS = {"silu": jax.nn.silu, "gelu": jax.nn.gelu, "relu": jax.nn.relu}
@@ -28,15 +29,16 @@ class Norm(nnx.Module):
     """RMS or layer norm over the last axis, computed in float32."""
 
     def __init__(self, config: ModelConfig, width: int):
-        self.epsilon, self.center = config.norm_epsilon, config.norm == "layer"
-        self.scale = nnx.Param(jnp.ones(width))
+        self.epsilon, self.offset, self.center = config.norm_epsilon, config.norm_offset, config.norm == "layer"
+        self.scale = nnx.Param(jnp.full(width, 1 - self.offset))
         self.shift = nnx.Param(jnp.zeros(width)) if self.center else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = x.astype(jnp.float32)
         if self.center:
             y = y - y.mean(-1, keepdims=True)
-        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.epsilon) * self.scale[...]
+        scale = self.scale[...] + self.offset if self.offset else self.scale[...]
+        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.epsilon) * scale
         return (y + self.shift[...] if self.center else y).astype(x.dtype)
 
 
@@ -166,7 +168,7 @@ class Decoder(nnx.Module):
         the positions that follow the history; 0 for the history. key: of dropout, None for none. x_BTD: states before layer `first`; None:
         the embeddings.
         """
-        ranges = key_ranges(batch["user"], batch["group"], batch.get("candidate"))
+        ranges = key_ranges(batch["user"], batch["group"], batch.get("candidate"), self.schedule.relations)
         if x_BTD is None:
             x_BTD = constrain_activations(self._embed(batch["token"], batch["position"], key))
         return self._layers(x_BTD, batch, ranges, first=first, last=last, key=key)[0]
@@ -186,7 +188,7 @@ class Decoder(nnx.Module):
         each relation, in slots, the self key's included; None: those of a batch that stands at the cache's beginning."""
         x_BTD = self._embed(batch["token"], batch["position"], None)
         self_keys = ranges is None
-        ranges = key_ranges(batch["user"], batch["group"]) if ranges is None else ranges
+        ranges = key_ranges(batch["user"], batch["group"], relations=self.schedule.relations) if ranges is None else ranges
         return self._layers(x_BTD, batch, ranges, cache=cache, slot_BT=slot_BT, self_keys=self_keys)
 
     def _layers(self, x_BTD, batch, ranges, *, first=0, last=None, key=None, cache=None, slot_BT=None, self_keys=True):
@@ -200,14 +202,14 @@ class Decoder(nnx.Module):
             stacked = [state for _, state in split], keys, None if cache is None else [cache[name] for name in names]
 
             def layer(i, x_BTD, params, key, cache, split=split, stage=stage):
-                relation = stage.relations[i]
-                by_item = config.inter_positions == "item" and relation == "inter"
+                relation = RELATIONS[stage.relations[i]]
+                by_item = config.inter_positions == "item" and relation.other_items_only
                 position = batch["group"] if by_item else batch["position"]
-                include_self = self_keys and config.self_key and relation == "inter"
-                reach = None if cache is not None else self._reach(relation)
+                include_self = self_keys and config.self_key and relation.other_items_only
+                reach = None if cache is not None else relation.reach(self.longest)
                 block = nnx.merge(split[i][0], params)
                 slots = None if cache is None else (*cache, slot_BT)
-                x_BTD, new = block(x_BTD, ranges[relation], position, reach, include_self, key, slots)
+                x_BTD, new = block(x_BTD, ranges[relation.name], position, reach, include_self, key, slots)
                 return constrain_activations(x_BTD), None if cache is None else new
 
             if config.remat:
@@ -255,12 +257,6 @@ class Decoder(nnx.Module):
         if self.position_PD is not None:
             x_BTD = x_BTD + self.position_PD[...][position_BT]
         return _rounded(dropout(x_BTD.astype(config.dtype), config.dropout, key))
-
-    def _reach(self, relation: str) -> tuple[int, int] | None:
-        """How many slots before and behind a token its keys may lie."""
-        if self.longest is None or not relation.startswith("intra"):
-            return None
-        return self.longest - 1, self.longest - 1 if relation == "intra_both" else 0
 
 
 def _rounded(x: jax.Array) -> jax.Array:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from iam_jax.config import Config
 from iam_jax.devices.mesh import param_sharding
@@ -20,29 +21,21 @@ def name_of(path: tuple) -> str:
     return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
-def select(params: Params, wanted: Callable[[str], bool], prefix: str = "") -> Params:
-    """The part of a nested dict whose leaves' names are wanted; empty branches are left out."""
-    out = {}
-    for key, value in params.items():
-        name = f"{prefix}{key}"
-        kept = select(value, wanted, f"{name}.") if isinstance(value, dict) else value if wanted(name) else {}
-        if not isinstance(kept, dict) or kept:
-            out[key] = kept
-    return out
+def select(params: Params, wanted: Callable[[str], bool]) -> Params:
+    """The part of a nested dict whose leaves' names are wanted, without empty branches."""
+    return unflatten_dict({name: x for name, x in flatten_dict(params, sep=".").items() if wanted(name)}, sep=".")
 
 
 def join(a: Params, b: Params) -> Params:
-    """Two nested dicts without a common leaf as one; `select` undone."""
-    both = {key: join(a[key], b[key]) for key in a.keys() & b.keys()}
-    return {key: both.get(key, a.get(key, b.get(key))) for key in sorted(a.keys() | b.keys())}
+    """Two nested dicts without a common leaf as one: the inverse of `select`."""
+    return unflatten_dict(flatten_dict(a, sep=".") | flatten_dict(b, sep="."), sep=".")
 
 
 def frozen_names(config: Config, params: Params) -> set[str]:
     """The names of the parameters that are not trained. Raises InputError for a pattern that finds nothing."""
     if not config.model.pretrained:
         return set()
-    names = {name_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)}
-    given = names & pretrained.names(config).keys()
+    given = flatten_dict(params, sep=".").keys() & pretrained.names(config).keys()
     pattern, trained = config.train.frozen, config.train.trained
     frozen = {name for name in given if (config.model.lora.rank if pattern == "auto" else pattern and re.search(pattern, name))}
     exceptions = {name for name in frozen if trained and re.search(trained, name)}

@@ -126,8 +126,9 @@ def search(
     batch: from `history_rows`, one user per row. Items with equal tokens follow one another in the catalogue's order; among equal scores
     of different texts the one comes first whose text was ahead a token earlier, then the one with the lower token. `chunk`: hypotheses
     whose logits exist at one time, rounded up to whole users. Raises ValueError for fewer than one beam or more than items, for candidates
-    in the batch, a schedule with intra_both, and a model without an output embedding or with another vocabulary."""
+    in the batch, a relation that sees later tokens, and a model without an output embedding or with another vocabulary."""
     check_predicts(model)
+    self_key, relations = model.config.model.self_key, model.config.schedule.relations
     if not 1 <= beams <= len(trie.item_I):
         raise ValueError(f"beams = {beams}: must be between 1 and the number of items, {len(trie.item_I)}")
     if "candidate" in batch:
@@ -154,7 +155,7 @@ def search(
             "position": jnp.broadcast_to(history_B[:, None] + place, (B, W)),
         }
         slot_W = begin_W + place
-        ranges = decode_ranges(history_B, begin_W, slot_W, model.config.model.self_key)
+        ranges = decode_ranges(batch["user"], batch["group"], begin_W, slot_W, self_key, relations)
         x_BWD, cache = model.cached_states(token, cache, jnp.broadcast_to(slot_W, (B, W)), ranges)
         return place + 1, extend(x_BWD, beam), cache
 

@@ -12,16 +12,16 @@ from iam_jax.model.softmax import label_log_probs
 
 
 def check_predicts(model: Network) -> None:
-    """Raises ValueError for a schedule with intra_both."""
-    if "intra_both" in model.config.schedule.relations:
-        raise ValueError("log-likelihoods need a schedule without intra_both: it sees the tokens that are to be predicted")
+    """Raises ValueError for a schedule with a relation that sees later tokens."""
+    if (ahead := model.config.schedule.sees_ahead) is not None:
+        raise ValueError(f"log-likelihoods need a schedule without {ahead}: it sees the tokens that are to be predicted")
 
 
 def log_likelihoods(model: Network, batch: dict, candidates: int, chunk: int = 2048, *, normalize: bool = False) -> jax.Array:
     """[B, C] float32: log p(text of candidate | history), the sum over its tokens, the boundary token included; 0 where a row has fewer
     candidates. batch: from `data.candidates.candidate_rows`; candidates: C, the most that a row has. normalize: the mean over the tokens
-    instead. At most `chunk` positions' logits exist at one time. Raises ValueError for a schedule with intra_both and for a model without
-    an output embedding."""
+    instead. At most `chunk` positions' logits exist at one time. Raises ValueError for a schedule with a relation that sees later
+    tokens and for a model without an output embedding."""
     check_predicts(model)
     x_BTD = model.states(batch)
     t = jnp.arange(x_BTD.shape[1])

@@ -24,6 +24,7 @@ from iam_jax.devices.chips import Flops
 from iam_jax.model import Params
 from iam_jax.model.attention import key_ranges
 from iam_jax.model.parameters import abstract, join, select
+from iam_jax.relations import RELATIONS
 from iam_jax.training import objectives
 from iam_jax.training.run import Run
 
@@ -106,14 +107,15 @@ def _saving_everything(jaxpr: Jaxpr) -> Jaxpr:
 
 
 def visible_pairs(batch: Batch, self_key: bool = False) -> dict[str, float]:
-    """(query, key) pairs of each relation in a row on average, from `user` and `group` [B, T]. self_key: that of the inter layers."""
+    """Mean number of (query, key) pairs in a row, by relation, from `user` and `group` [B, T]. self_key: inter layers see the token too."""
     user_BT = np.asarray(batch["user"])
     pairs = {}
-    for relation, ranges in key_ranges(user_BT, np.asarray(batch["group"])).items():
-        start, stop = (np.asarray(bound, np.int64) for bound in ranges.first)
-        pairs[relation] = float(np.maximum(stop - start, 0).sum())
-    pairs["inter"] += self_key * float((user_BT > 0).sum())
-    return {relation: count / len(user_BT) for relation, count in pairs.items()}
+    for name, ranges in key_ranges(user_BT, np.asarray(batch["group"])).items():
+        bounds = [(np.asarray(start, np.int64), np.asarray(stop, np.int64)) for start, stop in filter(None, ranges)]
+        count = sum(np.maximum(stop - start, 0).sum() for start, stop in bounds)
+        count += (self_key and RELATIONS[name].other_items_only) * (user_BT > 0).sum()
+        pairs[name] = float(count) / len(user_BT)
+    return pairs
 
 
 def attention_flops(config: Config, pairs: dict[str, float], relations: tuple[str, ...], forward: int = 1, backward: bool = False) -> Flops:

@@ -1,10 +1,10 @@
-"""Models in Hugging Face's folder format: their shape, their weights straight onto the mesh, and back into such a folder.
+"""Models in Hugging Face's folder format: reading their shape, loading their weights onto the mesh, and writing such a folder.
 
-    config = configure(config)              # the folder's shape in place of config.model's
+    config = configure(config)              # replaces the shape in config.model by the folder's
     params = load(config, abstract)         # the pretrained part of the parameters
-    notes = export(config, params, folder)  # readable by transformers
+    notes = export(config, params, folder)  # transformers can read it
 
-`names` says which parameters are pretrained. One table of names per family lies beside this file.
+`names` lists the pretrained parameters. families/ has one file per model family.
 """
 
 from iam_jax.model.pretrained.exporting import check_output, export

@@ -8,15 +8,16 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
-import jax
 import ml_dtypes
 import numpy as np
+from flax.traverse_util import flatten_dict
 
 from iam_jax.config import Config
 from iam_jax.errors import InputError, quote_first
 from iam_jax.model.pretrained.folder import CONFIG, INDEX, TOKENIZER, WEIGHTS
 from iam_jax.model.pretrained.importing import places, read_pretrained
 from iam_jax.model.pretrained.table import param_axes, to_tensor
+from iam_jax.relations import ORDINARY
 
 EXTRA = "iam_jax.safetensors"
 COPIED = (
@@ -51,7 +52,7 @@ def export(config: Config, params: dict, output: str | Path, max_shard_bytes: in
     """
     output = check_output(output)
     source = read_pretrained(config)
-    leaves = {jax.tree_util.keystr(path, simple=True, separator="."): x for path, x in jax.tree_util.tree_leaves_with_path(params)}
+    leaves = flatten_dict(params, sep=".")
     known = places(config, source)
     missing = [name for name in known if name not in leaves]
     if missing or any("_lora_" in name for name in leaves):
@@ -97,7 +98,7 @@ def export(config: Config, params: dict, output: str | Path, max_shard_bytes: in
 
 def _notes(config: Config) -> list[str]:
     inserted = any(any(stage.inserted) for stage in config.schedule.stages)
-    other = any(relation != "full" for stage in config.schedule.stages for relation in stage.relations)
+    other = any(relation != ORDINARY for stage in config.schedule.stages for relation in stage.relations)
     if not (inserted or other):
         return []
     without = f", without the inserted layers (they are in {EXTRA})" if inserted else ""

@@ -13,7 +13,8 @@ CONFIG, WEIGHTS, INDEX, TOKENIZER = "config.json", "model.safetensors", "model.s
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 _REQUIRED: Any = object()
-_ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "relu": "relu"}
+# The names of activations in transformers, and ours: our gelu is the tanh approximation.
+ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "relu": "relu"}
 _ROPES = {"default": "none", "linear": "linear", "llama3": "llama3"}
 
 
@@ -82,8 +83,9 @@ class Settings:
             self.fail(f"{key} = {value!r} is not supported; supported are {', '.join(options)}")
         return options[value]
 
-    def activation(self, key: str, default: str) -> str:
-        return self.choice(key, self.get(key, str, default), _ACTIVATIONS)
+    def activation(self, key: str, default: str, names: dict[str, str] = ACTIVATIONS) -> str:
+        """Our name of the activation that `key` names. names: those that the family allows, and ours."""
+        return self.choice(key, self.get(key, str, default), names)
 
     def rope(self, max_positions: int) -> dict:
         """rope_theta and the scaling: `rope_parameters`, or `rope_theta` and `rope_scaling` as they were called before transformers 5.
@@ -178,12 +180,12 @@ def read_headers(folder: Path) -> dict[str, Header]:
 class Tensors:
     """The folder's tensors by the names of the family's table."""
 
-    def __init__(self, folder: Path, prefix: str, buffers: str):
-        """prefix: what names begin with that lack it, but lm_head's; buffers: regular expression of tensors to skip."""
+    def __init__(self, folder: Path, prefix: str, unprefixed: tuple[str, ...], buffers: str):
+        """prefix: put before the names that lack it, except for those in `unprefixed`; buffers: regular expression of tensors to skip."""
         self.headers: dict[str, Header] = {}
         self._open: dict[Path, Any] = {}
         for name, header in read_headers(folder).items():
-            full = name if name.startswith((prefix, "lm_head.")) else prefix + name
+            full = name if name.startswith(prefix) or name in unprefixed else prefix + name
             if re.fullmatch(buffers, full):
                 continue
             if full in self.headers:

@@ -10,23 +10,27 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
+from flax.traverse_util import flatten_dict
 from jax.sharding import NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from iam_jax.config import Config, ModelConfig, check
 from iam_jax.data.tokenizer import Vocabulary
-from iam_jax.errors import InputError
+from iam_jax.errors import InputError, quote_first
+from iam_jax.model.decoder import Block, Decoder
+from iam_jax.model.lora import Keys
+from iam_jax.model.pretrained import families  # noqa: F401 (its files register the families)
+from iam_jax.model.pretrained.family import FAMILIES, Family
 from iam_jax.model.pretrained.folder import CONFIG, TOKENIZER, Header, Settings, Tensors, check_dense, find_folder
-from iam_jax.model.pretrained.gpt2 import GPT2
-from iam_jax.model.pretrained.llama import LLAMA, MISTRAL
-from iam_jax.model.pretrained.qwen import QWEN2, QWEN3
-from iam_jax.model.pretrained.table import Family, Source, axis_sizes, exists, param_axes, param_shape, read_part, tensor_shape
-
-FAMILIES: dict[str, Family] = {"llama": LLAMA, "mistral": MISTRAL, "qwen2": QWEN2, "qwen3": QWEN3, "gpt2": GPT2}
+from iam_jax.model.pretrained.table import Source, axis_sizes, param_axes, param_shape, read_part, tensor_shape
+from iam_jax.relations import ORDINARY
+from iam_jax.schedule import Schedule
 
 _HEAD, _BLOCKS = "output_VD", "decoder.blocks."
 _FIELDS = [field.name for field in dataclasses.fields(ModelConfig)]
 _SHAPE = _FIELDS[_FIELDS.index("width") : _FIELDS.index("tie_tokens") + 1]
+_LATER = ("norm_offset",)  # fields that came after the first fingerprints: they count unless they have their defaults
 _SHOWN_BYTES = 2 * 10**9  # reading more shows its progress
 _SAMPLES, _SAMPLE_BYTES = 64, 1024  # of a tensor's bytes, in its fingerprint
 
@@ -51,12 +55,17 @@ class Pretrained(NamedTuple):
 
     def table(self) -> dict[str, Source]:
         """The parameters that are not in layers."""
-        return {name: source for name, source in self.family.top.items() if exists(name, self.model)}
+        return self._present(self.family.top, _names(self.model)[0])
 
     def layer_table(self, n: int) -> dict[str, Source]:
         """The parameters of layer n, by their names inside a block."""
-        layer = {name: source for name, source in self.family.layer.items() if exists(name, self.model)}
+        layer = self._present(self.family.layer, _names(self.model)[1])
         return {name: source._replace(tensor=source.tensor.format(n=n)) for name, source in layer.items()}
+
+    def _present(self, table: dict[str, Source], names: frozenset[str]) -> dict[str, Source]:
+        if missing := sorted(names - table.keys()):
+            raise ValueError(f"the family of model_type {self.family.model_type!r} has no tensor for {quote_first(missing)}")
+        return {name: source for name, source in table.items() if name in names}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Of every tensor of the folder, by name."""
@@ -65,11 +74,22 @@ class Pretrained(NamedTuple):
 
     def tensors(self) -> Tensors:
         """Checked: all there, of the right shapes and types, and no others."""
-        tensors = Tensors(self.folder, self.family.prefix, self.family.buffers)
+        tensors = Tensors(self.folder, self.family.prefix, self.family.unprefixed, self.family.buffers)
         # Some files hold the output embedding although it is tied.
-        optional = () if _HEAD in self.table() else (self.family.top[_HEAD].tensor,)
+        optional = (self.family.top[_HEAD].tensor,) if _HEAD in self.family.top and _HEAD not in self.table() else ()
         tensors.check(self.shapes(), self.folder, optional)
         return tensors
+
+
+@functools.cache
+def _names(model: ModelConfig) -> tuple[frozenset[str], frozenset[str]]:
+    """The parameters that a pretrained model of this shape has: those outside the layers, and those of a layer."""
+
+    def names(make) -> set[str]:
+        return flatten_dict(nnx.to_pure_dict(nnx.state(nnx.eval_shape(lambda: make(Keys(jax.random.key(0)))))), sep=".").keys()
+
+    top = {f"decoder.{name}" for name in names(lambda keys: Decoder(model, Schedule(()), 2, 1, None, keys))}
+    return frozenset(top | (set() if model.tie_tokens else {_HEAD})), frozenset(names(lambda keys: Block(model, 1, False, keys)))
 
 
 def read_pretrained(config: Config) -> Pretrained:
@@ -79,7 +99,7 @@ def read_pretrained(config: Config) -> Pretrained:
     family = settings.choice("model_type", settings.get("model_type", str), FAMILIES)
     check_dense(settings)
     # Fields that the family does not set have their defaults, not the config's values.
-    fields = {name: getattr(ModelConfig(), name) for name in _SHAPE} | family.shape(settings) | {"scale_embedding": False}
+    fields = {name: getattr(ModelConfig(), name) for name in _SHAPE} | family.fields(settings)
     return Pretrained(folder, settings, family, fields, settings.size(family.layers), settings.size("vocab_size"))
 
 
@@ -91,9 +111,9 @@ def configure(config: Config) -> Config:
     source = read_pretrained(config)
     own, layers, key = len(config.schedule.own_layers), source.layers, source.family.layers
     if own != layers:
-        pairs = f"(intra inter)*{layers // 2}" + " full" * (layers % 2) if layers > 1 else "intra"
+        pairs = f"(intra inter)*{layers // 2}" + f" {ORDINARY}" * (layers % 2) if layers > 1 else "intra"
         what = f"has {own} layers without the inserted ones, and {source.settings.path} has {key} = {layers}"
-        raise InputError(f"config.model.schedule = {config.model.schedule!r} {what}; for example 'full*{layers}' or '{pairs}'")
+        raise InputError(f"config.model.schedule = {config.model.schedule!r} {what}; for example '{ORDINARY}*{layers}' or '{pairs}'")
     window, row = source.family.window(source.settings), config.data.row_tokens
     if window is not None and window < row:
         source.settings.fail(
@@ -141,7 +161,8 @@ def fingerprint(config: Config) -> str:
     tensors = source.tensors()
     _check_tied(source, tensors)
     headers = tensors.headers
-    described = [source.fields, source.layers, [[name, headers[name].dtype, headers[name].shape] for name in sorted(source.shapes())]]
+    fields = {name: value for name, value in source.fields.items() if name not in _LATER or value != getattr(ModelConfig(), name)}
+    described = [fields, source.layers, [[name, headers[name].dtype, headers[name].shape] for name in sorted(source.shapes())]]
     digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
     for name in sorted(source.shapes()):
         digest.update(_sample(headers[name]))
@@ -172,7 +193,7 @@ def load(config: Config, abstract: dict, dtype=None) -> dict:
     tensors = source.tensors()
     _check_tied(source, tensors)
     known, sizes = places(config, source), source.sizes
-    leaves = {jax.tree_util.keystr(path, simple=True, separator="."): x for path, x in jax.tree_util.tree_leaves_with_path(abstract)}
+    leaves = flatten_dict(abstract, sep=".")
     for name, x in leaves.items():
         if name not in known:
             raise ValueError(f"{name} is not a pretrained parameter")
@@ -232,9 +253,10 @@ def _put(sharding):
 
 def _check_tied(source: Pretrained, tensors: Tensors) -> None:
     """Raises InputError where the files hold an output embedding that is not the tied input embedding."""
-    head, embedding = (source.family.top[name].tensor for name in (_HEAD, "decoder.embedding_VD"))
-    if _HEAD in source.table() or head not in tensors.headers:
+    top = source.family.top
+    if _HEAD in source.table() or _HEAD not in top or top[_HEAD].tensor not in tensors.headers:
         return
+    head, embedding = top[_HEAD].tensor, top["decoder.embedding_VD"].tensor
     header, other = tensors.headers[head], tensors.headers[embedding]
     a, b, rows = tensors.view(head), tensors.view(embedding), header.shape[0]
     parts = (slice(at, min(at + 8192, rows)) for at in range(0, rows, 8192))  # not both as a whole

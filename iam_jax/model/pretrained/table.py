@@ -6,7 +6,6 @@ has two axes, heads times head size and model width. The letters are those of th
 
 import math
 import re
-from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -16,17 +15,6 @@ from iam_jax.config import ModelConfig
 PIECE_BYTES = 64 * 2**20  # read at one time: a tensor that is cast or transposed never exists twice
 
 _NAME = re.compile(r"_([A-Z]+)$")
-_FLAGS = {
-    "attention.query_NH": "qkv_bias",
-    "attention.key_KH": "qkv_bias",
-    "attention.value_KH": "qkv_bias",
-    "attention.out_D": "out_bias",
-    "mlp.up_F": "mlp_bias",
-    "mlp.gate_F": "mlp_bias",
-    "mlp.down_D": "mlp_bias",
-    "attention.query_norm.scale": "qk_norm",
-    "attention.key_norm.scale": "qk_norm",
-}
 
 
 class Source(NamedTuple):
@@ -34,23 +22,6 @@ class Source(NamedTuple):
     axes: str  # the tensor's axes, each the letters of the parameter's axes it holds, first to last
     piece: int = 0  # the tensor's last axis holds `pieces` parameters side by side; this is which of them
     pieces: int = 1
-
-
-class Family(NamedTuple):
-    """What there is to know about a `model_type`."""
-
-    shape: Callable[..., dict]  # settings -> the fields of ModelConfig
-    window: Callable[..., int | None]  # settings -> the sliding window that some layer has
-    layers: str  # the key of the number of layers
-    prefix: str  # of all tensors but lm_head's; files may lack it
-    top: dict[str, Source]
-    layer: dict[str, Source]
-    buffers: str = r"(?!)"  # regular expression of tensors that are no parameters
-
-
-def exists(name: str, model: ModelConfig) -> bool:
-    """Whether the model has the parameter `name` of a table."""
-    return not model.tie_tokens if name == "output_VD" else name not in _FLAGS or getattr(model, _FLAGS[name])
 
 
 def axis_sizes(model: ModelConfig, vocabulary: int) -> dict[str, int]:

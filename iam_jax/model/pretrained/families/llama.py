@@ -1,7 +1,8 @@
 """LLaMA 2 and 3.x, and Mistral."""
 
-from iam_jax.model.pretrained.folder import Settings
-from iam_jax.model.pretrained.table import Family, Source
+from iam_jax.model.pretrained.family import Family, register
+from iam_jax.model.pretrained.folder import ACTIVATIONS, Settings
+from iam_jax.model.pretrained.table import Source
 
 TOP = {
     "decoder.embedding_VD": Source("model.embed_tokens.weight", "V D"),
@@ -29,9 +30,17 @@ LAYER = {
 BUFFERS = r".*\.rotary_emb\.inv_freq"  # old files hold it
 
 
-def llama_shape(settings: Settings, *, kv_heads: int | None = None, head_size: int | None = None, max_positions: int = 2048) -> dict:
-    """The keywords are the family's defaults of num_key_value_heads, head_dim (None: as many as heads, width / heads) and
-    max_position_embeddings."""
+def llama_shape(
+    settings: Settings,
+    *,
+    kv_heads: int | None = None,
+    head_size: int | None = None,
+    max_positions: int = 2048,
+    activations: dict[str, str] = ACTIVATIONS,
+) -> dict:
+    """The fields of ModelConfig from settings with LLaMA's names. kv_heads, head_size, max_positions: the family's defaults of
+    num_key_value_heads, head_dim (None: as many as heads, width / heads) and max_position_embeddings. activations: names that hidden_act
+    may have, and ours."""
     heads, width = settings.size("num_attention_heads"), settings.size("hidden_size")
     size = settings.size("head_dim", head_size, null=head_size)
     if size is None and width % heads:
@@ -43,7 +52,7 @@ def llama_shape(settings: Settings, *, kv_heads: int | None = None, head_size: i
         "head_size": size or width // heads,
         "mlp": "gated",
         "mlp_width": settings.size("intermediate_size"),
-        "activation": settings.activation("hidden_act", "silu"),
+        "activation": settings.activation("hidden_act", "silu", activations),
         "norm": "rms",
         "norm_epsilon": settings.number("rms_norm_eps", 1e-6),
         "positions": "rotary",
@@ -65,5 +74,7 @@ def _mistral_window(settings: Settings) -> int | None:
     return settings.size("sliding_window", 4096, null=None)
 
 
-LLAMA = Family(_llama, lambda settings: None, "num_hidden_layers", "model.", TOP, LAYER, BUFFERS)
-MISTRAL = Family(_mistral, _mistral_window, "num_hidden_layers", "model.", TOP, LAYER, BUFFERS)
+NAMES = {"layers": "num_hidden_layers", "prefix": "model.", "top": TOP, "layer": LAYER, "buffers": BUFFERS}
+
+register(Family(model_type="llama", shape=_llama, **NAMES))
+register(Family(model_type="mistral", shape=_mistral, window=_mistral_window, **NAMES))

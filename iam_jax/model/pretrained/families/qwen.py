@@ -1,8 +1,9 @@
 """Qwen2 and 2.5 (biases of queries, keys and values), Qwen3 (norm of queries and keys). The names are LLaMA's."""
 
+from iam_jax.model.pretrained.families.llama import LAYER, NAMES, llama_shape
+from iam_jax.model.pretrained.family import Family, register
 from iam_jax.model.pretrained.folder import Settings
-from iam_jax.model.pretrained.llama import BUFFERS, LAYER, TOP, llama_shape
-from iam_jax.model.pretrained.table import Family, Source
+from iam_jax.model.pretrained.table import Source
 
 LAYER3 = LAYER | {
     "attention.query_norm.scale": Source("model.layers.{n}.self_attn.q_norm.weight", "H"),
@@ -30,5 +31,5 @@ def _window(settings: Settings) -> int | None:
     return settings.size("sliding_window", 4096, null=None) if sliding else None
 
 
-QWEN2 = Family(_qwen2, _window, "num_hidden_layers", "model.", TOP, LAYER, BUFFERS)
-QWEN3 = Family(_qwen3, _window, "num_hidden_layers", "model.", TOP, LAYER3, BUFFERS)
+register(Family(model_type="qwen2", shape=_qwen2, window=_window, **NAMES))
+register(Family(model_type="qwen3", shape=_qwen3, window=_window, **NAMES | {"layer": LAYER3}))

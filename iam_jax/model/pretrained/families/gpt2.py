@@ -1,7 +1,8 @@
 """GPT-2: learned positions, layer norms, biases everywhere. Its matrices are stored input first, queries, keys and values side by side."""
 
+from iam_jax.model.pretrained.family import Family, register
 from iam_jax.model.pretrained.folder import Settings
-from iam_jax.model.pretrained.table import Family, Source
+from iam_jax.model.pretrained.table import Source
 
 TOP = {
     "decoder.embedding_VD": Source("transformer.wte.weight", "V D"),
@@ -62,4 +63,6 @@ def _shape(settings: Settings) -> dict:
     }
 
 
-GPT2 = Family(_shape, lambda settings: None, "n_layer", "transformer.", TOP, LAYER, BUFFERS)
+register(
+    Family(model_type="gpt2", shape=_shape, layers="n_layer", prefix="transformer.", top=TOP, layer=LAYER, buffers=BUFFERS),
+)

@@ -1,0 +1,109 @@
+"""Attention relations: which keys a token may see. Each relation is one object; everything else in the project reads it.
+
+A token can see two kinds of keys. The first is one range of earlier keys of its own user: the prompt and the items before its own.
+The second is its own item: no token of it, the tokens up to itself, or all of them. `register` adds a relation, for example the item
+before one's own:
+
+    register(Relation("previous", start=lambda at: at.start_of(at.before - 1), meaning="the item before its own"))
+
+The schedule language then accepts the name. Masks, the cache of item states, candidate scoring, beam search, plans and the checks of
+the config follow from the object.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    import jax
+
+NAME = r"[a-z_]+"  # regular expression of a name, in the schedule language too
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Where users and items lie, as slots of keys: int32 [B, T] for T queries, except for `group_start_BS`."""
+
+    user_start: "jax.Array"  # first slot of the user
+    before: "jax.Array"  # one past the last slot of the earlier items: the item's first slot; for a candidate, the end of the history
+    item_start: "jax.Array"  # first slot of the item (or the prompt)
+    item_stop: "jax.Array"  # one past its last slot
+    slot: "jax.Array"  # the token itself
+    group_start_BS: "jax.Array"  # for each key slot, the first slot of its item (or of the prompt)
+
+    def start_of(self, slot_BT: "jax.Array") -> "jax.Array":
+        """[B, T]: the first slot of the item (or of the prompt) that holds the given key slot; slots outside the row count as its ends."""
+        import jax.numpy as jnp  # here, so that reading a config does not import JAX
+
+        last = self.group_start_BS.shape[1] - 1
+        return jnp.take_along_axis(self.group_start_BS, jnp.clip(slot_BT, 0, last), axis=1)
+
+
+Bound = Callable[[Layout], "jax.Array"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Relation:
+    """The keys that a token sees: earlier keys [start, stop), and tokens of its own item.
+
+    `start` and `stop` map a Layout to slots [B, T]. They are cut to the keys between the user's first slot and the token's own item, so
+    that no relation can see another user, a later item or another candidate. `start` None: no earlier keys. `stop` None: up to the end of
+    the earlier items. own: None (no token of its own item), "past" (the tokens up to itself) or "whole" (all tokens).
+    Raises ValueError for a relation without any key, and for a name or an `own` that is not allowed.
+    """
+
+    name: str
+    start: Bound | None = None
+    stop: Bound | None = None
+    own: Literal["past", "whole"] | None = None
+    meaning: str = ""  # one line for the documentation
+
+    def __post_init__(self):
+        if not re.fullmatch(NAME, self.name):
+            raise ValueError(f"relation {self.name!r}: a name consists of lower-case letters and underscores")
+        if self.own not in (None, "past", "whole"):
+            raise ValueError(f"relation {self.name!r}: own = {self.own!r} must be None, 'past' or 'whole'")
+        if self.start is None and (self.own is None or self.stop is not None):
+            raise ValueError(f"relation {self.name!r}: needs `start` or `own`, and `stop` needs `start`")
+
+    @property
+    def own_item_only(self) -> bool:
+        """An intra layer: a state depends on the item alone. Leading layers of this kind are computed once per distinct item."""
+        return self.start is None
+
+    @property
+    def other_items_only(self) -> bool:
+        """An inter layer: `model.self_key` and `model.inter_positions` apply to it."""
+        return self.own is None
+
+    @property
+    def sees_ahead(self) -> bool:
+        """A token sees later tokens of its own item: refused where tokens are predicted."""
+        return self.own == "whole"
+
+    def reach(self, longest: int | None) -> tuple[int, int] | None:
+        """How many slots before and after a token its keys may lie, if that is bounded. longest: number of tokens of the longest item (or
+        prompt), None if it is not known."""
+        if longest is None or not self.own_item_only:
+            return None
+        return longest - 1, longest - 1 if self.sees_ahead else 0
+
+
+RELATIONS: dict[str, Relation] = {}
+
+ORDINARY = "full"  # the relation of pretrained models
+
+
+def register(relation: Relation) -> Relation:
+    """Adds a relation to RELATIONS. Raises ValueError if the name is taken."""
+    if relation.name in RELATIONS:
+        raise ValueError(f"relation {relation.name!r} is registered already")
+    RELATIONS[relation.name] = relation
+    return relation
+
+
+register(Relation(ORDINARY, start=lambda at: at.user_start, own="past", meaning="ordinary causal attention"))
+register(Relation("intra", own="past", meaning="its own item so far"))
+register(Relation("inter", start=lambda at: at.user_start, meaning="all earlier items and the prompt, no other token of its own item"))
+register(Relation("intra_both", own="whole", meaning="its own item in both directions"))

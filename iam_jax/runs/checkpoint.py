@@ -21,8 +21,8 @@ from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from iam_jax.storage import remote as storage
 from iam_jax.errors import DamagedError, InputError, of_the_system, quote_first
+from iam_jax.storage import remote as storage
 from iam_jax.storage.files import write_atomically
 
 _PROGRESS, _METRICS = "progress/metadata", "metrics/metrics"  # where Orbax puts the two JSON items of a step

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from iam_jax.ranking import metrics
 from iam_jax.errors import InputError
+from iam_jax.ranking import metrics
 from iam_jax.storage.files import make_folder, parquet, to_path, write_atomically
 from iam_jax.storage.remote import is_remote
 

@@ -5,11 +5,11 @@ import fcntl
 import json
 from pathlib import Path
 
-from iam_jax.storage import remote as storage
 from iam_jax.config import CONFIG_FILE, Config, check_same_run, to_json
 from iam_jax.data.prepare import Prepared
 from iam_jax.data.stored import ITEMS_FILE, identity, items_frame
 from iam_jax.errors import InputError
+from iam_jax.storage import remote as storage
 from iam_jax.storage.files import check_writable, make_folder, write_atomically
 
 _FIRST_FILES = {"data.json", "tokenizer.json", ITEMS_FILE}  # written before the config, which marks the folder as complete

@@ -14,6 +14,7 @@ import re
 import ml_collections
 
 from iam_jax.errors import InputError
+from iam_jax.registry import SOURCES
 from iam_jax.schedule import Schedule, parse_schedule
 from iam_jax.storage.files import to_path
 
@@ -30,7 +31,7 @@ class SyntheticConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    source: str = "table"  # table | ml1m | amazon | synthetic
+    source: str = "table"  # table | ml1m | amazon | synthetic | one that was registered (iam_jax.data.sources)
     path: str = ""  # folder with interactions.* and items.*, or with the original archives; empty: download (ml1m, amazon)
     category: str = ""  # amazon only: "2014/Toys_and_Games", "2018/Arts_Crafts_and_Sewing", …
     cache: str = ""  # folder of prepared data; empty: $XDG_CACHE_HOME/iam_jax or ~/.cache/iam_jax
@@ -386,12 +387,10 @@ def check(config: Config) -> None:
     def choice(field: str, value: str, *options: str) -> None:
         require(value in options, field, f"must be one of {', '.join(options)}")
 
-    choice("data.source", data.source, "table", "ml1m", "amazon", "synthetic")
+    choice("data.source", data.source, *SOURCES)
     choice("data.untitled", data.untitled, "error", "drop", "id")
     choice("data.split", data.split, "leave_one_out", "temporal")
-    require(data.source != "table" or bool(data.path), "data.path", "the folder that holds interactions.* and items.*")
-    chosen = data.source != "amazon" or bool(data.category or data.path)
-    require(chosen, "data.category", "which one? For example 2014/Toys_and_Games")
+    SOURCES[data.source].check(data)
     for field, value in (("k_core", data.k_core), ("last_n", data.last_n)):
         require(value >= 0, f"data.{field}", "must be 0 or more")
     require(0 <= data.unseen_items < 1, "data.unseen_items", "must be in [0, 1)")

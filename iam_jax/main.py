@@ -42,6 +42,7 @@ from iam_jax import config_files  # noqa: E402
 from iam_jax.devices import distributed  # noqa: E402
 from iam_jax.devices.signals import Signals  # noqa: E402
 from iam_jax.errors import InputError, JobError, NonFiniteError  # noqa: E402
+from iam_jax.registry import SOURCES  # noqa: E402
 from iam_jax.runs.workdir import check_workdir, lock_workdir, open_workdir  # noqa: E402
 from iam_jax.storage.files import to_path, write_atomically  # noqa: E402
 from iam_jax.storage.remote import is_remote  # noqa: E402
@@ -181,11 +182,7 @@ def run(signals: Signals) -> None:
                 print(note)
             print(f"wrote {_OUTPUT.value}, from step {step:,}")
             return
-        oracle = None
-        if config.data.source == "synthetic":
-            from iam_jax.data.sources import synthetic
-
-            oracle = synthetic.from_config(config.data.synthetic).oracle().scores
+        oracle = SOURCES[config.data.source].oracle(config.data)
         evaluate_all(evaluator, params, step, workdir, oracle, signals.poll)
         with distributed.fail_together(signals):
             if distributed.is_first():

@@ -11,7 +11,8 @@ import polars as pl
 import pytest
 from tensorflow_datasets.core.download import checksums
 
-from iam_jax.data.sources import movielens, originals
+from iam_jax.data.sources import movielens, tfds_tables
+from iam_jax.data.sources.originals import Checksum
 from iam_jax.errors import InputError
 
 RATINGS = "1::20::5::978300760\n1::10::3::978302109\n2::10::4::978301968\n1::20::1::978300760\n"
@@ -116,7 +117,7 @@ def test_zip_and_extracted_files_are_the_same_data(tmp_path, capsys):
 
 
 def test_several_blocks(tmp_path, monkeypatch):
-    monkeypatch.setattr(originals, "BLOCK", 3)
+    monkeypatch.setattr(tfds_tables, "BLOCK", 3)
     write_zip(tmp_path / "zip")
     expect(movielens.load(tmp_path / "zip", tmp_path / "tfds"))
 
@@ -186,7 +187,7 @@ def test_damaged_archive(tmp_path):
 
 
 def test_registered_checksum_is_the_published_one():
-    assert movielens.MovieLens1M.url_infos[movielens.URL] == checksums.get_all_url_infos()[movielens.URL]
+    assert checksums.UrlInfo(*movielens.MovieLens1M.checksums[movielens.URL]) == checksums.get_all_url_infos()[movielens.URL]
     assert movielens.URL == "https://files.grouplens.org/datasets/movielens/ml-1m.zip"
 
 
@@ -196,13 +197,13 @@ def test_download(tmp_path, monkeypatch, server):
     url = f"{address}/ml-1m.zip"
     monkeypatch.setattr(movielens, "URL", url)
 
-    wrong = checksums.UrlInfo(len(content), "0" * 64, "ml-1m.zip")
-    monkeypatch.setattr(movielens.MovieLens1M, "url_infos", {url: wrong})
+    wrong = Checksum(len(content), "0" * 64, "ml-1m.zip")
+    monkeypatch.setattr(movielens.MovieLens1M, "checksums", {url: wrong})
     with pytest.raises(InputError, match=rf"^{url}: the download failed \(NonMatchingChecksumError: .*by hand.*--config\.data\.path"):
         movielens.load(data_dir=tmp_path / "tfds")
 
-    right = checksums.UrlInfo(len(content), hashlib.sha256(content).hexdigest(), "ml-1m.zip")
-    monkeypatch.setattr(movielens.MovieLens1M, "url_infos", {url: right})
+    right = Checksum(len(content), hashlib.sha256(content).hexdigest(), "ml-1m.zip")
+    monkeypatch.setattr(movielens.MovieLens1M, "checksums", {url: right})
     asked.clear()
     for _ in range(2):
         tables = movielens.load(data_dir=tmp_path / "tfds")

@@ -8,6 +8,7 @@ import pytest
 
 from iam_jax.config import DataConfig, SyntheticConfig
 from iam_jax.data import prepare as prepare_lib
+from iam_jax.data import tables as tables_lib
 from iam_jax.data.prepare import prepare
 from iam_jax.data.tokenizer import Vocabulary
 from iam_jax.errors import InputError
@@ -62,8 +63,8 @@ def test_the_second_call_parses_nothing(config, monkeypatch, tmp_path):
 
     with monkeypatch.context() as patch:
         for module, name in [
-            (prepare_lib.table, "read_tables"),
-            (prepare_lib.table, "read_table"),
+            (tables_lib, "load_tables"),
+            (tables_lib, "read_table"),
             (prepare_lib, "make_split"),
             (prepare_lib, "_load"),
         ]:
@@ -220,7 +221,3 @@ def test_synthetic(config, monkeypatch):
     assert prepare(dataclasses.replace(config, synthetic=SyntheticConfig(20, 60, seed=1))).split.sha256 != first.split.sha256
     monkeypatch.setattr(prepare_lib, "_load", None)
     same(first, prepare(config))
-
-
-def test_tables_in_the_folder_of_a_public_source_are_read_as_tables(config):
-    same(prepare(config), prepare(dataclasses.replace(config, source="ml1m")))

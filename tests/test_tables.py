@@ -395,6 +395,19 @@ def test_checks_serve_other_sources_too():
     assert refused(check_tables, Tables(interactions, items.clear(), "a", "b", "")) == "b: the table has no rows"
     check_tables(Tables(interactions, items, "a", "b", ""), check_unknown_items=False)
 
+    def message(interactions=interactions, items=items):
+        return refused(check_tables, Tables(interactions, items, "a", "b", ""), check_unknown_items=False)
+
+    assert message(interactions.drop("timestamp")) == "a: no column 'timestamp'; its columns are user, item"
+    assert message(items=items.drop("item")) == "b: no column 'item'; its columns are title"
+    assert message(interactions.cast({"user": pl.Int64}, strict=False)) == "a: column 'user' is of type Int64; it must be String"
+    assert message(items=items.with_columns(title=1)) == "b: column 'title' is of type Int32; it must be String"
+    assert message(interactions.cast({"timestamp": pl.Int32})).startswith(
+        "a: column 'timestamp' is of type Int32; it must be Int64 or Float64"
+    )
+    missing = items.with_columns(title=pl.Series(["x", None]))
+    assert message(items=missing) == "b: column 'title': missing values: nothing (row 2)"
+
 
 def test_fingerprint(tmp_path):
     first = fingerprint_tables(folder(tmp_path))

@@ -13,6 +13,7 @@ from iam_jax.config import DataConfig
 from iam_jax.data import tables as tables_lib
 from iam_jax.data.cache import cache_root, cached_folder
 from iam_jax.data.catalogue import Catalogue, has_text, make_catalogue
+from iam_jax.data.sources import SOURCES, Source
 from iam_jax.data.splits import Events, Split, as_strings, make_split, shuffle_training
 from iam_jax.data.tokenizer import Vocabulary, load_given
 from iam_jax.errors import InputError
@@ -53,48 +54,32 @@ def prepare(config: DataConfig, given: Vocabulary | None = None) -> Prepared:
     return Prepared(split, catalogue)
 
 
-def _is_tables(path: str) -> bool:
-    return bool(path) and bool(tables_lib.table_files(path, "interactions"))
+def _source(config: DataConfig) -> Source:
+    """The source that reads the data: data.source, or `table` where data.path holds tables that stand in for its files."""
+    source = SOURCES[config.source]
+    if source.accepts_tables and config.path and tables_lib.table_files(config.path, "interactions"):
+        return SOURCES["table"]
+    return source
 
 
-def _load(config: DataConfig) -> tables_lib.Tables:
-    if config.source == "synthetic":
-        from iam_jax.data.sources import synthetic
-
-        return synthetic.from_config(config.synthetic).tables()
-    if config.source == "table" or _is_tables(config.path):
-        return tables_lib.read_tables(config.path, check_unknown_items=config.untitled != "drop")
-    prepared = str(cache_root(config.cache) / "tensorflow_datasets")
-    if config.source == "ml1m":
-        from iam_jax.data.sources import movielens
-
-        tables = movielens.load(config.path, prepared)
-    else:
-        from iam_jax.data.sources import amazon
-
-        tables = amazon.load(config.path, config.category, prepared)
+def _load(source: Source, config: DataConfig) -> tables_lib.Tables:
+    tables = source.load(config, cache_root(config.cache))
     tables_lib.check_tables(tables, check_unknown_items=config.untitled != "drop")
     return tables
 
 
 def _cached_split(config: DataConfig, cache: Path) -> Split:
-    """Kept under what made it: tables by the hash of their bytes, so that a hit needs no parsing; synthetic data by their
-    arguments; public data by the hash of their content, for which their prepared form is read."""
+    """The split, cached under its settings and the identity of its source (`Source.identity`)."""
     settings = [_VERSION, {field: getattr(config, field) for field in _SPLIT_FIELDS}, config.tokenizer == "id"]
-    tables = None
-    if config.source == "synthetic":
-        from iam_jax.data.sources import synthetic
-
-        identity = ["synthetic", synthetic.VERSION, dataclasses.asdict(config.synthetic)]
-    elif config.source == "table" or _is_tables(config.path):
-        identity = ["table", tables_lib.fingerprint_tables(config.path)]
-    else:
-        tables = _load(config)
-        identity = [config.source, tables.fingerprint]
+    source, tables = _source(config), None
+    identity = source.identity(config)
+    if identity is None:
+        tables = _load(source, config)
+        identity = [source.name, tables.fingerprint]
     digest = hashlib.sha256(json.dumps([settings, identity]).encode()).hexdigest()
 
     def make():
-        split = make_split(tables or _load(config), config, lambda items: has_text(items, config))
+        split = make_split(tables or _load(source, config), config, lambda items: has_text(items, config))
 
         def write(folder: Path) -> None:
             for name in _ARRAYS:

@@ -24,6 +24,7 @@ LAYOUT = (
     "interactions.* (columns user, item, timestamp) and items.* (column item, then text columns), "
     "each ending in .csv, .tsv, .csv.gz, .tsv.gz or .parquet"
 )
+_TIMESTAMPS = (pl.Int64, pl.Float64, pl.Datetime("us", "UTC"))
 _BAD_PARQUET = (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError)
 # Rust's \d is any script's digits, hence [0-9]. Zeros after the sixth decimal are harmless; other digits there do not match.
 _ISO = (
@@ -84,21 +85,31 @@ def read_tables(folder: str | Path, *, check_unknown_items: bool = True) -> Tabl
     `check_unknown_items=False` allows interactions with items that the items table does not have. Raises InputError for
     whatever keeps the tables from being read exactly as they are: see `read_table` and `check_tables`.
     """
+    tables = load_tables(folder)
+    check_tables(tables, check_unknown_items=check_unknown_items)
+    return tables
+
+
+def load_tables(folder: str | Path) -> Tables:
+    """Reads the tables of `folder`, without `check_tables`."""
     interactions, items = find_tables(folder)
-    tables = Tables(
+    return Tables(
         interactions=read_table(interactions, INTERACTIONS),
         items=read_table(items, ("item",), others=True),
         interactions_name=str(interactions),
         items_name=str(items),
         fingerprint=fingerprint_tables(folder),
     )
-    check_tables(tables, check_unknown_items=check_unknown_items)
-    return tables
 
 
 def check_tables(tables: Tables, *, check_unknown_items: bool = True) -> None:
-    """What any source must hold: rows in both tables, one row per item id, and only known items in the interactions."""
-    for name, table in ((tables.interactions_name, tables.interactions), (tables.items_name, tables.items)):
+    """Checks the tables of any source: the columns and types of `Tables`, rows in both, one row per item id, and in the interactions
+    only known items. Raises InputError."""
+    for name, table, required in (
+        (tables.interactions_name, tables.interactions, INTERACTIONS),
+        (tables.items_name, tables.items, ("item", *tables.items.columns)),
+    ):
+        _check_columns(name, table, required)
         if table.is_empty():
             raise InputError(f"{name}: the table has no rows")
     ids = tables.items["item"]
@@ -112,6 +123,17 @@ def check_tables(tables: Tables, *, check_unknown_items: bool = True) -> None:
             item = tables.interactions["item"]
             what = f"{len(unknown):,} unknown item{'s' * (len(unknown) > 1)}, absent from {tables.items_name}"
             refuse(tables.interactions_name, item, item.is_in(unknown.to_list()), what)
+
+
+def _check_columns(name: str, table: pl.DataFrame, required: Sequence[str]) -> None:
+    for column in required:
+        if column not in table.columns:
+            raise InputError(f"{name}: no column {column!r}; its columns are {', '.join(table.columns)}")
+        types = _TIMESTAMPS if column == "timestamp" else (pl.String,)
+        if table[column].dtype not in types:
+            raise InputError(f"{name}: column {column!r} is of type {table[column].dtype}; it must be {' or '.join(map(str, types))}")
+        if table[column].null_count():
+            refuse(name, table[column], table[column].is_null(), "missing values")
 
 
 def read_table(path: str | Path, required: Sequence[str], *, others: bool = False) -> pl.DataFrame:

@@ -15,12 +15,11 @@ import json
 import re
 from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
-from typing import ClassVar
 
-import tensorflow_datasets as tfds
-
+from iam_jax.config import DataConfig
 from iam_jax.data import tables as tables_lib
-from iam_jax.data.sources.originals import Event, Files, TableBuilder, malformed, prepared, reading
+from iam_jax.data.sources import Source
+from iam_jax.data.sources.originals import Event, Files, Originals, malformed, reading
 from iam_jax.data.tables import Tables
 from iam_jax.errors import InputError, quote_first
 
@@ -188,24 +187,19 @@ def category_path(paths: list) -> str:
     return " > ".join(filter(None, map(clean, longest)))
 
 
-class Config(tfds.core.BuilderConfig):
-    """One category of one release."""
-
-    def __init__(self, year: int, category: str):
-        super().__init__(name=f"{year}_{category}", description=f"Amazon {year}, {category.replace('_', ' ')}, five-core")
-        self.year, self.category = year, category
-
-
-class Amazon(TableBuilder):
+class Amazon(Originals):
     """Five-core reviews of a category, and the texts of the items reviewed; items without metadata have empty texts."""
 
     name = "iam_amazon"
-    TEXT = ("title", "brand", "category")
-    BUILDER_CONFIGS: ClassVar = [Config(year, category) for year, names in CATEGORIES.items() for category in names]
-    url_infos = None  # nobody publishes checksums of these files; `load` prints what they were
+    text = ("title", "brand", "category")
+
+    def __init__(self, year: int, category: str, files: Files | None = None):
+        super().__init__(files)
+        self.variant = f"{year}_{category}"
+        self._urls = addresses(year, category)
 
     def urls(self) -> dict[str, str]:
-        return addresses(self.builder_config.year, self.builder_config.category)
+        return self._urls
 
     def events(self, files: Files) -> Iterator[Event]:
         name = self.called("interactions")
@@ -261,8 +255,10 @@ def load(path: str = "", category: str = "", data_dir: str = "") -> Tables:
     Raises:
         InputError: an unknown category, missing, malformed or damaged files, or a download that failed.
     """
+    from iam_jax.data.sources.tfds_tables import prepared
+
     year, name, files = find(path, category) if path else (*resolve(category), None)
-    builder = prepared(Amazon, data_dir, files, f"{year}_{name}")
+    builder = prepared(Amazon(year, name, files), data_dir)
     n = builder.info.metadata["counts"]
     print(
         f"Amazon {year}/{name}: {n['interactions']:,} reviews, {n['items']:,} items, "
@@ -270,5 +266,20 @@ def load(path: str = "", category: str = "", data_dir: str = "") -> Tables:
         f"(in {n['script_titles']:,} it is a script); {n['repeated_metadata']:,} repeated metadata lines"
     )
     for split, sha256 in builder.info.metadata["originals"].items():
-        print(f"  {builder.called(split)}: SHA-256 {sha256}")
+        print(f"  {builder.originals.called(split)}: SHA-256 {sha256}")
     return builder.tables()
+
+
+def _check(config: DataConfig) -> None:
+    if not (config.category or config.path):
+        raise InputError(f"config.data.category = {config.category!r}: which one? For example 2014/Toys_and_Games")
+
+
+AMAZON = Source(
+    name="amazon",
+    meaning="a category of Amazon's product reviews of 2014 or 2018, downloaded or from its original files",
+    load=lambda config, cache: load(config.path, config.category, str(cache / "tensorflow_datasets")),
+    check=_check,
+    layout=LAYOUT,
+    accepts_tables=True,
+)

@@ -10,10 +10,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import ClassVar
 
-from tensorflow_datasets.core.download.checksums import UrlInfo
-
 from iam_jax.data import tables as tables_lib
-from iam_jax.data.sources.originals import Event, Files, TableBuilder, malformed, prepared, reading
+from iam_jax.data.sources import Source
+from iam_jax.data.sources.originals import Checksum, Event, Files, Originals, malformed, reading
 from iam_jax.data.tables import Tables
 from iam_jax.errors import InputError
 
@@ -59,14 +58,14 @@ def read_lines(path: Path, member: str, name: str) -> Iterator[str]:
             yield line.decode("iso-8859-1")
 
 
-class MovieLens1M(TableBuilder):
+class MovieLens1M(Originals):
     """1,000,209 ratings of 3,883 movies (177 of them never rated) by 6,040 users."""
 
     name = "iam_ml1m"
-    TEXT = ("title", "genres")
+    text = ("title", "genres")
     # Size and SHA-256 as TFDS publishes them for its own builder; GroupLens gives the MD5, c4d9eecfca2ab87c1945afe126590906.
-    url_infos: ClassVar[dict[str, UrlInfo]] = {
-        URL: UrlInfo(5_917_549, "a6898adb50b9ca05aa231689da44c217cb524e7ebd39d264c56e2832f2c54e20", "ml-1m.zip")
+    checksums: ClassVar[dict[str, Checksum]] = {
+        URL: Checksum(5_917_549, "a6898adb50b9ca05aa231689da44c217cb524e7ebd39d264c56e2832f2c54e20", "ml-1m.zip")
     }
 
     def urls(self) -> dict[str, str]:
@@ -107,7 +106,18 @@ def load(path: str = "", data_dir: str = "") -> Tables:
     Raises:
         InputError: missing, malformed or damaged files, or a download that failed.
     """
-    builder = prepared(MovieLens1M, data_dir, find(path) if path else None)
+    from iam_jax.data.sources.tfds_tables import prepared
+
+    builder = prepared(MovieLens1M(find(path) if path else None), data_dir)
     counts = builder.info.metadata["counts"]
     print(f"MovieLens 1M: {counts['interactions']:,} ratings, {counts['items']:,} movies")
     return builder.tables()
+
+
+ML1M = Source(
+    name="ml1m",
+    meaning="MovieLens 1M, downloaded or from its archive",
+    load=lambda config, cache: load(config.path, str(cache / "tensorflow_datasets")),
+    layout=LAYOUT,
+    accepts_tables=True,
+)

@@ -25,6 +25,7 @@ import numpy as np
 import polars as pl
 
 from iam_jax.config import SyntheticConfig
+from iam_jax.data.sources import Source
 from iam_jax.data.splits import Events, users_of
 from iam_jax.data.tables import Tables
 from iam_jax.errors import InputError
@@ -149,6 +150,15 @@ class Oracle:
         if not is_target.any(1).all():
             raise ValueError("a target is not a purchase of its user in this synthetic shop")
         return self.shop.probabilities(user, is_target.argmax(1), self.tastes, self.transitions)[:, items]
+
+
+SYNTHETIC = Source(
+    name="synthetic",
+    meaning="a synthetic shop whose true probabilities are known (data.synthetic)",
+    load=lambda config, cache: from_config(config.synthetic).tables(),
+    identity=lambda config: ["synthetic", VERSION, dataclasses.asdict(config.synthetic)],
+    oracle=lambda config: from_config(config.synthetic).oracle().scores,
+)
 
 
 def from_config(config: SyntheticConfig) -> Synthetic:

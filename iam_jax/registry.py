@@ -1,0 +1,70 @@
+"""Registries: what can be added by one object, by name.
+
+A registry may name the module of an entry instead of holding the entry. Its names are then known without importing that module, so that
+the config can be checked before the libraries of the data sources are imported.
+"""
+
+import importlib
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
+
+if TYPE_CHECKING:
+    from iam_jax.data.sources import Source
+
+
+class Named(Protocol):
+    @property
+    def name(self) -> str: ...
+
+
+Entry = TypeVar("Entry", bound=Named)
+
+
+class Registry(Mapping[str, Entry], Generic[Entry]):
+    """A mapping from names to entries, in the order in which they were added."""
+
+    def __init__(self, kind: str, own: Mapping[str, Entry | str]):
+        """kind: what the entries are, for errors. own: the package's own entries by name; "module:attribute" is imported on first use."""
+        self._kind, self._own, self._entries = kind, frozenset(own), dict(own)
+
+    def register(self, entry: Entry) -> Entry:
+        """Adds an entry under its name and returns it. An entry that was registered under this name before is replaced, so that a config
+        file may be read again. Raises ValueError for the name of one of the package's own entries."""
+        if entry.name in self._own:
+            raise ValueError(f"{entry.name!r} is a {self._kind} of iam_jax: choose another name")
+        self._entries[entry.name] = entry
+        return entry
+
+    def unregister(self, name: str) -> None:
+        """Removes an entry that was registered. Raises ValueError for any other name."""
+        if name in self._own or name not in self._entries:
+            raise ValueError(f"{name!r} is not a registered {self._kind}")
+        del self._entries[name]
+
+    def __getitem__(self, name: str) -> Entry:
+        entry = self._entries[name]
+        if isinstance(entry, str):
+            module, _, attribute = entry.partition(":")
+            entry = self._entries[name] = getattr(importlib.import_module(module), attribute)
+        return entry
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries  # Mapping's own would import the entry
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+
+SOURCES: Registry["Source"] = Registry(
+    "data source",
+    {
+        "table": "iam_jax.data.sources.table:TABLE",
+        "ml1m": "iam_jax.data.sources.movielens:ML1M",
+        "amazon": "iam_jax.data.sources.amazon:AMAZON",
+        "synthetic": "iam_jax.data.sources.synthetic:SYNTHETIC",
+    },
+)
+"""Where data can come from (`data.source`), see `iam_jax.data.sources`."""

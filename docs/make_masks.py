@@ -106,15 +106,16 @@ COLOURS = (("#2a78b8", "#5aa9e6"), ("#c8611c", "#f0964f"), ("#3d8f4e", "#6cc47f"
 def _style() -> str:
     def rules(scheme: int, card: str, edge: str, text: str, note: str, off: str) -> str:
         items = "".join(f".b{k}{{fill:{c[scheme]};stroke:{c[scheme]}}}.c{k}{{fill:{c[scheme]}}}" for k, c in enumerate(COLOURS))
-        fixed = f".card{{fill:{card};stroke:{edge}}}.name{{fill:{text}}}.note,.tick{{fill:{note}}}.off{{fill:{off};stroke:{off}}}.cut{{stroke:{note}}}"
-        return fixed + items
+        words = f".card{{fill:{card};stroke:{edge}}}.name{{fill:{text}}}.note,.tick{{fill:{note}}}"
+        return f"{words}.off{{fill:{off};stroke:{off}}}.cut{{stroke:{note}}}{items}"
 
     light = rules(0, "#ffffff", "#d5dae0", "#1c2126", "#56606b", "#eceff2")
     dark = rules(1, "#15191e", "#343b44", "#e9edf1", "#a5afba", "#262c33")
     shared = (
         "text{font-family:system-ui,-apple-system,'Segoe UI',Helvetica,Arial,'DejaVu Sans',sans-serif;font-size:12.5px}"
         ".name{font-family:ui-monospace,Menlo,Consolas,'DejaVu Sans Mono',monospace;font-size:16px;font-weight:700}"
-        ".word{font-size:12px}.tick{font-size:10.5px}.bar{stroke:none}.cell{stroke-width:2;stroke-linejoin:round}.cut{stroke-dasharray:3 3;fill:none}"
+        ".word{font-size:12px}.tick{font-size:10.5px}"
+        ".bar{stroke:none}.cell{stroke-width:2;stroke-linejoin:round}.cut{stroke-dasharray:3 3;fill:none}"
     )
     return f"<style>{shared}{light}@media (prefers-color-scheme:dark){{{dark}}}</style>"
 

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = {path.name: path.read_text(encoding="utf-8") for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
 README = PAGES["README.md"]
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
-OTHERS = {"strict", "config.section.key"}  # of mkdocs; a pattern
+OTHERS = {"strict", "help", "config.section.key"}  # of mkdocs; of absl; a pattern
 NAMES = {path.stem for path in CONFIGS}
 # What the pages' Python trains, so small that it takes seconds.
 SMALL = {

@@ -1,11 +1,11 @@
-"""Amazon 2018 Arts, Crafts and Sewing, five-core: item-aware attention over title and brand, an accelerator's size.
+"""Amazon 2018 Arts, Crafts and Sewing, five-core: item-aware attention over title and brand, sized for an accelerator.
 
     python -m iam_jax.main --config=configs/amazon_arts.py
 
 downloads the two original files (about 0.5 million reviews), or reads them from --config.data.path=DIR.
 
-Cost and result: not measured yet. The data set could not be downloaded where this config was written: the loader is
-tested on small files in the original format, and model and objective are those of amazon_toys.py, wider and deeper.
+Cost and result: not measured yet. The data set could not be downloaded where this config was written. The loader is tested on small
+files in the original format; model and objective are those of amazon_toys.py, wider and deeper.
 """
 
 from iam_jax.config import default_config

@@ -1,16 +1,16 @@
-"""Amazon 2014 Toys and Games, five-core, at a laptop's size: item-aware attention over titles.
+"""Amazon 2014 Toys and Games, five-core, sized for a laptop: item-aware attention over titles.
 
     python -m iam_jax.main --config=configs/amazon_toys.py
     python -m iam_jax.main --config=configs/amazon_toys.py:full        # a variant: iam (the default), full, no_intra, no_inter, hatllm
-    python launch/compare.py toys        # beside it, on the same budget: ordinary attention and SASRec
+    python launch/compare.py toys        # also ordinary attention and SASRec, on the same budget
 
-The variants: iam; full, ordinary attention; no_intra and no_inter, the ablations, with ordinary layers in place of those of one kind;
-hatllm, HatLLM's order (arXiv 2510.10955), which has one layer more: two layers do not hold its three kinds.
+download the two original files, or read them, or tables, from --config.data.path=DIR.
 
-downloads the two original files, or reads them, or tables, from --config.data.path=DIR.
+Variants: `iam`; `full`, ordinary attention; `no_intra` and `no_inter`, the ablations, in which ordinary layers replace those of one kind;
+`hatllm`, HatLLM's order (arXiv 2510.10955), which has three layers because two cannot hold its three kinds.
 
-Cost: 12 minutes of training (train.max_minutes) and a minute of ranking on 2 CPU cores. Result, in 8 minutes of one core each by
-launch/reproduce.py (its learning rates, 2026-11-26; README.md has the whole table), test NDCG@10 over all 11,758 items, mean of three
+Cost: 12 minutes of training (train.max_minutes) and one minute of ranking on 2 CPU cores. Result of launch/reproduce.py with 8 minutes on
+one core each (its learning rates, 2026-11-26; docs/results.md has the whole table), test NDCG@10 over all 11,758 items, mean of three
 seeds: 0.0362; ordinary attention 0.0321, SASRec 0.0493, item-kNN 0.0452, last-item transitions 0.0288, popularity 0.0060.
 Measured on tables of the same data (split 56384689…) through --config.data.path, not on a download.
 """

@@ -1,9 +1,9 @@
-"""A synthetic shop in a minute on two cores: item-aware attention over item titles, against its own best possible score.
+"""A synthetic shop in a minute on two cores: item-aware attention over item titles, compared with the best possible score.
 
     python -m iam_jax.main --config=configs/demo.py
     python launch/compare.py demo        # the controls: every layer intra; titles shuffled among the items
 
-Cost: 42 s from start to table on 2 CPU cores, installation apart. Result (seed 0, CPU, 2026-11-23), test NDCG@10 over all 800
+Cost: 42 s from start to table on 2 CPU cores, without installation. Result (seed 0, CPU, 2026-11-23), test NDCG@10 over all 800
 items, with the 95 % interval over 2,000 users: 0.1754 [0.1613, 0.1895]; popularity 0.0089, last-item transitions 0.0752, oracle 0.3211.
 Every layer intra: 0.1265 [0.1148, 0.1391]. Shuffled titles: 0.0057 [0.0031, 0.0084].
 """

@@ -3,12 +3,12 @@
     python -m iam_jax.main --config=configs/gpt2_ml1m.py --config.model.pretrained=DIR
     python -m iam_jax.main --config=configs/gpt2_ml1m.py:full --config.model.pretrained=DIR
 
-DIR is the model's Hugging Face folder (config.json, safetensors, tokenizer.json); the data are downloaded, or read from
---config.data.path=DIR. Behind the colon: `lora`, as without it, trains adapters, the inserted blocks and the item table, with the
+DIR is the model's Hugging Face folder (config.json, safetensors, tokenizer.json). The data are downloaded, or read from
+--config.data.path. Two variants follow the colon: `lora` (the default) trains adapters, the inserted blocks and the item table, with the
 model itself frozen in bfloat16; `full` trains everything. On a slice of 8 chips add --config.mesh.fsdp=8.
 
 Cost: memory of a device, as libtpu's compiler plans a step of 8 rows of 1,024 tokens (`python benchmarks/pretrained_memory.py`,
-2026-11-24, jax 0.12.0.1, libtpu 0.0.50.1; nothing was run). On each of 8 chips v5e (16 GiB): `lora` 0.4 GiB (0.04 trained, 0.03 frozen,
+2026-11-24, jax 0.12.0.1, libtpu 0.0.50.1; nothing was run). On each of 8 v5e chips (16 GiB): `lora` 0.4 GiB (0.04 trained, 0.03 frozen,
 0.09 optimizer, 0.26 temporaries), `full` 0.7 GiB (0.09 trained, 0.19 optimizer, 0.39 temporaries).
 Result: not trained here; the weights were not at hand.
 """

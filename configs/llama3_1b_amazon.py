@@ -3,12 +3,12 @@
     python -m iam_jax.main --config=configs/llama3_1b_amazon.py --config.model.pretrained=DIR
     python -m iam_jax.main --config=configs/llama3_1b_amazon.py:full --config.model.pretrained=DIR
 
-DIR is the model's Hugging Face folder (config.json, safetensors, tokenizer.json); the data are downloaded, or read from
---config.data.path=DIR. Behind the colon: `lora`, as without it, trains adapters, the inserted blocks and the item table, with the
+DIR is the model's Hugging Face folder (config.json, safetensors, tokenizer.json). The data are downloaded, or read from
+--config.data.path. Two variants follow the colon: `lora` (the default) trains adapters, the inserted blocks and the item table, with the
 model itself frozen in bfloat16; `full` trains everything. On a slice of 8 chips add --config.mesh.fsdp=8.
 
 Cost: memory of a device, as libtpu's compiler plans a step of 8 rows of 1,024 tokens (`python benchmarks/pretrained_memory.py`,
-2026-11-24, jax 0.12.0.1, libtpu 0.0.50.1; nothing was run). On each of 8 chips v5e (16 GiB): `lora` 2.6 GiB (0.35 trained, 0.29 frozen,
+2026-11-24, jax 0.12.0.1, libtpu 0.0.50.1; nothing was run). On each of 8 v5e chips (16 GiB): `lora` 2.6 GiB (0.35 trained, 0.29 frozen,
 0.70 optimizer, 1.28 temporaries), `full` 5.3 GiB (0.89 trained, 1.79 optimizer, 2.62 temporaries). On one v5p (95 GiB): `lora` 16.1 GiB,
 `full` 39.9 GiB.
 Result: not trained here; the weights are not public domain and were not at hand.

@@ -3,11 +3,11 @@
     python -m iam_jax.main --config=configs/ml1m.py
     python -m iam_jax.main --config=configs/ml1m.py --config.train.steps=200        # a first look
 
-downloads the original zip, or reads it, or tables, from --config.data.path=DIR. On an accelerator, --config.data.row_tokens=2048
-(150 items of context instead of 38), --config.model.width=128 and --config.model.dtype=bfloat16 are the first things to try.
+download the original zip, or read it, or tables, from --config.data.path=DIR. On an accelerator, first try
+--config.data.row_tokens=2048 (150 items of context instead of 38), --config.model.width=128 and --config.model.dtype=bfloat16.
 
-Cost: 2.3 s until the data are ready the first time; 200 steps and the final ranking take 2 min 43 s on 2 CPU cores, at most 1.3 GB
-resident.
+Cost: 2.3 s until the data are ready the first time. 200 steps and the final ranking take 2 min 43 s on 2 CPU cores, with at most 1.3 GB
+of resident memory.
 Result after 200 steps (a tenth of an epoch; seed 0, 2026-11-23), 6,040 users, 3,416 items: test NDCG@10 0.0268 [0.0237, 0.0301];
 popularity 0.0200, last-item transitions 0.1057. The whole run has not been measured.
 Measured on tables of the same data (split 025766db…) through --config.data.path, not on a download.

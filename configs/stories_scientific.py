@@ -4,11 +4,12 @@ ones, and LoRA.
     python -m iam_jax.main --config=configs/stories_scientific.py:inserted --config.model.pretrained=MODEL --config.data.path=DIR
     python launch/compare.py stories --pretrained=MODEL --path=DIR        # all of them, in one table
 
-MODEL: a Hugging Face folder of a LLaMA of five layers; DIR: tables. The variants: frozen (the model as it came), full (ordinary
-attention), schedule, inserted, lora (inserted, and the model itself by adapters). Here MODEL was a character-level LLaMA of 0.94 million
-parameters trained on children's stories (the public BabyLlama project, converted), DIR the 2,928 users and 1,585 items of the set.
+MODEL is a Hugging Face folder of a LLaMA of five layers, DIR holds tables. Variants: `frozen` (the model without training), `full`
+(ordinary attention), `schedule` (its own layers), `inserted`, `lora` (inserted layers, and adapters for the model itself). For the result
+below, MODEL was a character-level LLaMA of 0.94 million parameters trained on children's stories (the public BabyLlama project,
+converted), and DIR held the 2,928 users and 1,585 items of the set.
 
-Cost: about 5 minutes of training each and 2 of ranking, on 2 CPU cores that other work shared.
+Cost: about 5 minutes of training each and 2 of ranking, on 2 CPU cores shared with other work.
 Result (seed 0, 2026-11-25), test NDCG@10 with the 95 % interval over 2,928 users, and validation loss of a text token: frozen 0.0028,
 5.78; full 0.0402 [0.0346, 0.0462], 2.21; schedule 0.0430 [0.0372, 0.0494], 2.21; inserted 0.0430 [0.0369, 0.0492], 2.44; lora 0.0552
 [0.0482, 0.0622], 2.10; popularity 0.0234, last-item transitions 0.0782, item-kNN 0.1014.

@@ -3,11 +3,11 @@
     python -m iam_jax.main --config=configs/table.py --config.data.path=DIR --workdir=runs/mine
 
 DIR holds `interactions.csv` (user, item, timestamp) and `items.csv` (item, then text columns); .tsv, .csv.gz, .tsv.gz and
-.parquet do as well. `--config.data.text="{title} | {brand}"` says which columns make an item's text, `--config.data.item_tokens`
-how much of it is kept.
+.parquet work, too. `--config.data.text="{title} | {brand}"` chooses the columns that make an item's text, and
+`--config.data.item_tokens` how many tokens of it are kept. docs/tutorial.md goes through it step by step.
 
-Cost: grows with the tokens of all histories together. Result: yours; amazon_toys.py (19,124 users, 11,758 items with short titles, a
-smaller model) gives an idea of both.
+Cost: grows with the number of tokens in all histories. Result: depends on your data; amazon_toys.py (19,124 users, 11,758 items with
+short titles, a smaller model) gives an idea of both.
 """
 
 from iam_jax.config import default_config

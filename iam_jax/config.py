@@ -23,10 +23,10 @@ CONFIG_FILE = "config.json"
 
 @dataclasses.dataclass(frozen=True)
 class SyntheticConfig:
-    users: int = 2000  # users of the synthetic shop
-    products: int = 800  # its items
-    events_per_user: float = 12.0  # mean
-    seed: int = 0  # of the shop
+    users: int = 2000  # number of users of the synthetic shop
+    products: int = 800  # number of items
+    events_per_user: float = 12.0  # mean number of events of a user
+    seed: int = 0  # seed of the shop
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,157 +34,157 @@ class DataConfig:
     source: str = "table"  # table | ml1m | amazon | synthetic | one that was registered (iam_jax.data.sources)
     path: str = ""  # folder with interactions.* and items.*, or with the original archives; empty: download (ml1m, amazon)
     category: str = ""  # amazon only: "2014/Toys_and_Games", "2018/Arts_Crafts_and_Sewing", …
-    cache: str = ""  # folder of prepared data; empty: $XDG_CACHE_HOME/iam_jax or ~/.cache/iam_jax
+    cache: str = ""  # folder for prepared data; empty: $XDG_CACHE_HOME/iam_jax or ~/.cache/iam_jax
     text: str = "{title}"  # template that turns an item's columns into its text
-    untitled: str = "error"  # an item without text: error | drop (the item and its events) | id (its id is its text)
-    k_core: int = 0  # users and items with fewer events are removed, to the fixed point; 0: off
+    untitled: str = "error"  # what to do with an item without text: error | drop (the item and its events) | id (its id becomes its text)
+    k_core: int = 0  # repeatedly remove users and items with fewer events than this; 0: off
     last_n: int = 0  # keep each user's last n events; 0: all
     split: str = "leave_one_out"  # leave_one_out | temporal
-    t1: str = ""  # temporal: train < t1 <= validation < t2 <= test, written like the table's timestamps
-    t2: str = ""  # temporal: where test begins
-    tokenizer: str = "bpe"  # bpe (trained on the catalogue's text) | id (a token an item) | pretrained | path of a tokenizer.json
-    vocabulary: int = 8192  # size of a trained BPE vocabulary at most
-    item_tokens: int = 16  # text tokens kept of an item, its separator and its boundary token not counted
+    t1: str = ""  # temporal: train < t1 <= validation < t2 <= test; written like the table's timestamps
+    t2: str = ""  # temporal: start of the test period
+    tokenizer: str = "bpe"  # bpe (trained on the catalogue's text) | id (one token per item) | pretrained | path of a tokenizer.json
+    vocabulary: int = 8192  # maximum size of a trained BPE vocabulary
+    item_tokens: int = 16  # maximum number of text tokens of an item, without its separator and its boundary token
     prompt: str = ""  # text before the first item of every history
-    separator: str = ""  # text before every item, a part of it
-    suffix: str = ""  # text behind the last item of a history; from its end the next item is predicted
-    row_tokens: int = 512  # token slots in a row; several users share one
-    context_items: int = 4  # untargeted items to the left, at least, where a long history is cut into windows
-    shuffled_titles: bool = False  # control: texts permuted among the items
-    shuffled_order: bool = False  # control: each user's training items in a random order, in training and in histories; same split hash
-    unseen_items: float = 0.0  # control: share of items, drawn by id, that lose their training events and stay targets; other split hash
+    separator: str = ""  # text before every item; it belongs to that item
+    suffix: str = ""  # text after the last item of a history; the next item is predicted from its end
+    row_tokens: int = 512  # token slots in a row; several users share one row
+    context_items: int = 4  # minimum number of items without targets to the left, where a long history is cut into windows
+    shuffled_titles: bool = False  # control: permute the texts among the items
+    shuffled_order: bool = False  # control: permute each user's training items, in training and in histories; same split hash
+    unseen_items: float = 0.0  # control: share of items (chosen by id) that lose their training events and stay targets; another split hash
     synthetic: SyntheticConfig = SyntheticConfig()
 
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
-    rank: int = 0  # of the low-rank adapters (arXiv 2106.09685); 0: none
-    alpha: float = 16.0  # what they add is scaled by alpha / rank
-    dropout: float = 0.0  # of the adapters' inputs
-    targets: str = "."  # regular expression over a layer's matrices: "attention.query_DNH", "mlp.up_DF", …
+    rank: int = 0  # rank of the low-rank adapters (arXiv 2106.09685); 0: no adapters
+    alpha: float = 16.0  # the adapters' output is scaled by alpha / rank
+    dropout: float = 0.0  # dropout on the adapters' inputs
+    targets: str = "."  # regular expression that selects matrices of a layer: "attention.query_DNH", "mlp.up_DF", …
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    pretrained: str = ""  # Hugging Face folder: the model takes its weights and its shape, the fields from width to tie_tokens
-    schedule: str = "(intra inter)*2"  # full | intra | inter | intra_both, `*n` repeats a relation or a (group), `+` inserts a layer
-    width: int = 64  # D
-    heads: int = 4  # query heads
-    kv_heads: int = 0  # 0: as many as heads
-    head_size: int = 0  # 0: width / heads
+    pretrained: str = ""  # Hugging Face folder; it provides the weights and the shape (the fields from width to tie_tokens)
+    schedule: str = "(intra inter)*2"  # full | intra | inter | intra_both; `*n` repeats a relation or a (group), `+` inserts a layer
+    width: int = 64  # width of the model (D)
+    heads: int = 4  # number of query heads
+    kv_heads: int = 0  # number of key-value heads; 0: as many as heads
+    head_size: int = 0  # size of a head; 0: width / heads
     mlp: str = "gated"  # gated | plain
-    mlp_width: int = 0  # 0: 3 x width (gated), 4 x width (plain)
+    mlp_width: int = 0  # width of the MLP; 0: 3 x width (gated), 4 x width (plain)
     activation: str = "silu"  # silu | gelu | relu
     norm: str = "rms"  # rms | layer
-    norm_epsilon: float = 1e-6  # added to the mean square
-    norm_offset: float = 0.0  # added to the norm's scale
+    norm_epsilon: float = 1e-6  # added to the mean square (rms) or the variance (layer)
+    norm_offset: float = 0.0  # added to the scale of a norm
     positions: str = "rotary"  # rotary | learned
-    max_positions: int = 0  # learned positions there are; 0: data.row_tokens
+    max_positions: int = 0  # number of learned positions; 0: data.row_tokens
     rope_theta: float = 10000.0  # base of the rotary frequencies
-    rope_scaling: str = "none"  # of the rotary frequencies: none | linear | llama3
-    rope_factor: float = 1.0  # linear: they are divided by it; llama3: the low ones are
-    rope_low: float = 1.0  # llama3: frequencies with fewer turns than this in rope_original positions are low
-    rope_high: float = 4.0  # llama3: those with more turns stay as they are; between the two they are blended
-    rope_original: int = 8192  # llama3: positions of the first training
+    rope_scaling: str = "none"  # scaling of the rotary frequencies: none | linear | llama3
+    rope_factor: float = 1.0  # linear: divides all frequencies; llama3: divides the low ones
+    rope_low: float = 1.0  # llama3: a frequency with fewer turns than this in rope_original positions is low
+    rope_high: float = 4.0  # llama3: a frequency with more turns than this stays as it is; between the two they are blended
+    rope_original: int = 8192  # llama3: number of positions in the model's first training
     qkv_bias: bool = False  # biases of queries, keys and values
-    out_bias: bool = False  # of attention's output projection
-    mlp_bias: bool = False  # of the MLP's projections
+    out_bias: bool = False  # bias of attention's output projection
+    mlp_bias: bool = False  # biases of the MLP's projections
     qk_norm: bool = False  # norm of queries and keys, per head
-    scale_embedding: bool = True  # token embeddings times sqrt(width), as in the original Transformer
+    scale_embedding: bool = True  # multiply token embeddings by sqrt(width), as in the original Transformer
     tie_tokens: bool = True  # the token objective's output embedding is the input embedding
-    inter_positions: str = "token"  # rotary positions of inter layers: token | item (the item's number)
+    inter_positions: str = "token"  # rotary positions in inter layers: token | item (the item's number)
     self_key: bool = False  # inter layers: a token also sees itself
-    dropout: float = 0.1  # of embeddings and of what each layer adds
+    dropout: float = 0.1  # dropout on embeddings and on each layer's output
     lora: LoraConfig = LoraConfig()
-    dtype: str = "float32"  # of the computation: float32 | bfloat16 (trained parameters are float32)
-    frozen_dtype: str = "float32"  # of the parameters that are not trained: float32 | bfloat16
-    tie_items: bool = False  # the item table is the token embedding (tokenizer "id" only), states are not projected
-    attention: str = "auto"  # range attention: auto (the platform's kernels; plain XLA on a CPU) | reference (dense) | tpu | gpu
-    item_states: str = "auto"  # leading intra layers once per distinct item: auto (no dropout, less work) | on | off
+    dtype: str = "float32"  # type of the computation: float32 | bfloat16 (trained parameters are float32)
+    frozen_dtype: str = "float32"  # type of the parameters that are not trained: float32 | bfloat16
+    tie_items: bool = False  # the item table is the token embedding (tokenizer "id" only), and states are not projected
+    attention: str = "auto"  # backend of range attention: auto (the platform's kernels; plain XLA on a CPU) | reference (dense) | tpu | gpu
+    item_states: str = "auto"  # compute leading intra layers once per distinct item: auto (no dropout, and less work) | on | off
     scan: bool = True  # lax.scan over the schedule's repeats: compiles faster, computes the same
     remat: bool = False  # recompute a layer's activations in the backward pass
 
 
 @dataclasses.dataclass(frozen=True)
 class ObjectiveConfig:
-    item: float = 1.0  # weight of the item objective; 0: a text generator, ranked by eval.ranking = likelihood
+    item: float = 1.0  # weight of the item objective; 0: a text generator, ranked with eval.ranking = likelihood
     token: float = 0.0  # weight of the next-token objective
-    vectors: str = "table"  # an item's vector: table | text | both (their sum)
-    text_layers: str = "leading"  # a text vector comes after the leading intra layers | all layers
-    softmax: str = "auto"  # full | sampled | cached | auto: full for tables, sampled with text
-    negatives: int = 512  # sampled: drawn negatives per step, beside the batch's own targets
-    negatives_power: float = 1.0  # they are drawn proportionally to (training events of the item) ** power
+    vectors: str = "table"  # what an item's vector is: table | text | both (their sum)
+    text_layers: str = "leading"  # which layers a text vector goes through: leading (the leading intra layers) | all
+    softmax: str = "auto"  # full | sampled | cached | auto (full for tables, sampled with text)
+    negatives: int = 512  # sampled: negatives drawn per step, in addition to the batch's own targets
+    negatives_power: float = 1.0  # sampled: they are drawn in proportion to (training events of the item) ** power
     refresh_steps: int = 100  # cached: steps between two refreshes of the cached text vectors
-    chunk: int = 2048  # positions whose logits exist at one time, on all devices together
+    chunk: int = 2048  # positions whose logits exist at the same time, on all devices together
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    learning_rate: float = 1e-3  # its peak
-    warmup_steps: int = 100  # linear, from 0
-    decay_steps: int = 10000  # cosine from the end of the warm-up to step decay_steps, whatever train.steps is; 0: constant
-    final_scale: float = 0.1  # learning rate after the decay, relative to its peak
-    b1: float = 0.9  # AdamW
-    b2: float = 0.98  # AdamW
-    epsilon: float = 1e-8  # AdamW
-    weight_decay: float = 0.01  # on matrices, not on vectors and scales
-    clip_norm: float = 1.0  # 0: off
+    learning_rate: float = 1e-3  # peak learning rate
+    warmup_steps: int = 100  # linear warm-up from 0
+    decay_steps: int = 10000  # cosine decay from the end of the warm-up to this step, independent of train.steps; 0: constant
+    final_scale: float = 0.1  # learning rate after the decay, relative to the peak
+    b1: float = 0.9  # AdamW's decay rate of the first moment
+    b2: float = 0.98  # AdamW's decay rate of the second moment
+    epsilon: float = 1e-8  # AdamW's epsilon
+    weight_decay: float = 0.01  # weight decay of matrices; vectors and scales have none
+    clip_norm: float = 1.0  # maximum norm of the gradient; 0: off
     accumulate: int = 1  # micro-batches per step; must divide train.batch_rows
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    steps: int = 10000  # of the optimizer; 0: the initial model is evaluated
-    batch_rows: int = 16  # rows of a step, all micro-batches together
-    seed: int = 0  # of initial parameters, order of rows, dropout and draws
+    steps: int = 10000  # number of optimizer steps; 0: evaluate the initial model
+    batch_rows: int = 16  # rows per step, all micro-batches together
+    seed: int = 0  # seed of initial parameters, order of rows, dropout and negatives
     frozen: str = "auto"  # pretrained parameters that are not trained: auto (with LoRA all, else none) | a regular expression
-    trained: str = ""  # exceptions: a regular expression, too, over names like "decoder.blocks.0_1.attention.query_DNH"; empty: none
+    trained: str = ""  # exceptions to frozen: a regular expression over names like "decoder.blocks.0_1.attention.query_DNH"; empty: none
     eval_every: int = 500  # steps between two validations
-    save_every: int = 500  # steps between two checkpoints, besides those at validations
-    keep: int = 2  # newest checkpoints kept, besides the best
-    patience: int = 0  # stop after so many validations without a better one; 0: off
-    max_minutes: float = 0.0  # stop training after so many minutes of training, evaluation included; 0: off
-    skip_limit: int = 10  # steps whose loss or gradient is not finite leave the parameters as they are; more than so many end the run
+    save_every: int = 500  # steps between two checkpoints; every validation saves one, too
+    keep: int = 2  # number of newest checkpoints to keep, in addition to the best
+    patience: int = 0  # stop after this many validations without improvement; 0: off
+    max_minutes: float = 0.0  # stop after this many minutes of training, validations included; 0: off
+    skip_limit: int = 10  # a step whose loss or gradient is not finite is skipped; more than this many end the run
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    data: int = -1  # devices that share the batch; -1, here or in one of the next two: those that remain
-    fsdp: int = 1  # devices that share the parameters along the model width, and the batch
+    data: int = -1  # devices that share the batch; -1, here or in one of the next two: all remaining devices
+    fsdp: int = 1  # devices that share the parameters along the model's width, and the batch
     tensor: int = 1  # devices that share heads, feed-forward, vocabulary and item table
-    heartbeat_seconds: int = 60  # several processes: one that is silent for so long is taken for dead, and the others end
-    hang_minutes: float = 30.0  # several processes: without a finished step or batch for so long, a process ends itself; 0: off
+    heartbeat_seconds: int = 60  # several processes: one that is silent for this long counts as dead, and the others end
+    hang_minutes: float = 30.0  # several processes: a process ends itself after this long without a finished step or batch; 0: off
 
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
-    ks: tuple[int, ...] = (1, 5, 10, 20, 50)  # cut-offs
-    metric: str = "ndcg@10"  # selects the best step, on validation
-    ranking: str = "item"  # candidates are ordered by: item (the item objective's scores) | likelihood (of their text)
-    length_normalized: bool = False  # likelihood: of a token on average, instead of the whole text
-    filter_seen: bool = True  # the items of the history are no candidates
-    batch_rows: int = 32  # rows of histories computed at one time
-    chunk_items: int = 8192  # catalogue items of one matrix product
-    item_states_gib: float = 2.0  # the catalogue's states after the leading intra layers are kept if they fit; 0: never
+    ks: tuple[int, ...] = (1, 5, 10, 20, 50)  # cut-offs K of the metrics
+    metric: str = "ndcg@10"  # metric that selects the best step, on validation
+    ranking: str = "item"  # how candidates are ordered: item (scores of the item objective) | likelihood (of their text)
+    length_normalized: bool = False  # likelihood: mean over the tokens instead of the sum
+    filter_seen: bool = True  # leave the items of the history out of the candidates
+    batch_rows: int = 32  # rows of histories computed at the same time
+    chunk_items: int = 8192  # catalogue items in one matrix product
+    item_states_gib: float = 2.0  # keep the catalogue's states after the leading intra layers if they fit into this much memory; 0: never
     validation_users: int = 0  # users of the validations during training (a fixed random subset); 0: all
-    test: bool = True  # rank the test events too; a trial that only chooses a setting should not read them
-    baselines: bool = True  # popularity, last-item transitions and item-kNN beside the model
-    resamples: int = 1000  # of the bootstrap over users
-    seed: int = 0  # of the bootstrap and of the subset above
+    test: bool = True  # rank the test events too; switch off in trials that only choose a setting
+    baselines: bool = True  # evaluate popularity, last-item transitions and item-kNN, too
+    resamples: int = 1000  # bootstrap resamples over users
+    seed: int = 0  # seed of the bootstrap and of the random subset of users
 
 
 @dataclasses.dataclass(frozen=True)
 class ScoreConfig:
-    part_users: int = 8192  # users (or items, of their vectors) of one file
-    batch_rows: int = 32  # rows of histories computed at one time
+    part_users: int = 8192  # users per output file (with --vectors, users or items)
+    batch_rows: int = 32  # rows of histories computed at the same time
 
 
 @dataclasses.dataclass(frozen=True)
 class LogConfig:
     every: int = 50  # steps between two lines of metrics.jsonl
-    tensorboard: bool = True  # TensorBoard events in the working folder
-    progress: bool = True  # progress bars
-    profile: str = ""  # "100:110": a jax.profiler trace of these training steps, in the working folder; empty: none
+    tensorboard: bool = True  # write TensorBoard events to the working folder
+    progress: bool = True  # show progress bars
+    profile: str = ""  # "100:110" writes a jax.profiler trace of these training steps to the working folder; empty: none
 
 
 @dataclasses.dataclass(frozen=True)

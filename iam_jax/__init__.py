@@ -12,25 +12,26 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from iam_jax.api import Recommendation, Recommender, compare, evaluate, load, train
+    from iam_jax.api import compare, evaluate, train
     from iam_jax.config import default_config
     from iam_jax.errors import InputError
     from iam_jax.kernels.range_attention import range_attention
     from iam_jax.model.attention import key_ranges
     from iam_jax.ranking.metrics import ranking_metrics
     from iam_jax.ranking.scores import rank_catalogue
+    from iam_jax.serving.recommender import Recommendation, Recommender, load
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "InputError": "iam_jax.errors",
-    "Recommendation": "iam_jax.api",
-    "Recommender": "iam_jax.api",
+    "Recommendation": "iam_jax.serving.recommender",
+    "Recommender": "iam_jax.serving.recommender",
     "compare": "iam_jax.api",
     "default_config": "iam_jax.config",
     "evaluate": "iam_jax.api",
     "key_ranges": "iam_jax.model.attention",
-    "load": "iam_jax.api",
+    "load": "iam_jax.serving.recommender",
     "range_attention": "iam_jax.kernels.range_attention",
     "rank_catalogue": "iam_jax.ranking.scores",
     "ranking_metrics": "iam_jax.ranking.metrics",

@@ -5,7 +5,7 @@
     python -m iam_jax.main --mode=score --workdir=DIR --users=TABLE [--items=TABLE] [--candidates=TABLE] --output=DIR [--top_k=100]
     python -m iam_jax.main --mode=score --workdir=DIR --vectors [--users=TABLE] [--items=TABLE] --output=DIR
     python -m iam_jax.main --mode=compare --runs=DIR,DIR[,DIR...] [--output=DIR]
-    python -m iam_jax.main --mode=plan --config=FILE --topology=v5e:2x4|local [--items=N --item_length=T --users=N --events=N]
+    python -m iam_jax.main --mode=plan --config=FILE --topology=v5e:2x4|local [--num_items=N --item_length=T --num_users=N --events=N]
         [--programs=training,evaluation,scoring] [--price=USD] [--top_k=100] [--output=FILE]
 
 Every process of a job on several hosts: the same flags and --multihost [--coordinator=HOST:PORT --processes=N --process_id=K].
@@ -18,7 +18,6 @@ import time
 
 _START = time.time()
 
-import contextlib  # noqa: E402
 import difflib  # noqa: E402
 import json  # noqa: E402
 import os  # noqa: E402
@@ -37,13 +36,11 @@ if __name__ == "__main__":  # nothing to save during the imports
 from absl import app, flags, logging  # noqa: E402
 from ml_collections import config_flags  # noqa: E402
 
+from iam_jax import api, config_files  # noqa: E402
 from iam_jax import config as config_lib  # noqa: E402
-from iam_jax import config_files  # noqa: E402
 from iam_jax.devices import distributed  # noqa: E402
 from iam_jax.devices.signals import Signals  # noqa: E402
 from iam_jax.errors import InputError, JobError, NonFiniteError  # noqa: E402
-from iam_jax.registry import SOURCES  # noqa: E402
-from iam_jax.runs.workdir import check_workdir, lock_workdir, open_workdir  # noqa: E402
 from iam_jax.storage.files import to_path, write_atomically  # noqa: E402
 from iam_jax.storage.remote import is_remote  # noqa: E402
 
@@ -65,8 +62,8 @@ _OUTPUT = flags.DEFINE_string(
 )
 _RUNS = flags.DEFINE_list("runs", [], "Working folders that --mode=compare compares, the first with every other.")
 _SCORE = {
-    "users": flags.DEFINE_string("users", "", "Score: interactions table of the users to score (user, item, timestamp). Plan: a number."),
-    "items": flags.DEFINE_string("items", "", "Score: table of items to add to the catalogue (item, then text columns). Plan: a number."),
+    "users": flags.DEFINE_string("users", "", "Score: interactions table of the users to score (user, item, timestamp)."),
+    "items": flags.DEFINE_string("items", "", "Score: table of items to add to the catalogue (item, then text columns)."),
     "candidates": flags.DEFINE_string("candidates", "", "Score: table of the pairs to score (user, item) instead of the catalogue."),
     "top_k": flags.DEFINE_integer("top_k", None, "Score: items of a list at most; 100 by default, with --candidates all of them."),
     "vectors": flags.DEFINE_bool("vectors", False, "Score: writes vectors instead of lists: the items', or with --users the users'."),
@@ -79,8 +76,10 @@ _JOB = {
 }
 _PLAN = {
     "topology": flags.DEFINE_string("topology", "", "Plan: a TPU slice, such as v5e:2x4, or local, the devices that are here."),
-    "item_length": flags.DEFINE_integer("item_length", None, "Plan: tokens of an item, with --items; config.data.item_tokens by default."),
-    "events": flags.DEFINE_integer("events", None, "Plan: events of a user, with --items; 20 by default."),
+    "num_items": flags.DEFINE_integer("num_items", None, "Plan: number of items of assumed data; the config's data by default."),
+    "num_users": flags.DEFINE_integer("num_users", None, "Plan: number of users, with --num_items; 100,000 by default."),
+    "item_length": flags.DEFINE_integer("item_length", None, "Plan: tokens of an item, with --num_items; data.item_tokens by default."),
+    "events": flags.DEFINE_integer("events", None, "Plan: events of a user, with --num_items; 20 by default."),
     "programs": flags.DEFINE_list("programs", [], "Plan: some of training, evaluation, scoring; all by default."),
     "price": flags.DEFINE_float("price", None, "Plan: dollars for a chip an hour; what its cloud lists by default."),
 }
@@ -100,17 +99,10 @@ def run(signals: Signals) -> None:
     if _MULTIHOST.value:
         distributed.join(*(flag.value for flag in _JOB.values()), config.mesh, signals)
     workdir = to_path(_WORKDIR.value or Path("runs") / "-".join(filter(None, (Path(config_file).stem, variant))))
-    training, exporting = _MODE.value == "train", _MODE.value == "export"
-    if not training and not (workdir / config_lib.CONFIG_FILE).exists():
-        raise InputError(f"--workdir={workdir}: no run there to {_MODE.value}")
-    alone = _FORMAT.value == "stablehlo"
-    if exporting and not (_OUTPUT.value and (alone or config.model.pretrained)):
-        what = "it needs a model that began as one (config.model.pretrained)" if _OUTPUT.value else "--output=DIR is missing"
-        raise InputError(f"--mode=export makes a {'stand-alone' if alone else 'Hugging Face'} folder: {what}")
-    if exporting and is_remote(_OUTPUT.value):
-        raise InputError(f"--output={_OUTPUT.value}: an export is a local folder")
-    asked = {name: flag.value for name, flag in _SCORE.items()}
-    if _MODE.value == "score":
+    mode, asked = _MODE.value, {name: flag.value for name, flag in _SCORE.items()}
+    if mode != "train" and not (workdir / config_lib.CONFIG_FILE).exists():
+        raise InputError(f"--workdir={workdir}: no run there to {mode}")
+    if mode == "score":
         from iam_jax.serving.offline import ScoreRequest, score
 
         asked |= {"output": _OUTPUT.value, "step": _STEP.value}
@@ -118,76 +110,23 @@ def run(signals: Signals) -> None:
     for name, value in asked.items():
         if value not in ("", None, False):
             raise InputError(f"--{name} is for --mode=score")
-    vocabulary = fingerprint = None
-    if exporting:
-        from iam_jax.model.pretrained import check_output
+    flags_given = {"--mode": mode, "--step": _STEP.value}
+    if mode == "train":
+        api.train_run(config, workdir, signals, flags_given, _START)
+    elif mode == "evaluate":
+        api.evaluate_run(config, workdir, _STEP.value, signals, flags_given, _START)
+    else:
+        _export(config, workdir, signals)
 
-        check_output(_OUTPUT.value)
-    if exporting and alone:
-        from iam_jax.serving import artefact
 
-        artefact.check(config)
-    if config.model.pretrained:
-        from iam_jax.model import pretrained
-
-        config = pretrained.configure(config)
-        vocabulary, fingerprint = pretrained.vocabulary(config), pretrained.fingerprint(config)
-    check_workdir(workdir, config)
-
-    from iam_jax.data.prepare import prepare  # the heavy imports come after the cheap checks
-
-    prepared = prepare(config.data, vocabulary)
-    for note in prepared.split.notes:
+def _export(config: config_lib.Config, workdir: Path, signals: Signals) -> None:
+    if not _OUTPUT.value:
+        what = "stand-alone" if _FORMAT.value == "stablehlo" else "Hugging Face"
+        raise InputError(f"--mode=export makes a {what} folder: --output=DIR is missing")
+    if is_remote(_OUTPUT.value):
+        raise InputError(f"--output={_OUTPUT.value}: an export is a local folder")
+    for note in api.export_run(config, workdir, _STEP.value, Path(_OUTPUT.value), _FORMAT.value, signals, _START):
         print(note)
-    print(f"split {prepared.split.sha256}")
-    if prepared.catalogue.truncated:
-        print(f"{prepared.catalogue.truncated:,} items have more than {config.data.item_tokens} text tokens and are truncated")
-    print(f"data ready in {time.time() - _START:.1f} s", flush=True)
-    distributed.agree(_facts(config, workdir, prepared.split.sha256, fingerprint), signals)
-
-    import jax
-
-    from iam_jax.model.lora import merge
-    from iam_jax.model.parameters import join
-    from iam_jax.ranking.evaluate import Evaluator, evaluate_all
-    from iam_jax.runs.checkpoint import Checkpoints
-    from iam_jax.training.loop import train
-    from iam_jax.training.run import make_run
-
-    this = make_run(config, prepared)
-    lock = contextlib.nullcontext()
-    with distributed.fail_together(signals), signals.deferred():  # a folder with some of its files would be refused afterwards
-        if distributed.is_first():
-            lock = lock_workdir(workdir) if training else lock
-            open_workdir(workdir, config, prepared, fingerprint, create=training)
-    with distributed.fail_together(signals):
-        if not distributed.is_first():
-            open_workdir(workdir, config, prepared, fingerprint, shared=True)
-    signals.poll()
-    with lock, jax.set_mesh(this.mesh):
-        evaluator = Evaluator(this.model, config, prepared, this.mesh)
-        if training:
-            checkpoints = train(this, workdir, evaluator, signals)
-        else:
-            checkpoints = Checkpoints(workdir, config.train.keep, config.selection, read_only=True)
-        step, params = checkpoints.load_params("best" if training else _STEP.value, this.abstract_trained)
-        params, cost = join(params, this.frozen), this.cost(checkpoints.last_progress())
-        checkpoints.close()
-        if exporting:
-            if alone:
-                notes = artefact.export(evaluator.ranker, params, prepared, step, Path(_OUTPUT.value))
-            else:
-                notes = pretrained.export(config, merge(params, config.model.lora), Path(_OUTPUT.value))
-            for note in notes:
-                print(note)
-            print(f"wrote {_OUTPUT.value}, from step {step:,}")
-            return
-        oracle = SOURCES[config.data.source].oracle(config.data)
-        evaluate_all(evaluator, params, step, workdir, oracle, signals.poll)
-        with distributed.fail_together(signals):
-            if distributed.is_first():
-                write_atomically(workdir / "run.json", lambda path: path.write_text(json.dumps(cost, indent=2) + "\n"))
-    print(f"wrote {workdir / 'evaluation.json'}")
 
 
 def _check_job() -> None:
@@ -205,24 +144,11 @@ def _check_job() -> None:
         raise InputError(f"--multihost: --mode={_MODE.value} is work for one process")
 
 
-def _facts(config: config_lib.Config, workdir: Path, split: str, pretrained: str | None) -> dict[str, object]:
-    """What must be the same in all processes of a job, by names: the config but for what is one host's own, and the data."""
-    import jax
-
-    own = "data.path", "data.cache", "model.pretrained", "log."
-    fields = config_lib.flatten(json.loads(config_lib.to_json(config)))
-    facts = {f"config.{name}": value for name, value in fields.items() if not name.startswith(own)}
-    flags_given = {"--mode": _MODE.value, "--step": _STEP.value, "--workdir": str(workdir)}
-    return facts | flags_given | {"split_sha256": split, "pretrained_sha256": pretrained, "the version of JAX": jax.__version__}
-
-
 def _compare() -> None:
-    from iam_jax.runs import compare
-
-    comparison = compare.collect(compare.named(_RUNS.value))
-    print(compare.format_text(comparison), end="")
+    comparison = api.compare(_RUNS.value)
+    print(comparison, end="")
     if _OUTPUT.value:
-        compare.write(comparison, to_path(_OUTPUT.value))
+        comparison.write(_OUTPUT.value)
         print(f"wrote {to_path(_OUTPUT.value) / 'comparison.md'}, .txt and .json")
 
 
@@ -230,25 +156,23 @@ def _plan(config: config_lib.Config) -> None:
     from iam_jax.devices import topology
 
     asked = {name: flag.value for name, flag in (_SCORE | _PLAN).items()}
-    for name in ("candidates", "vectors"):
+    for name in ("users", "items", "candidates", "vectors"):
         if asked[name]:
-            raise InputError(f"--{name} is for --mode=score")
-    if not asked["items"] and (given := [name for name in ("item_length", "users", "events") if asked[name]]):
-        raise InputError(f"--{given[0]} goes with --items=N, which assumes data instead of reading the config's")
-    numbers = {"items": asked["items"], "users": asked["users"] or "100000"}
-    for name, value in numbers.items():
-        if value and not value.isdecimal():
-            raise InputError(f"--{name}={value}: with --mode=plan, a number")
+            hint = f" (a plan takes --num_{name}=N)" if name in ("users", "items") else ""
+            raise InputError(f"--{name} is for --mode=score{hint}")
+    if asked["num_items"] is None:
+        if given := [name for name in ("item_length", "num_users", "events") if asked[name] is not None]:
+            raise InputError(f"--{given[0]} goes with --num_items=N, which assumes data instead of reading the config's")
     topology.prepare(asked["topology"])
 
     from iam_jax.data.assumed import Assumption
     from iam_jax.planning import estimate, plan
 
     assumption = None
-    if asked["items"]:
-        length = config.data.item_tokens if asked["item_length"] is None else asked["item_length"]
-        events = 20 if asked["events"] is None else asked["events"]
-        assumption = Assumption(int(numbers["items"]), length, int(numbers["users"]), events)
+    if asked["num_items"] is not None:
+        defaults = {"item_length": config.data.item_tokens, "num_users": 100_000, "events": 20}
+        chosen = {name: value if asked[name] is None else asked[name] for name, value in defaults.items()}
+        assumption = Assumption(asked["num_items"], chosen["item_length"], chosen["num_users"], chosen["events"])
     parts = tuple(asked["programs"]) or plan.PARTS
     if unknown := set(parts) - set(plan.PARTS):
         raise InputError(f"--programs={min(unknown)}: must be of {', '.join(plan.PARTS)}")

@@ -24,7 +24,7 @@ def test_a_path_stays_as_it_is(path):
 
 
 def test_an_unknown_name_is_refused_with_the_names_that_there_are():
-    with pytest.raises(InputError, match="config 'dmeo': there are .*, demo, .*; a file of your own needs its ending .py"):
+    with pytest.raises(InputError, match=r"config .dmeo.: there are .*, demo, .*; a file of your own needs its ending \.py"):
         config_files.find("dmeo:full")
 
 

@@ -93,7 +93,7 @@ def plan(tmp_path, *flags, **shape_fields):
     (tmp_path / "config.json").write_text(json.dumps(shape | shape_fields))
     config = Path(__file__).parents[1] / "configs" / "llama3_1b_amazon.py"
     command = [sys.executable, "-m", "iam_jax.main", "--mode=plan", f"--config={config}:full", f"--config.model.pretrained={tmp_path}"]
-    command += ["--config.model.schedule=intra inter", "--items=1000", f"--output={tmp_path / 'plan.json'}", *flags]
+    command += ["--config.model.schedule=intra inter", "--num_items=1000", f"--output={tmp_path / 'plan.json'}", *flags]
     return subprocess.run(command, capture_output=True, text=True, timeout=600, env=os.environ)
 
 
@@ -112,7 +112,7 @@ def test_a_plan(tmp_path):
 
 def test_a_plan_that_does_not_fit(tmp_path):
     """Known from the parameters alone: nothing is compiled."""
-    done = plan(tmp_path, "--topology=v5e:1x1", "--programs=training", "--items=100000", hidden_size=16_384)
+    done = plan(tmp_path, "--topology=v5e:1x1", "--programs=training", "--num_items=100000", hidden_size=16_384)
     assert done.returncode == 3 and (tmp_path / "plan.json").exists()
     told = done.stderr.splitlines()[-1]
     assert told.startswith("error: v5e:1x1: training (training step) needs more than") and "and there are 15.52" in told

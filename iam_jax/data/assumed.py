@@ -23,9 +23,14 @@ class Assumption:
     events: int  # of a user: the last two are for validation and test
 
     def check(self) -> None:
-        for name, least in (("items", 1), ("item_length", 1), ("users", 1), ("events", 4)):
+        for name, flag, least in (
+            ("items", "num_items", 1),
+            ("item_length", "item_length", 1),
+            ("users", "num_users", 1),
+            ("events", "events", 4),
+        ):
             if getattr(self, name) < least:
-                raise InputError(f"--{name}={getattr(self, name)}: must be {least} or more")
+                raise InputError(f"--{flag}={getattr(self, name)}: must be {least} or more")
 
 
 def assume(config: DataConfig, assumption: Assumption, vocabulary: int) -> tuple[Prepared, float]:

@@ -223,30 +223,31 @@ def test_the_demo_stopped_by_sigterm(tmp_path):
 # ---- working folders of earlier versions
 
 
-def test_a_working_folder_of_an_earlier_version(forks):
+@pytest.mark.parametrize("commit", ["d01666a", "50a2050"])
+def test_a_working_folder_of_an_earlier_version(forks, commit):
     """tests/data/make_old_workdir.py made it."""
-    made = TESTS / "data" / "old_workdir"
-    workdir = forks.folder / "old"
+    made, name = TESTS / "data" / f"old_workdir_{commit}", f"old-{commit}"
+    workdir = forks.folder / name
     shutil.copytree(made, workdir)
-    assert "skip_limit" not in (workdir / "config.json").read_text()
-    out, err = forks.run("--workdir=old", "--mode=evaluate")
+    assert ("skip_limit" in (workdir / "config.json").read_text()) == (commit != "d01666a")
+    out, err = forks.run(f"--workdir={name}", "--mode=evaluate")
     assert err == ""
     before, after = (json.loads((folder / "evaluation.json").read_text()) for folder in (made, workdir))
     assert [before[name] for name in ("split_sha256", "protocol", "step")] == [after[name] for name in ("split_sha256", "protocol", "step")]
     for split in ("validation", "test"):
         there, here = before["results"]["model"][split], after["results"]["model"][split]
         assert here.keys() >= there.keys() and here["ndcg@10"] > 0
-        for name in ("users", "hr@1", "hr@10", "ndcg@10", "mrr@10", "tie_rate"):
-            assert here[name] == pytest.approx(there[name], rel=1e-6)
+        for metric in ("users", "hr@1", "hr@10", "ndcg@10", "mrr@10", "tie_rate"):
+            assert here[metric] == pytest.approx(there[metric], rel=1e-6)
 
     items = pl.read_parquet(workdir / "items.parquet")["item"]
     events = "".join(f"u{user},{items[n]},{n}\n" for user in range(3) for n in range(user, user + 4))
     (forks.folder / "events.csv").write_text(f"user,item,timestamp\n{events}")
-    forks.run("--workdir=old", "--mode=score", "--users=events.csv", "--output=lists", "--top_k=5")
-    (part,) = (forks.folder / "lists").glob("*.parquet")
+    forks.run(f"--workdir={name}", "--mode=score", "--users=events.csv", f"--output={name}-lists", "--top_k=5")
+    (part,) = (forks.folder / f"{name}-lists").glob("*.parquet")
     assert pl.read_parquet(part).group_by("user").len()["len"].to_list() == [5, 5, 5]
 
-    out, err = forks.run("--workdir=old", "--config.train.steps=44")  # and training goes on
+    out, err = forks.run(f"--workdir={name}", "--config.train.steps=44")  # and training goes on
     assert "continuing from step 40\n" in out
     assert [line["step"] for line in metrics_lines(workdir) if "item_loss" in line] == [20, 40, 44]
     assert progress(workdir, 44)["skipped"] == 0 and "skip_limit" in (workdir / "config.json").read_text()

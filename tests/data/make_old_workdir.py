@@ -1,6 +1,6 @@
-"""Makes tests/data/old_workdir: the working folder of a tiny run, trained by an earlier commit of this repository.
+"""Makes tests/data/old_workdir_COMMIT: the working folder of a tiny run, trained by an earlier commit of this repository.
 
-    python tests/data/make_old_workdir.py [COMMIT]      # from the repository's root, with an environment that the commit runs in
+    python tests/data/make_old_workdir.py COMMIT      # from the repository's root, with an environment that the commit runs in
 
 `tests/test_faults.py` opens it with the program as it is now. Kept are config, data hashes, tokenizer, catalogue, metrics, the newest
 checkpoint and evaluation.json; of the checkpoint not what nothing reads (Orbax's per-process copies of its index).
@@ -13,8 +13,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-COMMIT = "d01666a"  # of 2026-11-25, before any field of issue 6
-FOLDER = Path(__file__).parent / "old_workdir"
+COMMITS = {
+    "d01666a": "2026-11-25, before any field of fault handling",
+    "50a2050": "2026-11-30, before the program was split into packages",
+}
 CONFIG = """
 from iam_jax.config import default_config
 
@@ -36,6 +38,7 @@ def get_config():
 
 
 def main(commit: str) -> None:
+    target = Path(__file__).parent / f"old_workdir_{commit}"
     with tempfile.TemporaryDirectory() as temporary:
         tree, run = Path(temporary) / "tree", Path(temporary) / "run"
         subprocess.run(["git", "worktree", "add", "--detach", tree, commit], check=True)
@@ -55,10 +58,10 @@ def main(commit: str) -> None:
             for path in run.glob(f"checkpoints/*/{item}/ocdbt.process_0/d/*"):
                 if path.stat().st_size < 4096 and path.name.encode() not in known:
                     path.unlink()
-        shutil.rmtree(FOLDER, ignore_errors=True)
-        shutil.copytree(run, FOLDER)
-    print(f"wrote {FOLDER}: {sum(path.stat().st_size for path in FOLDER.rglob('*') if path.is_file()):,} bytes")
+        shutil.rmtree(target, ignore_errors=True)
+        shutil.copytree(run, target)
+    print(f"wrote {target}: {sum(path.stat().st_size for path in target.rglob('*') if path.is_file()):,} bytes")
 
 
 if __name__ == "__main__":
-    main(*(sys.argv[1:] or [COMMIT]))
+    main(sys.argv[1])

@@ -61,3 +61,31 @@ def folders(tmp_path_factory) -> dict:
     from pretrained_models import MODELS, write_model
 
     return {name: write_model(tmp_path_factory.mktemp("models") / name, values) for name, values in MODELS.items()}
+
+
+SHOP_RUN = {"data.source": "table", "data.path": "tables", "objective.vectors": "both", "score.part_users": 16, "train.steps": 30}
+
+
+@pytest.fixture(scope="session")
+def shop():
+    """The tables of a tiny synthetic shop."""
+    from iam_jax.config import SyntheticConfig
+    from iam_jax.data.sources import synthetic
+
+    return synthetic.from_config(SyntheticConfig(users=60, products=50, events_per_user=6.0)).tables()
+
+
+@pytest.fixture(scope="session")
+def shop_run(tmp_path_factory, tiny, shop):
+    """A folder with a trained run, `run`, whose data are gone (`moved`): scoring has the working folder and its own tables."""
+    from test_main import config_text, run
+
+    folder = tmp_path_factory.mktemp("shop")
+    fields = {name: value for name, value in tiny.items() if "synthetic" not in name} | SHOP_RUN
+    (folder / "run.py").write_text(config_text(fields))
+    (folder / "tables").mkdir()
+    shop.interactions.write_parquet(folder / "tables" / "interactions.parquet")
+    shop.items.write_csv(folder / "tables" / "items.csv")
+    run(folder, "--config=run.py", "--workdir=run")
+    (folder / "tables").rename(folder / "moved")
+    return folder

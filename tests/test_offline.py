@@ -13,14 +13,15 @@ import jax
 import numpy as np
 import polars as pl
 import pytest
+from conftest import SHOP_RUN as FIELDS
 from jobs import run_job
 from test_main import config_text, contents, run, start, wait_for
 from tqdm import tqdm
 
-from iam_jax.config import SyntheticConfig, get_config, resolve
+import iam_jax
+from iam_jax.config import get_config, resolve
 from iam_jax.data import stored as stored_lib
 from iam_jax.data.histories import Lists
-from iam_jax.data.sources import synthetic
 from iam_jax.data.tokenizer import train_bpe
 from iam_jax.devices.signals import Stop
 from iam_jax.errors import InputError
@@ -28,26 +29,10 @@ from iam_jax.ranking.scores import top_items
 from iam_jax.serving import offline
 from iam_jax.serving.offline import ScoreRequest, score
 
-FIELDS = {"data.source": "table", "data.path": "tables", "objective.vectors": "both", "score.part_users": 16, "train.steps": 30}
-
 
 @pytest.fixture(scope="session")
-def shop():
-    return synthetic.from_config(SyntheticConfig(users=60, products=50, events_per_user=6.0)).tables()
-
-
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory, tiny, shop):
-    """A trained run whose data are gone: scoring has the working folder and its own tables."""
-    folder = tmp_path_factory.mktemp("score")
-    fields = {name: value for name, value in tiny.items() if "synthetic" not in name} | FIELDS
-    (folder / "run.py").write_text(config_text(fields))
-    (folder / "tables").mkdir()
-    shop.interactions.write_parquet(folder / "tables" / "interactions.parquet")
-    shop.items.write_csv(folder / "tables" / "items.csv")
-    run(folder, "--config=run.py", "--workdir=run")
-    (folder / "tables").rename(folder / "moved")
-    return folder
+def folder(shop_run):
+    return shop_run
 
 
 @pytest.fixture
@@ -382,6 +367,14 @@ def test_text_generators(tmp_path, tiny, shop):
         expected = [(item, value) for item, value in zip(*given[user], strict=True) if item not in seen]
         assert found[user][0] == [item for item, _ in expected] and len(expected) == 12 - len(seen)
         np.testing.assert_allclose(found[user][1], [value for _, value in expected], rtol=1e-4)
+    rec = iam_jax.load(tmp_path / "run")
+    histories = dict(few.sort("user", "timestamp").group_by("user", maintain_order=True).agg("item").iter_rows())
+    assert rec.recommend(few, k=12).equals(scored(tmp_path, tmp_path / "again", top_k=12, **request))
+    rank, ties = rec.rank([histories[user] for user in some], [given[user][0][3] for user in some], filter_seen=False)
+    assert rank.tolist() == [4] * 5 and not ties.any()
+    assert rec.recommend([[*histories[some[0]], {"text": "red zebra"}]], k=3) != rec.recommend([histories[some[0]]], k=3)
+    with pytest.raises(InputError, match=r"config\.eval\.ranking = 'likelihood' has no vectors"):
+        rec.item_vectors()
     with pytest.raises(InputError, match="--vectors: there are none with"):
         scored(tmp_path, tmp_path / "vectors", vectors=True)
 

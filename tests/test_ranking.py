@@ -18,6 +18,7 @@ from test_evaluate import history_of, integers, make_evaluator, recent, tokens_o
 from iam_jax.config import MeshConfig
 from iam_jax.data.splits import TEST, VALIDATION
 from iam_jax.devices.mesh import make_mesh, spread_rows
+from iam_jax.ranking.evaluate import seen_lists
 from iam_jax.ranking.metrics import ranking_metrics
 from iam_jax.ranking.scores import rank_catalogue, ranking_program
 
@@ -46,7 +47,9 @@ def ranks_on(shape: tuple[int, int, int], chunks: tuple[int, ...] = CHUNKS) -> d
         with jax.set_mesh(mesh):
             rank, ties = evaluator.rank(params, targets)
             v = evaluator.ranker.item_vectors(params, None)
-        results[str(chunk)] = [rank.tolist(), ties.tolist()]
+            h = evaluator.history_vectors(params, targets[:40], None)
+            lists = evaluator.ranker.top(h, v, seen_lists(prepared.events, targets[:40]), 9)
+        results[str(chunk)] = [rank.tolist(), ties.tolist(), *(found.tolist() for found in lists)]
         held = [int(np.prod(shard.data.shape[:1])) for shard in v.addressable_shards]
     try:
         evaluator.rank({**params, "table": params["table"].at[ITEMS - 1].set(jnp.nan)}, targets)
@@ -68,15 +71,18 @@ def not_finite_on(mesh) -> list:
 def expected():
     prepared = large_data()
     params, targets = {name: np.asarray(x, int) for name, x in integers(prepared).items()}, targets_of(prepared)
-    ranks = []
+    ranks, lists = [], []
     for target in targets:
         history, own = history_of(prepared.events, target), prepared.events.item[target]
         tokens = [token for item in recent(prepared, history, 24) for token in tokens_of(prepared, item)]
         score = params["table"] @ params["embedding"][tokens].sum(0)
         others = np.setdiff1d(np.arange(ITEMS), [*history, own])
         ranks.append([int(1 + (score[others] > score[own]).sum()), int((score[others] == score[own]).sum())])
+        candidates = np.union1d(others, [own])
+        best = candidates[np.argsort(-score[candidates], kind="stable")][:9]
+        lists.append([best.tolist(), score[best].tolist()])
     assert min(ties for _, ties in ranks) > 0 and len({rank for rank, _ in ranks}) > 50
-    return [list(column) for column in zip(*ranks, strict=True)]
+    return [list(column) for column in (*zip(*ranks, strict=True), *zip(*lists[:40], strict=True))] + [[True] * 40]
 
 
 @pytest.fixture(scope="module")

@@ -333,7 +333,7 @@ def test_a_config_file_that_adds_a_relation_trains_and_ranks(tmp_path, tiny):
     result = json.loads((tmp_path / "run" / "evaluation.json").read_text())["results"]["model"]
     assert 0 < result["test"]["ndcg@10"] < 1
     _, message = run_command(tmp_path, "--mode=evaluate", "--workdir=run", code=2)
-    assert "'previous' is no relation; there are full, intra, inter, intra_both" in message
+    assert "'previous' is not a relation; the relations are full, intra, inter, intra_both" in message
 
 
 # ---- the registry
@@ -355,7 +355,7 @@ def test_what_cannot_be_registered():
 def test_a_schedule_lists_what_is_registered():
     with pytest.raises(InputError) as caught:
         parse_schedule("intra next")
-    assert str(caught.value).endswith("'next' is no relation; there are full, intra, inter, intra_both, " + ", ".join(ADDED))
+    assert str(caught.value).endswith("'next' is not a relation; the relations are full, intra, inter, intra_both, " + ", ".join(ADDED))
 
 
 def test_reading_a_schedule_imports_no_jax():

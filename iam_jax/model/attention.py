@@ -97,17 +97,17 @@ def _ranges(relation: Relation, layout: Layout, apart: jax.Array | bool | None) 
 
 
 def _changes(x_BT: jax.Array) -> jax.Array:
-    """Where a slot differs from the one before it, the first slot included."""
+    """[B, T] bool: whether a slot differs from the one before it; true for the first slot."""
     return jnp.pad(x_BT[:, 1:] != x_BT[:, :-1], ((0, 0), (1, 0)), constant_values=True)
 
 
 def _last_true(x_BT: jax.Array) -> jax.Array:
-    """The last slot up to each one where x is true, 0 where there is none."""
+    """[B, T]: for each slot, the last slot up to it where x is true; 0 if there is none."""
     return lax.cummax(jnp.where(x_BT, jnp.arange(x_BT.shape[1]), 0), axis=1)
 
 
 def frequencies(config: ModelConfig, half: int) -> jax.Array:
-    """[half] float32, radians a position: of rotary position embeddings, scaled as LLaMA 3.1 does it or by one factor."""
+    """[half] float32: frequencies of rotary position embeddings in radians per position, scaled by `config.rope_scaling`."""
     frequency = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
     if config.rope_scaling == "linear":
         return frequency / config.rope_factor
@@ -119,7 +119,7 @@ def frequencies(config: ModelConfig, half: int) -> jax.Array:
 
 
 def rotary(x_BTNH: jax.Array, position_BT: jax.Array, config: ModelConfig) -> jax.Array:
-    """Rotary position embedding (arXiv 2104.09864), halves paired as in LLaMA's public weights; angles in float32."""
+    """Rotary position embedding (arXiv 2104.09864). It pairs the two halves of a head, as LLaMA's public weights need; float32 angles."""
     angle = position_BT[..., None, None].astype(jnp.float32) * frequencies(config, x_BTNH.shape[-1] // 2)
     sin, cos = jnp.sin(angle), jnp.cos(angle)
     a, b = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)

@@ -9,6 +9,7 @@ that a pretrained model is unchanged at first. `(full*4 +intra +inter)*4` insert
 
 import dataclasses
 import re
+from typing import NoReturn
 
 from iam_jax.errors import InputError
 from iam_jax.relations import NAME, RELATIONS
@@ -67,7 +68,7 @@ def parse_schedule(text: str, field: str = "schedule") -> Schedule:
     """Raises InputError that names `field` and the first part that cannot be read."""
     text = text.strip()
 
-    def fail(what: str):
+    def fail(what: str) -> NoReturn:
         raise InputError(f"config.{field} = {text!r}: {what}")
 
     def scan(pattern: re.Pattern, part: str):

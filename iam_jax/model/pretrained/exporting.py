@@ -52,7 +52,7 @@ def export(config: Config, params: dict, output: str | Path, max_shard_bytes: in
     """
     output = check_output(output)
     source = read_pretrained(config)
-    leaves = flatten_dict(params, sep=".")
+    leaves: dict = flatten_dict(params, sep=".")
     known = places(config, source)
     missing = [name for name in known if name not in leaves]
     if missing or any("_lora_" in name for name in leaves):

@@ -20,8 +20,8 @@ from iam_jax.data.tokenizer import Vocabulary
 from iam_jax.errors import InputError, quote_first
 from iam_jax.model.decoder import Block, Decoder
 from iam_jax.model.lora import Keys
-from iam_jax.model.pretrained import families  # noqa: F401 (its files register the families)
-from iam_jax.model.pretrained.family import FAMILIES, Family
+from iam_jax.model.pretrained.families import FAMILIES
+from iam_jax.model.pretrained.family import Family
 from iam_jax.model.pretrained.folder import CONFIG, TOKENIZER, Header, Settings, Tensors, check_dense, find_folder
 from iam_jax.model.pretrained.table import Source, axis_sizes, param_axes, param_shape, read_part, tensor_shape
 from iam_jax.relations import ORDINARY
@@ -64,7 +64,7 @@ class Pretrained(NamedTuple):
 
     def _present(self, table: dict[str, Source], names: frozenset[str]) -> dict[str, Source]:
         if missing := sorted(names - table.keys()):
-            raise ValueError(f"the family of model_type {self.family.model_type!r} has no tensor for {quote_first(missing)}")
+            raise ValueError(f"the model family {self.family.name!r} has no tensor for {quote_first(missing)}")
         return {name: source for name, source in table.items() if name in names}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -193,7 +193,7 @@ def load(config: Config, abstract: dict, dtype=None) -> dict:
     tensors = source.tensors()
     _check_tied(source, tensors)
     known, sizes = places(config, source), source.sizes
-    leaves = flatten_dict(abstract, sep=".")
+    leaves: dict = flatten_dict(abstract, sep=".")
     for name, x in leaves.items():
         if name not in known:
             raise ValueError(f"{name} is not a pretrained parameter")

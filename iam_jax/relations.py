@@ -1,10 +1,10 @@
 """Attention relations: which keys a token may see. Each relation is one object; everything else in the project reads it.
 
 A token can see two kinds of keys. The first is one range of earlier keys of its own user: the prompt and the items before its own.
-The second is its own item: no token of it, the tokens up to itself, or all of them. A config file, for example, can add a relation, here
-the item before one's own:
+The second is its own item: no token of it, the tokens up to itself, or all of them. To add a relation, register it before
+the config is resolved, for example in the config file:
 
-    RELATIONS.register(Relation("previous", start=lambda at: at.start_of(at.before - 1), meaning="the item before its own"))
+    register(Relation("previous", start=lambda at: at.start_of(at.before - 1), meaning="the item before its own"))
 
 The schedule language then accepts the name. Masks, the cache of item states, candidate scoring, beam search, plans and the checks of
 the config follow from the object.
@@ -102,3 +102,5 @@ _OWN = (
 )
 RELATIONS: Registry[Relation] = Registry("relation", {relation.name: relation for relation in _OWN})
 """The relations that a schedule can name."""
+
+register, unregister = RELATIONS.register, RELATIONS.unregister

@@ -9,7 +9,7 @@ from pretrained_models import MODELS, TOKENS, config_of, configured, flat, load,
 
 from iam_jax.errors import InputError
 from iam_jax.model import pretrained
-from iam_jax.model.pretrained.families import FAMILIES
+from iam_jax.model.pretrained.families import register, unregister
 from iam_jax.model.pretrained.families.llama import LAYER, TOP, llama_shape
 from iam_jax.model.pretrained.family import Family
 from iam_jax.schedule import parse_schedule
@@ -31,8 +31,8 @@ VALUES = LLAMA | {"model_type": OURS.name, "hidden_act": "gelu"}
 
 @pytest.fixture
 def family():
-    yield FAMILIES.register(OURS)
-    FAMILIES.unregister(OURS.name)
+    yield register(OURS)
+    unregister(OURS.name)
 
 
 @pytest.fixture
@@ -109,15 +109,15 @@ def test_fingerprints_stay_what_they_were(folders, family, folder):
     """Working folders hold them. Fields that came later count where they matter."""
     assert pretrained.fingerprint(configured(folders["llama2"])) == "987763b600dbffbb1ecae40136df9d13e0ce9e72e34886497d61c5c59387ebd1"
     first, config = pretrained.fingerprint(configured(folder)), configured(folder)
-    FAMILIES.register(dataclasses.replace(OURS, norm_offset=0.5))
+    register(dataclasses.replace(OURS, norm_offset=0.5))
     assert pretrained.fingerprint(config) != first
 
 
 def test_what_a_family_must_say(folder):
     with pytest.raises(ValueError, match="'llama' is a model family of iam_jax"):
-        FAMILIES.register(dataclasses.replace(OURS, name="llama"))
+        register(dataclasses.replace(OURS, name="llama"))
     layer = {name: source for name, source in LAYER.items() if name != "mlp.gate_DF"}
-    FAMILIES.register(dataclasses.replace(OURS, layer=layer))
+    register(dataclasses.replace(OURS, layer=layer))
     with pytest.raises(ValueError, match=r"model family 'test_gemma' has no tensor for 'mlp\.gate_DF'"):
         load(configured(folder))
 

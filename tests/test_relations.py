@@ -28,7 +28,7 @@ from iam_jax.model.attention import decode_ranges, key_ranges
 from iam_jax.planning.plan import PlanRequest, make_plan
 from iam_jax.ranking.beam import beam_search, make_trie
 from iam_jax.ranking.likelihood import log_likelihoods
-from iam_jax.relations import RELATIONS, Relation
+from iam_jax.relations import RELATIONS, Relation, register, unregister
 from iam_jax.schedule import parse_schedule
 from iam_jax.training.flops import visible_pairs
 from iam_jax.training.run import make_run
@@ -60,12 +60,12 @@ def added():
     """The relations above, for this file only. A model that another file made is never one of theirs: its schedule is another."""
     with pytest.MonkeyPatch.context() as patch:
         for name, (relation, meaning) in ADDED.items():
-            RELATIONS.register(relation)
+            register(relation)
             patch.setitem(helpers.MEANINGS, name, meaning)
         patch.setattr(helpers, "SELF_KEY", helpers.SELF_KEY | {"previous"})
         yield
         for name in ADDED:
-            RELATIONS.unregister(name)
+            unregister(name)
     assert list(RELATIONS) == ["full", "intra", "inter", "intra_both"]
 
 
@@ -148,7 +148,7 @@ def test_bounds_are_cut_to_the_earlier_items_of_the_user():
     wrong = Relation("wrong", start=lambda at: at.user_start - 5, stop=lambda at: at.item_stop + 3)
     user, group = np.array([[1, 1, 1, 2, 2, 2, 2, 2]], np.int32), np.array([[1, 1, 2, 1, 2, 3, 3, 3]], np.int32)
     candidate = np.array([[0, 0, 0, 0, 0, 1, 2, 2]], np.int32)
-    RELATIONS.register(wrong)
+    register(wrong)
     try:
         for candidates in (None, candidate):
             ranges = key_ranges(user, group, candidates)
@@ -156,7 +156,7 @@ def test_bounds_are_cut_to_the_earlier_items_of_the_user():
         ranges = decode_ranges(user[:, :3], group[:, :3], jnp.array([3]), jnp.array([4]), self_key=False)
         assert keys_of(ranges["wrong"], 5) == keys_of(ranges["inter"], 5) == [[0, 1, 2]]
     finally:
-        RELATIONS.unregister("wrong")
+        unregister("wrong")
 
 
 # ---- a model with them
@@ -328,7 +328,7 @@ def test_plan():
 def test_a_config_file_that_adds_a_relation_trains_and_ranks(tmp_path, tiny):
     """Nothing but the file knows it."""
     fields = tiny | {"model.schedule": "intra previous", "objective.token": 0.1, "train.steps": 4}
-    head = f"from iam_jax.relations import RELATIONS, Relation\n\nRELATIONS.register({PREVIOUS})\n"
+    head = f"from iam_jax.relations import Relation, register\n\nregister({PREVIOUS})\n"
     (tmp_path / "with_previous.py").write_text(head + config_text(fields))
     run_command(tmp_path, "--config=with_previous.py", "--workdir=run")
     result = json.loads((tmp_path / "run" / "evaluation.json").read_text())["results"]["model"]
@@ -342,7 +342,7 @@ def test_a_config_file_that_adds_a_relation_trains_and_ranks(tmp_path, tiny):
 
 def test_what_cannot_be_registered():
     with pytest.raises(ValueError, match="'inter' is a relation of iam_jax"):
-        RELATIONS.register(Relation("inter", own="past"))
+        register(Relation("inter", own="past"))
     for wrong in ("", "Previous", "previous2", "previous item", "+previous", "a*2"):  # a schedule could not name it
         with pytest.raises(ValueError, match="lower-case letters and underscores"):
             Relation(wrong, own="past")

@@ -42,10 +42,13 @@ def key_ranges(
     last = jnp.pad(item_start[:, 1:] == t[:, 1:], ((0, 0), (0, 1)), constant_values=True)
     item_stop = lax.cummin(jnp.where(last, t + 1, T), axis=1, reverse=True)
     real = user_BT > 0
-    is_candidate = None if candidate_BT is None else real & (candidate_BT > 0)
-    before = item_start if candidate_BT is None else jnp.where(is_candidate, history_ends(candidate_BT), item_start)
+    if candidate_BT is None:
+        apart, before = None, item_start
+    else:
+        apart = real & (candidate_BT > 0)
+        before = jnp.where(apart, history_ends(candidate_BT), item_start)
     layout = Layout(_last_true(_changes(user_BT)), before, item_start, item_stop, t, item_start)
-    found = {name: _ranges(RELATIONS[name], layout, is_candidate) for name in _names(relations)}
+    found = {name: _ranges(RELATIONS[name], layout, apart) for name in _names(relations)}
     return jax.tree.map(lambda bound: jnp.where(real, bound, 0), found)
 
 
@@ -80,9 +83,9 @@ def _names(relations: Iterable[str] | None) -> list[str]:
 
 
 def _ranges(relation: Relation, layout: Layout, apart: jax.Array | bool | None) -> Ranges:
-    """apart: whether other tokens lie between the earlier items and the own one, as for candidates; None: nowhere."""
+    """apart: whether other tokens may lie between a token's earlier items and its own, as for candidates; None: nowhere."""
     own = layout.item_start, layout.item_stop if relation.sees_ahead else layout.slot + 1
-    if relation.own_item_only:
+    if relation.start is None:
         return Ranges(own)
     before = layout.before
     stop = before if relation.stop is None else jnp.clip(relation.stop(layout), layout.user_start, before)
@@ -93,7 +96,7 @@ def _ranges(relation: Relation, layout: Layout, apart: jax.Array | bool | None) 
         return Ranges(earlier, own)
     if apart is None:  # one range: the own item follows
         return Ranges((earlier[0], own[1]))
-    return Ranges((earlier[0], jnp.where(apart, stop, own[1])), tuple(jnp.where(apart, bound, 0) for bound in own))
+    return Ranges((earlier[0], jnp.where(apart, stop, own[1])), (jnp.where(apart, own[0], 0), jnp.where(apart, own[1], 0)))
 
 
 def _changes(x_BT: jax.Array) -> jax.Array:

@@ -11,3 +11,5 @@ _own = {family.name: family for file in _files for family in vars(file).values()
 
 FAMILIES: Registry[Family] = Registry("model family", _own)
 """The families by the `model_type` in config.json."""
+
+register, unregister = FAMILIES.register, FAMILIES.unregister

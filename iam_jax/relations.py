@@ -1,8 +1,8 @@
 """Attention relations: which keys a token may see. Each relation is one object; everything else in the project reads it.
 
 A token can see two kinds of keys. The first is one range of earlier keys of its own user: the prompt and the items before its own.
-The second is its own item: no token of it, the tokens up to itself, or all of them. `register` adds a relation, for example the item
-before one's own:
+The second is its own item: no token of it, the tokens up to itself, or all of them. To add a relation, register it before
+the config is resolved, for example in the config file:
 
     register(Relation("previous", start=lambda at: at.start_of(at.before - 1), meaning="the item before its own"))
 
@@ -14,6 +14,8 @@ import dataclasses
 import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal
+
+from iam_jax.registry import Registry
 
 if TYPE_CHECKING:
     import jax
@@ -90,20 +92,15 @@ class Relation:
         return longest - 1, longest - 1 if self.sees_ahead else 0
 
 
-RELATIONS: dict[str, Relation] = {}
-
 ORDINARY = "full"  # the relation of pretrained models
 
+_OWN = (
+    Relation(ORDINARY, start=lambda at: at.user_start, own="past", meaning="ordinary causal attention"),
+    Relation("intra", own="past", meaning="its own item so far"),
+    Relation("inter", start=lambda at: at.user_start, meaning="all earlier items and the prompt, no other token of its own item"),
+    Relation("intra_both", own="whole", meaning="its own item in both directions"),
+)
+RELATIONS: Registry[Relation] = Registry("relation", {relation.name: relation for relation in _OWN})
+"""The relations that a schedule can name."""
 
-def register(relation: Relation) -> Relation:
-    """Adds a relation to RELATIONS. Raises ValueError if the name is taken."""
-    if relation.name in RELATIONS:
-        raise ValueError(f"relation {relation.name!r} is registered already")
-    RELATIONS[relation.name] = relation
-    return relation
-
-
-register(Relation(ORDINARY, start=lambda at: at.user_start, own="past", meaning="ordinary causal attention"))
-register(Relation("intra", own="past", meaning="its own item so far"))
-register(Relation("inter", start=lambda at: at.user_start, meaning="all earlier items and the prompt, no other token of its own item"))
-register(Relation("intra_both", own="whole", meaning="its own item in both directions"))
+register, unregister = RELATIONS.register, RELATIONS.unregister

@@ -3,12 +3,13 @@
     schedule = term+     term = layers | "(" layers+ ")" ["*" count]     layers = ["+"] relation ["*" count]
 
 `(intra inter)*6` is item-aware attention, `full*12` the ordinary decoder, `(full inter)*6` and `(intra full)*6` the ablations,
-`intra*4 full*4 inter*4` the order of HatLLM (arXiv 2510.10955). `+` marks a layer whose output projections start at zero, as
-one that is inserted into a pretrained model must. `(full*4 +intra +inter)*4` puts an item-aware block behind every four of sixteen layers.
+`intra*4 full*4 inter*4` the order of HatLLM (arXiv 2510.10955). `+` marks an inserted layer: its output projections start at zero, so
+that a pretrained model is unchanged at first. `(full*4 +intra +inter)*4` inserts an item-aware block after every four of sixteen layers.
 """
 
 import dataclasses
 import re
+from typing import NoReturn
 
 from iam_jax.errors import InputError
 from iam_jax.relations import NAME, RELATIONS
@@ -64,10 +65,10 @@ class Schedule:
 
 
 def parse_schedule(text: str, field: str = "schedule") -> Schedule:
-    """Raises InputError that points at the first part it cannot read."""
+    """Raises InputError that names `field` and the first part that cannot be read."""
     text = text.strip()
 
-    def fail(what: str):
+    def fail(what: str) -> NoReturn:
         raise InputError(f"config.{field} = {text!r}: {what}")
 
     def scan(pattern: re.Pattern, part: str):
@@ -98,7 +99,7 @@ def parse_schedule(text: str, field: str = "schedule") -> Schedule:
                 layers += [(part["relation"], bool(part["inserted"]))] * min(count_of(part), MOST_LAYERS + 1)
         for relation, _ in layers:
             if relation not in RELATIONS:
-                fail(f"{relation!r} is no relation; there are {', '.join(RELATIONS)}")
+                fail(f"{relation!r} is not a relation; the relations are {', '.join(RELATIONS)}")
         if repeats * len(layers) > MOST_LAYERS:
             fail(f"more than {MOST_LAYERS:,} layers")
         stages.append(Stage(tuple(relation for relation, _ in layers), repeats, tuple(inserted for _, inserted in layers)))

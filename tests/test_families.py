@@ -9,13 +9,14 @@ from pretrained_models import MODELS, TOKENS, config_of, configured, flat, load,
 
 from iam_jax.errors import InputError
 from iam_jax.model import pretrained
+from iam_jax.model.pretrained.families import register, unregister
 from iam_jax.model.pretrained.families.llama import LAYER, TOP, llama_shape
-from iam_jax.model.pretrained.family import FAMILIES, Family, register
+from iam_jax.model.pretrained.family import Family
 from iam_jax.schedule import parse_schedule
 
 # Output and input embedding are one, embeddings are scaled, norms multiply by 1 + scale, and the MLP has the tanh approximation of GELU.
 OURS = Family(
-    model_type="test_gemma",
+    name="test_gemma",
     shape=lambda settings: llama_shape(settings, activations={"gelu": "gelu"}) | {"tie_tokens": True},
     layers="num_hidden_layers",
     prefix="model.",
@@ -25,15 +26,13 @@ OURS = Family(
     norm_offset=1.0,
 )
 LLAMA = MODELS["llama2"] | {"num_key_value_heads": 2, "head_dim": 6, "rope_theta": 100.0, "tie_word_embeddings": True}
-VALUES = LLAMA | {"model_type": OURS.model_type, "hidden_act": "gelu"}
+VALUES = LLAMA | {"model_type": OURS.name, "hidden_act": "gelu"}
 
 
 @pytest.fixture
 def family():
-    before = dict(FAMILIES)
     yield register(OURS)
-    FAMILIES.clear()
-    FAMILIES.update(before)
+    unregister(OURS.name)
 
 
 @pytest.fixture
@@ -110,16 +109,16 @@ def test_fingerprints_stay_what_they_were(folders, family, folder):
     """Working folders hold them. Fields that came later count where they matter."""
     assert pretrained.fingerprint(configured(folders["llama2"])) == "987763b600dbffbb1ecae40136df9d13e0ce9e72e34886497d61c5c59387ebd1"
     first, config = pretrained.fingerprint(configured(folder)), configured(folder)
-    FAMILIES[OURS.model_type] = dataclasses.replace(OURS, norm_offset=0.5)
+    register(dataclasses.replace(OURS, norm_offset=0.5))
     assert pretrained.fingerprint(config) != first
 
 
 def test_what_a_family_must_say(folder):
-    with pytest.raises(ValueError, match="model_type 'test_gemma' is registered already"):
-        register(OURS)
+    with pytest.raises(ValueError, match="'llama' is a model family of iam_jax"):
+        register(dataclasses.replace(OURS, name="llama"))
     layer = {name: source for name, source in LAYER.items() if name != "mlp.gate_DF"}
-    FAMILIES[OURS.model_type] = dataclasses.replace(OURS, layer=layer)
-    with pytest.raises(ValueError, match=r"model_type 'test_gemma' has no tensor for 'mlp\.gate_DF'"):
+    register(dataclasses.replace(OURS, layer=layer))
+    with pytest.raises(ValueError, match=r"model family 'test_gemma' has no tensor for 'mlp\.gate_DF'"):
         load(configured(folder))
 
 

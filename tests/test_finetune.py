@@ -166,8 +166,8 @@ def test_what_is_frozen(make):
     assert frozen(train__trained=r"mlp\.") == {name for name in names if "mlp." not in name}
     assert frozen(**full, objective__token=0.0) == {"output_VD"}  # nothing reads it
     for changes, said in (
-        ({"train__frozen": "layers"}, r"config\.train\.frozen = 'layers' finds none of the pretrained parameters, such as decoder\."),
-        ({"train__trained": "lora"}, r"config\.train\.trained = 'lora' finds none of the pretrained"),
+        ({"train__frozen": "layers"}, r"config\.train\.frozen = 'layers' matches none of the pretrained parameters, such as decoder\."),
+        ({"train__trained": "lora"}, r"config\.train\.trained = 'lora' matches none of the pretrained"),
     ):
         with pytest.raises(InputError, match=said):
             frozen(**changes)

@@ -99,7 +99,7 @@ def test_untouched_at_the_start_and_only_where_the_pattern_says(folder):
     start = {name: x for name, x in flat(made).items() if "_lora_" in name}
     plain = pretrained.configure(config_of(folder))
     np.testing.assert_array_equal(logits(config, _join(given, start)), logits(plain, given))
-    with pytest.raises(InputError, match=r"^config\.model\.lora\.targets = 'quer_y' finds none of attention\.query_DNH, "):
+    with pytest.raises(InputError, match=r"^config\.model\.lora\.targets = 'quer_y' matches none of attention\.query_DNH, "):
         model_of(configured(folder, targets="quer_y"))
 
 

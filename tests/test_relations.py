@@ -1,6 +1,7 @@
 """Relations as objects: one that is added here, by one object each, works everywhere and is refused where it must be."""
 
 import functools
+import importlib
 import json
 import subprocess
 import sys
@@ -22,21 +23,20 @@ from test_main import run as run_command
 
 from iam_jax.data.assumed import Assumption
 from iam_jax.errors import InputError
-from iam_jax.kernels import range_attention
 from iam_jax.model import make_model
 from iam_jax.model.attention import decode_ranges, key_ranges
-from iam_jax.planning.plan import Request, make_plan
+from iam_jax.planning.plan import PlanRequest, make_plan
 from iam_jax.ranking.beam import beam_search, make_trie
 from iam_jax.ranking.likelihood import log_likelihoods
-from iam_jax.relations import RELATIONS, Relation, register
+from iam_jax.relations import RELATIONS, Relation, register, unregister
 from iam_jax.schedule import parse_schedule
 from iam_jax.training.flops import visible_pairs
 from iam_jax.training.run import make_run
 
-REGISTER = 'Relation("previous", start=lambda at: at.start_of(at.before - 1), meaning="the item before its own")'
+PREVIOUS = 'Relation("previous", start=lambda at: at.start_of(at.before - 1), meaning="the item before its own")'
 # Each relation and, for the twin in tests/helpers.py, its meaning once more.
 ADDED = {
-    "previous": (eval(REGISTER), lambda same, group_t, group_s, t, s: same & (group_s == group_t - 1)),
+    "previous": (eval(PREVIOUS), lambda same, group_t, group_s, t, s: same & (group_s == group_t - 1)),
     "recent": (
         Relation("recent", start=lambda at: at.start_of(at.before - 1), own="past"),
         lambda same, group_t, group_s, t, s: same & (group_s >= group_t - 1) & (s <= t),
@@ -52,12 +52,12 @@ ADDED = {
 }
 BATCH = packed_batch()
 REAL = (BATCH["user"] > 0).reshape(-1)
+backends = importlib.import_module("iam_jax.kernels.range_attention")  # the package's attribute of this name is the function
 
 
 @pytest.fixture(scope="module", autouse=True)
 def added():
     """The relations above, for this file only. A model that another file made is never one of theirs: its schedule is another."""
-    before = list(RELATIONS)
     with pytest.MonkeyPatch.context() as patch:
         for name, (relation, meaning) in ADDED.items():
             register(relation)
@@ -65,8 +65,8 @@ def added():
         patch.setattr(helpers, "SELF_KEY", helpers.SELF_KEY | {"previous"})
         yield
         for name in ADDED:
-            del RELATIONS[name]
-    assert list(RELATIONS) == before
+            unregister(name)
+    assert list(RELATIONS) == ["full", "intra", "inter", "intra_both"]
 
 
 # ---- masks
@@ -146,16 +146,17 @@ def test_padding_sees_nothing():
 
 def test_bounds_are_cut_to_the_earlier_items_of_the_user():
     wrong = Relation("wrong", start=lambda at: at.user_start - 5, stop=lambda at: at.item_stop + 3)
-    right = RELATIONS["inter"]
     user, group = np.array([[1, 1, 1, 2, 2, 2, 2, 2]], np.int32), np.array([[1, 1, 2, 1, 2, 3, 3, 3]], np.int32)
     candidate = np.array([[0, 0, 0, 0, 0, 1, 2, 2]], np.int32)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(RELATIONS, "wrong", wrong)
+    register(wrong)
+    try:
         for candidates in (None, candidate):
             ranges = key_ranges(user, group, candidates)
-            assert keys_of(ranges["wrong"], 8) == keys_of(ranges[right.name], 8)
+            assert keys_of(ranges["wrong"], 8) == keys_of(ranges["inter"], 8)
         ranges = decode_ranges(user[:, :3], group[:, :3], jnp.array([3]), jnp.array([4]), self_key=False)
-        assert keys_of(ranges["wrong"], 5) == keys_of(ranges[right.name], 5) == [[0, 1, 2]]
+        assert keys_of(ranges["wrong"], 5) == keys_of(ranges["inter"], 5) == [[0, 1, 2]]
+    finally:
+        unregister("wrong")
 
 
 # ---- a model with them
@@ -194,14 +195,14 @@ def reached(schedule):
 @pytest.mark.parametrize("schedule", ["previous", "intra previous", "all_but_previous", "whole_history"])
 def test_states_depend_on_what_they_may_see_and_on_nothing_else(monkeypatch, schedule, implementation):
     """Bitwise, values and gradients, in one compiled program: perturbing input s changes exactly the states that may see it."""
-    chosen, choose = set(), range_attention.choose
+    chosen, choose = set(), backends.choose_implementation
 
     def recorded(*args, **options):
         chosen.add(choose(*args, **options))
         return choose(*args, **options)
 
-    monkeypatch.setattr(range_attention, "choose", recorded)
-    monkeypatch.setattr(range_attention, "BLOCKED_KEYS", 8 if implementation == "blocked" else 512)
+    monkeypatch.setattr(backends, "choose_implementation", recorded)
+    monkeypatch.setattr(backends, "BLOCKED_KEYS", 8 if implementation == "blocked" else 512)
     params, run = probe(schedule, implementation)
     states, jacobian = map(np.asarray, run(params))
     local = implementation == "local" and "intra" in schedule  # only bounded ranges are local
@@ -317,7 +318,7 @@ def test_plan():
     assert visible_pairs(BATCH, self_key=True)["previous"] == pairs["previous"] + REAL.sum() / 2
     assert visible_pairs(BATCH, self_key=True)["recent"] == pairs["recent"]
     config = make_config(model={"schedule": "previous"}, train={"batch_rows": 4}, data={"vocabulary": 300})
-    made = make_plan(config, Request("local", Assumption(items=40, item_length=4, users=30, events=6), ("training",)))
+    made = make_plan(config, PlanRequest("local", Assumption(items=40, item_length=4, users=30, events=6), ("training",)))
     assert made.fits("training") and made.peak("training").temporaries > 0
     planned = [made.run.rows[row] for row in range(len(made.run.rows))]
     seen = np.mean([allowed_keys("previous", row["user"], row["group"]).sum() for row in planned])
@@ -327,21 +328,21 @@ def test_plan():
 def test_a_config_file_that_adds_a_relation_trains_and_ranks(tmp_path, tiny):
     """Nothing but the file knows it."""
     fields = tiny | {"model.schedule": "intra previous", "objective.token": 0.1, "train.steps": 4}
-    head = f"from iam_jax.relations import RELATIONS, Relation, register\n\nif 'previous' not in RELATIONS:\n    register({REGISTER})\n"
+    head = f"from iam_jax.relations import Relation, register\n\nregister({PREVIOUS})\n"
     (tmp_path / "with_previous.py").write_text(head + config_text(fields))
     run_command(tmp_path, "--config=with_previous.py", "--workdir=run")
     result = json.loads((tmp_path / "run" / "evaluation.json").read_text())["results"]["model"]
     assert 0 < result["test"]["ndcg@10"] < 1
     _, message = run_command(tmp_path, "--mode=evaluate", "--workdir=run", code=2)
-    assert "'previous' is no relation; there are full, intra, inter, intra_both" in message
+    assert "'previous' is not a relation; the relations are full, intra, inter, intra_both" in message
 
 
 # ---- the registry
 
 
 def test_what_cannot_be_registered():
-    with pytest.raises(ValueError, match="'previous' is registered already"):
-        register(Relation("previous", own="past"))
+    with pytest.raises(ValueError, match="'inter' is a relation of iam_jax"):
+        register(Relation("inter", own="past"))
     for wrong in ("", "Previous", "previous2", "previous item", "+previous", "a*2"):  # a schedule could not name it
         with pytest.raises(ValueError, match="lower-case letters and underscores"):
             Relation(wrong, own="past")
@@ -355,7 +356,7 @@ def test_what_cannot_be_registered():
 def test_a_schedule_lists_what_is_registered():
     with pytest.raises(InputError) as caught:
         parse_schedule("intra next")
-    assert str(caught.value).endswith("'next' is no relation; there are full, intra, inter, intra_both, " + ", ".join(ADDED))
+    assert str(caught.value).endswith("'next' is not a relation; the relations are full, intra, inter, intra_both, " + ", ".join(ADDED))
 
 
 def test_reading_a_schedule_imports_no_jax():

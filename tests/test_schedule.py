@@ -53,9 +53,9 @@ def test_inserted_layers():
     [
         ("", "is empty"),
         (" \n", "is empty"),
-        ("intra outer", "'outer' is no relation; there are full, intra, inter, intra_both"),
-        ("(intra both)*2", "'both' is no relation"),
-        ("intra_", "'intra_' is no relation"),
+        ("intra outer", "'outer' is not a relation; the relations are full, intra, inter, intra_both"),
+        ("(intra both)*2", "'both' is not a relation"),
+        ("intra_", "'intra_' is not a relation"),
         ("full*0", "a repeat count must be 1 or more"),
         ("full*-1", "cannot read 'full*-1'"),
         ("full*", "cannot read 'full*'"),

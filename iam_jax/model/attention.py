@@ -42,10 +42,13 @@ def key_ranges(
     last = jnp.pad(item_start[:, 1:] == t[:, 1:], ((0, 0), (0, 1)), constant_values=True)
     item_stop = lax.cummin(jnp.where(last, t + 1, T), axis=1, reverse=True)
     real = user_BT > 0
-    is_candidate = None if candidate_BT is None else real & (candidate_BT > 0)
-    before = item_start if candidate_BT is None else jnp.where(is_candidate, history_ends(candidate_BT), item_start)
+    if candidate_BT is None:
+        apart, before = None, item_start
+    else:
+        apart = real & (candidate_BT > 0)
+        before = jnp.where(apart, history_ends(candidate_BT), item_start)
     layout = Layout(_last_true(_changes(user_BT)), before, item_start, item_stop, t, item_start)
-    found = {name: _ranges(RELATIONS[name], layout, is_candidate) for name in _names(relations)}
+    found = {name: _ranges(RELATIONS[name], layout, apart) for name in _names(relations)}
     return jax.tree.map(lambda bound: jnp.where(real, bound, 0), found)
 
 
@@ -80,9 +83,9 @@ def _names(relations: Iterable[str] | None) -> list[str]:
 
 
 def _ranges(relation: Relation, layout: Layout, apart: jax.Array | bool | None) -> Ranges:
-    """apart: whether other tokens lie between the earlier items and the own one, as for candidates; None: nowhere."""
+    """apart: whether other tokens may lie between a token's earlier items and its own, as for candidates; None: nowhere."""
     own = layout.item_start, layout.item_stop if relation.sees_ahead else layout.slot + 1
-    if relation.own_item_only:
+    if relation.start is None:
         return Ranges(own)
     before = layout.before
     stop = before if relation.stop is None else jnp.clip(relation.stop(layout), layout.user_start, before)
@@ -93,21 +96,21 @@ def _ranges(relation: Relation, layout: Layout, apart: jax.Array | bool | None) 
         return Ranges(earlier, own)
     if apart is None:  # one range: the own item follows
         return Ranges((earlier[0], own[1]))
-    return Ranges((earlier[0], jnp.where(apart, stop, own[1])), tuple(jnp.where(apart, bound, 0) for bound in own))
+    return Ranges((earlier[0], jnp.where(apart, stop, own[1])), (jnp.where(apart, own[0], 0), jnp.where(apart, own[1], 0)))
 
 
 def _changes(x_BT: jax.Array) -> jax.Array:
-    """Where a slot differs from the one before it, the first slot included."""
+    """[B, T] bool: whether a slot differs from the one before it; true for the first slot."""
     return jnp.pad(x_BT[:, 1:] != x_BT[:, :-1], ((0, 0), (1, 0)), constant_values=True)
 
 
 def _last_true(x_BT: jax.Array) -> jax.Array:
-    """The last slot up to each one where x is true, 0 where there is none."""
+    """[B, T]: for each slot, the last slot up to it where x is true; 0 if there is none."""
     return lax.cummax(jnp.where(x_BT, jnp.arange(x_BT.shape[1]), 0), axis=1)
 
 
 def frequencies(config: ModelConfig, half: int) -> jax.Array:
-    """[half] float32, radians a position: of rotary position embeddings, scaled as LLaMA 3.1 does it or by one factor."""
+    """[half] float32: frequencies of rotary position embeddings in radians per position, scaled by `config.rope_scaling`."""
     frequency = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
     if config.rope_scaling == "linear":
         return frequency / config.rope_factor
@@ -119,7 +122,7 @@ def frequencies(config: ModelConfig, half: int) -> jax.Array:
 
 
 def rotary(x_BTNH: jax.Array, position_BT: jax.Array, config: ModelConfig) -> jax.Array:
-    """Rotary position embedding (arXiv 2104.09864), halves paired as in LLaMA's public weights; angles in float32."""
+    """Rotary position embedding (arXiv 2104.09864). It pairs the two halves of a head, as LLaMA's public weights need; float32 angles."""
     angle = position_BT[..., None, None].astype(jnp.float32) * frequencies(config, x_BTNH.shape[-1] // 2)
     sin, cos = jnp.sin(angle), jnp.cos(angle)
     a, b = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)

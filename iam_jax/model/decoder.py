@@ -1,8 +1,8 @@
-"""The decoder: one stack of layers whose attention relation is given by the schedule.
+"""The decoder: one stack of layers. The schedule gives each layer's attention relation.
 
 Axes, here and in parameter names: B batch, T query positions, S key positions, D model, N heads, K key-value heads, H head
 size, F feed-forward, V vocabulary, P positions, L rank of an adapter, I items, E item vectors, C candidates, M targets, R repeats
-of a stage (always in front).
+of a stage (always the first axis).
 """
 
 import math
@@ -21,7 +21,7 @@ from iam_jax.schedule import Schedule
 
 _ACTIVATIONS = {"silu": jax.nn.silu, "gelu": jax.nn.gelu, "relu": jax.nn.relu}
 
-# Keys and values of the tokens so far, [R, B, S, K, H] each, per name of a block.
+# By a block's name: keys and values of earlier tokens, [R, B, S, K, H] each.
 Cache = dict[str, tuple[jax.Array, jax.Array]]
 
 
@@ -59,7 +59,7 @@ class Attention(nnx.Module):
             self.query_norm, self.key_norm = Norm(config, H), Norm(config, H)
 
     def __call__(self, x_BTD, ranges: Ranges, position_BT, reach: tuple[int, int] | None, include_self: bool, key=None, cache=None):
-        """cache: keys and values [B, S, K, H] and the slots [B, T] of these tokens in it. Returns the output, and keys and values."""
+        """cache: keys and values [B, S, K, H], and the slots [B, T] of these tokens in them. Returns the output, keys and values."""
         config = self.config
         q_BTNH, k_BSKH, v_BSKH = (linear(self, name, x_BTD, key) for name in ("query_DNH", "key_DKH", "value_DKH"))
         if config.qk_norm:
@@ -105,11 +105,11 @@ class MLP(nnx.Module):
 
 
 class Block(nnx.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)). An inserted block adds nothing at the start: its output projections are zero."""
+    """x + attention(norm(x)), then x + mlp(norm(x)). An inserted block adds nothing at first: its output projections start at zero."""
 
     def __init__(self, config: ModelConfig, layers: int, inserted: bool, keys: Keys):
         self.config = config
-        # Scaled so that the residual stream keeps its size whatever the depth.
+        # This scale keeps the size of the residual stream independent of the depth.
         out_scale = 0.0 if inserted else (2 * layers) ** -0.5
         self.attention_norm, self.mlp_norm = Norm(config, config.width), Norm(config, config.width)
         self.attention, self.mlp = Attention(config, out_scale, keys), MLP(config, out_scale, keys)
@@ -128,10 +128,10 @@ class Decoder(nnx.Module):
     """Token ids to states. Each layer of a stage holds its parameters for all repeats, stacked along a leading axis."""
 
     def __init__(self, config: ModelConfig, schedule: Schedule, vocabulary: int, max_positions: int, longest: int | None, keys: Keys):
-        """longest: tokens of the longest group, item or prompt; None: not known."""
+        """longest: number of tokens of the longest item or prompt; None: not known."""
         self.config, self.schedule = config, schedule
         D, layers = config.width, len(schedule.relations)
-        if config.pretrained:  # its embedding stays as it is; the boundary token, the highest id, has a row of its own
+        if config.pretrained:  # its embedding keeps its rows; the boundary token, the highest id, has a parameter of its own
             self.embedding_VD, self.boundary_D = weight(keys, (vocabulary - 1, D), D), nnx.Param(jnp.zeros(D))
         else:
             self.embedding_VD, self.boundary_D = weight(keys, (vocabulary, D), D), None
@@ -163,10 +163,10 @@ class Decoder(nnx.Module):
     ) -> jax.Array:
         """States x_BTD after layers first, …, last - 1 (None: all), before the final norm.
 
-        batch: int32 [B, T]; `token`: ids; `user`: segments 1, 2, …, 0 for padding; `group`: item number in the user, 0 for the prompt;
-        `position`: position in the user; optional `candidate`: 1, 2, … for the candidates behind a user's history, each with the group and
-        the positions that follow the history; 0 for the history. key: of dropout, None for none. x_BTD: states before layer `first`; None:
-        the embeddings.
+        batch: int32 [B, T]. `token`: ids; `user`: segments 1, 2, …, 0 for padding; `group`: item number in the user, 0 for the prompt;
+        `position`: position in the user; `candidate` (optional): 1, 2, … for the candidates after a user's history, 0 for the history.
+        Every candidate has the group and the positions that follow the history. key: for dropout; None: no dropout. x_BTD: states before
+        layer `first`; None: the embeddings.
         """
         ranges = key_ranges(batch["user"], batch["group"], batch.get("candidate"), self.schedule.relations)
         if x_BTD is None:
@@ -174,7 +174,7 @@ class Decoder(nnx.Module):
         return self._layers(x_BTD, batch, ranges, first=first, last=last, key=key)[0]
 
     def cache(self, rows: int, slots: int) -> Cache:
-        """An empty one for `rows` rows of `slots` tokens."""
+        """An empty cache for `rows` rows of `slots` tokens."""
         config = self.config
         K, H = config.kv_heads or config.heads, config.head_size or config.width // config.heads
         return {
@@ -184,8 +184,8 @@ class Decoder(nnx.Module):
         }
 
     def cached(self, batch: dict, cache: Cache, slot_BT: jax.Array, ranges: dict[str, Ranges] | None = None) -> tuple[jax.Array, Cache]:
-        """As a call, with the keys and values of earlier tokens: those of this batch are put into the cache's slots slot_BT. ranges: of
-        each relation, in slots, the self key's included; None: those of a batch that stands at the cache's beginning."""
+        """The states as `__call__` computes them, and the cache with the keys and values of this batch in its slots slot_BT. ranges: key
+        ranges in slots, by relation, including the self key; None: the batch's own, for a batch that fills the cache's first slots."""
         x_BTD = self._embed(batch["token"], batch["position"], None)
         self_keys = ranges is None
         ranges = key_ranges(batch["user"], batch["group"], relations=self.schedule.relations) if ranges is None else ranges
@@ -223,7 +223,7 @@ class Decoder(nnx.Module):
                     made.append(new)
                 return x_BTD, made
 
-            # The stage's own layers begin, …, end - 1: part of a repeat, whole repeats, part of a repeat.
+            # Layers begin, …, end - 1 of this stage: part of a repeat, whole repeats, part of a repeat.
             begin, end = (min(max(n, 0), unit * stage.repeats) for n in (first, last))
             first, last = first - unit * stage.repeats, last - unit * stage.repeats
             whole = range(math.ceil(begin / unit), max(end // unit, math.ceil(begin / unit)))
@@ -260,8 +260,8 @@ class Decoder(nnx.Module):
 
 
 def _rounded(x: jax.Array) -> jax.Array:
-    """x, in its own type for certain. XLA may leave out the rounding of what it fuses ("excess precision"): then the states between two
-    layers depend on what else is in the program, and inserted layers that add nothing change the logits."""
+    """x rounded to its type. XLA may skip the rounding inside a fusion ("excess precision"): the states between two layers would then
+    depend on the rest of the program, and inserted layers that add nothing would change the logits."""
     info = jnp.finfo(x.dtype)
     return x if x.dtype == jnp.float32 else jax.lax.reduce_precision(x, info.nexp, info.nmant)
 

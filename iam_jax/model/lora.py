@@ -1,7 +1,7 @@
 """Matrices and their low-rank adapters (LoRA, arXiv 2106.09685): x W + (alpha / rank) x A B, with B zero at the start.
 
-The axis letters in a matrix' name tell what it maps: query_DNH from D to N, H; out_NHD from N, H to D. Its bias, where there is one,
-is query_NH, its adapter query_lora_DL and query_lora_LNH (L: the adapter's rank).
+The axis letters in a matrix's name say what it maps: query_DNH from D to N, H; out_NHD from N, H to D. The bias of query_DNH, if it has
+one, is query_NH, and its adapter is query_lora_DL and query_lora_LNH (L: the adapter's rank).
 """
 
 import itertools
@@ -18,7 +18,7 @@ _ADAPTER = re.compile(r"(.+)_lora_([A-Z]+)L$")
 
 
 class Keys:
-    """Keys of parameters, one after the other: those of nnx.Rngs, whose counter is an array, which takes most of a model's tracing."""
+    """Random keys for parameters, one after the other. nnx.Rngs counts in an array, which would take most of the time to trace a model."""
 
     def __init__(self, key: jax.Array):
         self._key, self._count = key, itertools.count()
@@ -33,7 +33,7 @@ def weight(keys: Keys, shape: tuple[int, ...], fan_in: int, scale: float = 1.0) 
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
-    """Inverted dropout; off where `key` is None."""
+    """Inverted dropout; none if `key` is None."""
     if key is None or rate == 0:
         return x
     return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0).astype(x.dtype)
@@ -46,7 +46,7 @@ def _maps(name: str) -> tuple[str, str, str, str]:
 
 
 def linear(module: nnx.Module, name: str, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
-    """x [B, T, …] through the module's matrix `name`, with its bias and its adapter where it has them. key: of the adapter's dropout."""
+    """x [B, T, …] times the module's matrix `name`, plus its bias and its adapter if there are any. key: for the adapter's dropout."""
     stem, axes, inputs, outputs = _maps(name)
     y = jnp.einsum(f"BT{inputs},{axes}->BT{outputs}", x, getattr(module, name)[...].astype(x.dtype))
     if (bias := getattr(module, f"{stem}_{outputs}", None)) is not None:
@@ -60,7 +60,7 @@ def linear(module: nnx.Module, name: str, x: jax.Array, key: jax.Array | None = 
 
 
 def add_adapters(config: LoraConfig, keys: Keys, **modules: nnx.Module) -> None:
-    """Adapters for the matrices of the modules whose names ("attention.query_DNH") the pattern finds. Raises InputError for none."""
+    """Adds adapters to the matrices whose names ("attention.query_DNH") match config.targets. Raises InputError if none matches."""
     if not config.rank:
         return
     matrices = [(kind, name) for kind, module in modules.items() for name in vars(module) if re.search(r"_[A-Z]{2,}$", name)]
@@ -69,7 +69,7 @@ def add_adapters(config: LoraConfig, keys: Keys, **modules: nnx.Module) -> None:
     found = [(kind, name) for kind, name in matrices if re.search(config.targets, f"{kind}.{name}")]
     if not found:
         names = ", ".join(f"{kind}.{name}" for kind, name in matrices)
-        raise InputError(f"config.model.lora.targets = {config.targets!r} finds none of {names}")
+        raise InputError(f"config.model.lora.targets = {config.targets!r} matches none of {names}")
     for kind, name in found:
         module, (stem, axes, inputs, outputs) = modules[kind], _maps(name)
         shape = dict(zip(axes, getattr(module, name).shape, strict=True))
@@ -81,14 +81,14 @@ def add_adapters(config: LoraConfig, keys: Keys, **modules: nnx.Module) -> None:
 
 
 def merge(params: dict, config: LoraConfig) -> dict:
-    """The parameters with every adapter added to its matrix, in the wider of their types (in bfloat16 most of a small adapter would be
-    rounded away), and no adapters."""
+    """The parameters with every adapter added to its matrix, and without adapters. The sum has the wider of the two types: bfloat16 would
+    round most of a small adapter away."""
     merged = {name: merge(x, config) if isinstance(x, dict) else x for name, x in params.items() if "_lora_" not in name}
     return _add(merged, params, config.alpha / max(config.rank, 1))
 
 
 def unmerge(merged: dict, adapters: dict, config: LoraConfig) -> dict:
-    """What `merge` made, back into matrices and adapters; `adapters`: a nested dict that holds them."""
+    """The inverse of `merge`: matrices and adapters. adapters: a nested dict that contains the adapters."""
     out = {
         name: unmerge(x, adapters[name], config) if isinstance(x, dict) and isinstance(adapters.get(name), dict) else x
         for name, x in merged.items()

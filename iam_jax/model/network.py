@@ -1,4 +1,4 @@
-"""From states to item scores and token logits: the network is the decoder with its heads."""
+"""The network: the decoder and its heads, which turn states into item scores and token logits."""
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +18,9 @@ class Network(nnx.Module):
         self.config = config
         self.decoder = Decoder(model, config.schedule, vocabulary, config.data.row_tokens, longest, keys)
         if config.objective.item and not model.tie_items:
-            # The projections start as the identity: an untrained history prefers items whose text is like its last item's. From
-            # random ones the first epochs pass before any of the text counts (configs/demo.py: validation NDCG@10 0.03 instead
-            # of 0.19).
+            # The projections start as the identity, so that an untrained model prefers items whose text is like the last item's. With
+            # random projections the text has no effect during the first epochs (configs/demo.py: validation NDCG@10 0.03 instead of
+            # 0.19).
             self.state_DE = nnx.Param(jnp.eye(D))
             if config.objective.vectors != "text":
                 self.table_IE = weight(keys, (items, D), D)
@@ -34,10 +34,10 @@ class Network(nnx.Module):
                 self.output_boundary_D = nnx.Param(jnp.zeros(D))
 
     def states(self, batch: dict, key: jax.Array | None = None, leading_XD: jax.Array | None = None) -> jax.Array:
-        """x_BTD float32 after the final norm, of `token`, `user`, `group`, `position` and optionally `candidate` [B, T].
+        """x_BTD float32 after the final norm, from `token`, `user`, `group`, `position` and optionally `candidate` [B, T].
 
-        leading_XD: states after the leading intra layers, of items computed once each; the batch's `slot` [B, T] says which row is
-        whose (`leading_states`, data/item_rows.py).
+        leading_XD: states after the leading intra layers, computed once per item (`leading_states`); the batch's `slot` [B, T] then holds
+        the row of each token (data/item_rows.py).
         """
         if leading_XD is None:
             x_BTD = self.decoder(batch, key=key)
@@ -47,12 +47,12 @@ class Network(nnx.Module):
 
     @staticmethod
     def taken(leading_XD: jax.Array, slot: jax.Array) -> jax.Array:
-        """The states at `slot`, of any shape. Their gradients add up in float32: an item may occur hundreds of times."""
+        """The states at `slot`, which has any shape. Gradients are summed in float32, since an item may occur hundreds of times."""
         return leading_XD.astype(jnp.float32)[slot].astype(leading_XD.dtype)
 
     def leading_states(self, rows: dict, chunks: int, key: jax.Array | None = None) -> jax.Array:
-        """x_XD, a row for each slot: states after the leading intra layers of items packed into rows (data/item_rows.py), in `chunks`
-        parts one after another; parts without a token are skipped, so that the work is that of the items that are there."""
+        """x_XD: states of all slots of items packed into rows (data/item_rows.py), after the leading intra layers. The rows are computed in
+        `chunks` parts, one after another; a part without a token is skipped."""
         layers = self.config.schedule.leading_intra
         parts = split_rows(jax.tree.map(lambda x: x.reshape(chunks, -1, *x.shape[1:]), rows), axis=1)
 
@@ -70,15 +70,15 @@ class Network(nnx.Module):
         return x_XD if self.config.model.tie_items else x_XD @ self.state_DE[...]
 
     def table(self, trained_I: jax.Array) -> jax.Array:
-        """v_IE; the rows of items without a training event are zero, also those of items that came after training."""
+        """v_IE. Rows of items without a training event are zero, and so are those of items added after training."""
         table_IE = (self.decoder.embedding_VD if self.config.model.tie_items else self.table_IE)[...]
         if more := len(trained_I) - len(table_IE):
             table_IE = jnp.pad(table_IE, ((0, more), (0, 0)))
         return jnp.where(trained_I[:, None], table_IE, 0)
 
     def text_vectors(self, token_CT: jax.Array, length_C: jax.Array, key: jax.Array | None = None) -> jax.Array:
-        """v_CE from the items' text: the boundary state of each item alone, without a prompt, after the leading intra layers or
-        all of them. token_CT: ids, behind the boundary token anything; length_C: tokens, boundary included."""
+        """v_CE from the items' text: the boundary state of each item alone, without a prompt, after the leading intra layers or all
+        layers. token_CT: ids, arbitrary after the boundary token; length_C: number of tokens, including the boundary token."""
         t = jnp.broadcast_to(jnp.arange(token_CT.shape[1]), token_CT.shape)
         real_CT = (t < length_C[:, None]).astype(jnp.int32)
         leading = self.config.objective.text_layers == "leading"
@@ -96,8 +96,8 @@ class Network(nnx.Module):
         return self.decoder.final_norm(x_BTD.astype(jnp.float32)), cache
 
     def output_embedding(self) -> tuple[jax.Array, ...]:
-        """(e_VD,): the token objective's logits are x_XD e_VD^T. A pretrained model's boundary token has a row of its own, behind the
-        others: (e_VD, e_1D). Raises ValueError where the model has none."""
+        """(e_VD,): the token objective's logits are x_XD e_VD^T. For a pretrained model (e_VD, e_1D): the boundary token's row comes last.
+        Raises ValueError if the model has no output embedding."""
         model = self.config.model
         if model.tie_tokens:
             embedding, boundary = self.decoder.embedding_VD, self.decoder.boundary_D

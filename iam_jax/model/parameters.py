@@ -1,5 +1,5 @@
-"""Which parameters are trained: a run's state holds them apart from the frozen ones, which have no gradients, no optimizer state and
-no place in checkpoints. Names are the paths of the nested dict, with dots: "decoder.blocks.0_1.attention.query_DNH"."""
+"""Which parameters are trained. A run's state keeps them apart from the frozen ones, which have no gradients and no optimizer state and
+are not in checkpoints. A parameter's name is its path in the nested dict: "decoder.blocks.0_1.attention.query_DNH"."""
 
 import re
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from iam_jax.devices.mesh import param_sharding
 from iam_jax.errors import InputError
 from iam_jax.model import Params, pretrained
 
-# A pretrained model's embeddings, and where the row of the boundary token is that each lacks.
+# The embeddings of a pretrained model, and the parameter that holds the row of the boundary token, which they lack.
 EMBEDDINGS = {"decoder.embedding_VD": "decoder.boundary_D", "output_VD": "output_boundary_D"}
 
 
@@ -32,7 +32,7 @@ def join(a: Params, b: Params) -> Params:
 
 
 def frozen_names(config: Config, params: Params) -> set[str]:
-    """The names of the parameters that are not trained. Raises InputError for a pattern that finds nothing."""
+    """The names of the parameters that are not trained. Raises InputError if a pattern matches none of the pretrained parameters."""
     if not config.model.pretrained:
         return set()
     given = flatten_dict(params, sep=".").keys() & pretrained.names(config).keys()
@@ -42,7 +42,7 @@ def frozen_names(config: Config, params: Params) -> set[str]:
     for field, value, found in (("frozen", pattern, frozen), ("trained", trained, exceptions)):
         if value not in ("", "auto") and not found:
             raise InputError(
-                f"config.train.{field} = {value!r} finds none of the pretrained parameters, such as {', '.join(sorted(given)[:3])}"
+                f"config.train.{field} = {value!r} matches none of the pretrained parameters, such as {', '.join(sorted(given)[:3])}"
             )
     frozen -= exceptions
     if not config.objective.token:
@@ -51,12 +51,12 @@ def frozen_names(config: Config, params: Params) -> set[str]:
 
 
 def abstract(mesh: jax.sharding.Mesh, tree, dtype: str | None = None):
-    """Shapes, types (`dtype`, where it is given) and shardings of a tree of parameters or of states named like them."""
+    """The shapes, types and shardings of a tree of parameters, or of states with the same names. dtype: replaces the types."""
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, sharding=s), tree, param_sharding(mesh, tree))
 
 
 def mean_rows(embeddings: Params) -> Params:
-    """The boundary token's rows at the start, of the EMBEDDINGS that there are: a pretrained model does not know it, so it begins as the
-    mean of its tokens."""
+    """The first values of the boundary token's rows. A pretrained model does not know this token, so each row starts as the mean of its
+    embedding. embeddings: those of EMBEDDINGS that the model has."""
     out = {"decoder": {"boundary_D": embeddings["decoder"]["embedding_VD"].mean(0, dtype=jnp.float32)}}
     return out | ({"output_boundary_D": embeddings["output_VD"].mean(0, dtype=jnp.float32)} if "output_VD" in embeddings else {})

@@ -1,4 +1,4 @@
-"""Ranking by text: how likely a text generator finds each of the given candidates (iam_jax/ranking/beam.py finds the likeliest of all).
+"""Ranking by text: the likelihood of each given candidate under a text generator (iam_jax/ranking/beam.py finds the likeliest items).
 
 Axes: B users, C candidates, T token slots, X slots of all users, D model.
 """

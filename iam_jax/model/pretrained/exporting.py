@@ -1,4 +1,4 @@
-"""From parameters to a model folder that transformers reads."""
+"""Exports parameters as a model folder that transformers can read."""
 
 import json
 import math
@@ -28,7 +28,7 @@ _TAGS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "int32": "I32",
 
 
 def check_output(output: str | Path) -> Path:
-    """Raises InputError where an export to `output` cannot be made."""
+    """Raises InputError if an export to `output` is not possible."""
     try:
         output = Path(output).expanduser()
         taken = output.exists() and (not output.is_dir() or any(output.iterdir()))
@@ -43,23 +43,23 @@ def check_output(output: str | Path) -> Path:
 
 
 def export(config: Config, params: dict, output: str | Path, max_shard_bytes: int = 5 * 10**9) -> list[str]:
-    """Writes the folder `output`, whole or not at all, and returns notes for the user.
+    """Writes the folder `output`, completely or not at all, and returns notes for the user.
 
-    params: all parameters, merged LoRA, addressable from this process. config.json is that of `config.model.pretrained`, so are the
-    tokenizer's files. What the format has no place for (inserted layers, boundary tokens, the item table) goes to iam_jax.safetensors
-    under our names. Weights are float32 if any pretrained parameter is, else bfloat16. Raises InputError where `output` exists and is not
-    empty.
+    params: all parameters, with LoRA merged, addressable from this process. config.json and the tokenizer's files are copied from
+    `config.model.pretrained`. Parameters that the format does not have (inserted layers, boundary tokens, the item table) go to
+    iam_jax.safetensors under our names. Weights are float32 if any pretrained parameter is, otherwise bfloat16. Raises InputError if
+    `output` exists and is not empty.
     """
     output = check_output(output)
     source = read_pretrained(config)
-    leaves = flatten_dict(params, sep=".")
+    leaves: dict = flatten_dict(params, sep=".")
     known = places(config, source)
     missing = [name for name in known if name not in leaves]
     if missing or any("_lora_" in name for name in leaves):
         raise ValueError(f"parameters to export must be merged and complete; missing: {quote_first(missing) or 'none'}")
     dtype = np.dtype(ml_dtypes.bfloat16 if all(leaves[name].dtype == ml_dtypes.bfloat16 for name in known) else np.float32)
 
-    pieces: dict[str, list] = {}  # of each tensor: (parameter's name, its source, its repeat)
+    pieces: dict[str, list] = {}  # by tensor: (the parameter's name, its source, its repeat)
     for name, sources in known.items():
         for r, part in enumerate(sources):
             pieces.setdefault(part.tensor, []).append((name, part, r if name.startswith("decoder.blocks.") else None))
@@ -108,7 +108,7 @@ def _notes(config: Config) -> list[str]:
 
 
 def _write_weights(folder: Path, shapes: dict[str, tuple[int, ...]], dtype: np.dtype, tensor, max_shard_bytes: int) -> None:
-    """model.safetensors, or shards of at most so many bytes (at least a tensor) with an index. tensor: name -> array."""
+    """Writes model.safetensors, or an index and shards of at most `max_shard_bytes` (or of one larger tensor). tensor: name -> array."""
     shards, filled = [[]], 0
     sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in shapes.items()}
     for name, size in sizes.items():
@@ -128,8 +128,8 @@ def _write_weights(folder: Path, shapes: dict[str, tuple[int, ...]], dtype: np.d
 
 
 def write_tensors(file: Path, tensors: dict[str, tuple[np.dtype, tuple[int, ...]]], arrays: Iterable[np.ndarray]) -> None:
-    """A safetensors file, one array in memory at a time (the library's writer wants all of them). tensors: name -> type, shape."""
-    header, at = {"__metadata__": {"format": "pt"}}, 0  # transformers asks for this format
+    """Writes a safetensors file with one array in memory at a time (the library's writer needs all). tensors: name -> type, shape."""
+    header, at = {"__metadata__": {"format": "pt"}}, 0  # transformers expects this format
     for name, (dtype, shape) in tensors.items():
         size = math.prod(shape) * dtype.itemsize
         header[name] = {"dtype": _TAGS[dtype.name], "shape": list(shape), "data_offsets": [at, at + size]}

@@ -1,7 +1,4 @@
-"""A model family: everything this project knows about one `model_type` of Hugging Face's format.
-
-Each file of families/ registers its own. A new family is a new file there; nothing else names one.
-"""
+"""A model family: everything this project knows about one `model_type` of Hugging Face's format."""
 
 import dataclasses
 from collections.abc import Callable
@@ -15,7 +12,7 @@ class Family:
     """`top` and `layer` are name tables (table.py): they map our parameters to the folder's tensors. The parameters that the model does
     not have, such as biases that config.json switches off, are ignored; every one that it has must be in a table."""
 
-    model_type: str
+    name: str  # the `model_type` in config.json
     shape: Callable[[Settings], dict]  # the folder's settings -> fields of ModelConfig; those that are missing take their defaults
     layers: str  # the setting that holds the number of layers
     prefix: str  # most names of tensors begin with it; files may lack it
@@ -34,14 +31,3 @@ class Family:
     def unprefixed(self) -> tuple[str, ...]:
         """The tensors whose names never have the prefix."""
         return tuple(source.tensor for source in self.top.values() if not source.tensor.startswith(self.prefix))
-
-
-FAMILIES: dict[str, Family] = {}
-
-
-def register(family: Family) -> Family:
-    """Adds a family to FAMILIES. Raises ValueError if its model_type is taken."""
-    if family.model_type in FAMILIES:
-        raise ValueError(f"a family for model_type {family.model_type!r} is registered already")
-    FAMILIES[family.model_type] = family
-    return family

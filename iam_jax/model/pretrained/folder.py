@@ -1,4 +1,4 @@
-"""A Hugging Face model folder: the settings in its config.json, what its safetensors files hold, and parts of their tensors."""
+"""A Hugging Face model folder: the settings in its config.json, the headers of its safetensors files, and parts of their tensors."""
 
 import json
 import re
@@ -22,7 +22,7 @@ def find_folder(path: str) -> Path:
     try:
         folder = Path(path).expanduser()
         there = folder.is_dir()
-    except (OSError, RuntimeError) as error:  # a name too long, a parent that cannot be read; "~" of a user that there is not
+    except (OSError, RuntimeError) as error:  # the name is too long, a parent cannot be read, or the user in "~user" does not exist
         raise InputError(f"config.model.pretrained = {path!r}: {getattr(error, 'strerror', None) or error}") from error
     if not there:
         raise InputError(f"config.model.pretrained = {path!r}: no such folder (a model folder on this machine; nothing is downloaded)")
@@ -52,7 +52,7 @@ class Settings:
         raise InputError(f"{self.path}: {self.section}{message}")
 
     def get(self, key: str, kind: type, default: Any = _REQUIRED, null: Any = _REQUIRED) -> Any:
-        """The value of `key`; `default` where it is absent, `null` where it is null."""
+        """The value of `key`; `default` if it is absent, `null` if it is null."""
         if key not in self.values:
             if default is _REQUIRED:
                 self.fail(f"{key} is missing")
@@ -88,7 +88,7 @@ class Settings:
         return self.choice(key, self.get(key, str, default), names)
 
     def rope(self, max_positions: int) -> dict:
-        """rope_theta and the scaling: `rope_parameters`, or `rope_theta` and `rope_scaling` as they were called before transformers 5.
+        """rope_theta and the scaling, from `rope_parameters`, or from `rope_theta` and `rope_scaling`, their names before transformers 5.
         max_positions: the family's default of max_position_embeddings."""
         section = "rope_scaling" if self.values.get("rope_scaling") else "rope_parameters"
         rope = Settings(self.path, self.get(section, dict, {}, null={}), f"{section}.")
@@ -111,7 +111,7 @@ class Settings:
 
 
 def check_dense(settings: Settings) -> None:
-    """Refuses what no family of ours has."""
+    """Raises InputError for features that no family here supports."""
     if settings.values.get("quantization_config"):
         settings.fail("quantization_config: quantised weights are not supported; supported are float32, bfloat16 and float16")
     for key in ("num_experts", "num_local_experts", "n_routed_experts"):
@@ -130,14 +130,14 @@ class Header(NamedTuple):
     name: str  # there
     dtype: str  # "F32", "BF16", …
     shape: tuple[int, ...]
-    begin: int  # where its bytes are in the file
+    begin: int  # its bytes in the file
     end: int
 
 
 def read_header(file: Path) -> dict[str, Header]:
-    """By name. Raises InputError where the file is missing, truncated or no safetensors file."""
+    """The header of every tensor, by name. Raises InputError if the file is missing, truncated or not a safetensors file."""
     try:
-        file.open("rb").close()  # safe_open says of a file that may not be read that there is none
+        file.open("rb").close()  # for a file without read permission, safe_open says that it does not exist
         with safe_open(file, framework="np"):  # checks the header against the file's length
             pass
         with file.open("rb") as stream:
@@ -155,7 +155,7 @@ def read_header(file: Path) -> dict[str, Header]:
 
 
 def read_headers(folder: Path) -> dict[str, Header]:
-    """Every tensor of the folder: of model.safetensors, or else of the files that the index names."""
+    """The header of every tensor of the folder: in model.safetensors, or in the files that the index names."""
     if (folder / WEIGHTS).exists():
         return read_header(folder / WEIGHTS)
     index = folder / INDEX
@@ -193,14 +193,14 @@ class Tensors:
             self.headers[full] = header
 
     def view(self, name: str):
-        """Sliced like an array; reads what the slices cover."""
+        """A view that is sliced like an array and reads only the slices."""
         header = self.headers[name]
         if header.file not in self._open:
             self._open[header.file] = safe_open(header.file, framework="np")
         return self._open[header.file].get_slice(header.name)
 
     def check(self, shapes: dict[str, tuple[int, ...]], folder: Path, optional: tuple[str, ...] = ()) -> None:
-        """Raises InputError naming tensors that are missing, misshapen, unused or of another type. optional: may be there as well."""
+        """Raises InputError that names tensors which are missing, unused, or of another shape or type. optional: tensors that may exist."""
         missing = [name for name in shapes if name not in self.headers]
         if missing:
             raise InputError(f"{folder}: missing tensors: {quote_first(missing)}")

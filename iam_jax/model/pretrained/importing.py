@@ -1,4 +1,4 @@
-"""From a model folder to parameters: checked as a whole, then streamed tensor by tensor into their shards."""
+"""Imports a model folder: it is checked as a whole, then streamed tensor by tensor into sharded parameters."""
 
 import dataclasses
 import functools
@@ -20,8 +20,8 @@ from iam_jax.data.tokenizer import Vocabulary
 from iam_jax.errors import InputError, quote_first
 from iam_jax.model.decoder import Block, Decoder
 from iam_jax.model.lora import Keys
-from iam_jax.model.pretrained import families  # noqa: F401 (its files register the families)
-from iam_jax.model.pretrained.family import FAMILIES, Family
+from iam_jax.model.pretrained.families import FAMILIES
+from iam_jax.model.pretrained.family import Family
 from iam_jax.model.pretrained.folder import CONFIG, TOKENIZER, Header, Settings, Tensors, check_dense, find_folder
 from iam_jax.model.pretrained.table import Source, axis_sizes, param_axes, param_shape, read_part, tensor_shape
 from iam_jax.relations import ORDINARY
@@ -36,7 +36,7 @@ _SAMPLES, _SAMPLE_BYTES = 64, 1024  # of a tensor's bytes, in its fingerprint
 
 
 class Pretrained(NamedTuple):
-    """What config.json says."""
+    """A model folder, as its config.json describes it."""
 
     folder: Path
     settings: Settings
@@ -64,18 +64,18 @@ class Pretrained(NamedTuple):
 
     def _present(self, table: dict[str, Source], names: frozenset[str]) -> dict[str, Source]:
         if missing := sorted(names - table.keys()):
-            raise ValueError(f"the family of model_type {self.family.model_type!r} has no tensor for {quote_first(missing)}")
+            raise ValueError(f"the model family {self.family.name!r} has no tensor for {quote_first(missing)}")
         return {name: source for name, source in table.items() if name in names}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of every tensor of the folder, by name."""
+        """The shape of every tensor of the folder, by name."""
         tables = [self.table(), *(self.layer_table(n) for n in range(self.layers))]
         return {source.tensor: tensor_shape(source, self.sizes) for table in tables for source in table.values()}
 
     def tensors(self) -> Tensors:
-        """Checked: all there, of the right shapes and types, and no others."""
+        """The folder's tensors. Raises InputError if one is missing, unused, or of another shape or type."""
         tensors = Tensors(self.folder, self.family.prefix, self.family.unprefixed, self.family.buffers)
-        # Some files hold the output embedding although it is tied.
+        # Some files contain the output embedding although it is tied.
         optional = (self.family.top[_HEAD].tensor,) if _HEAD in self.family.top and _HEAD not in self.table() else ()
         tensors.check(self.shapes(), self.folder, optional)
         return tensors
@@ -93,12 +93,12 @@ def _names(model: ModelConfig) -> tuple[frozenset[str], frozenset[str]]:
 
 
 def read_pretrained(config: Config) -> Pretrained:
-    """Raises InputError where config.json cannot be read or asks for what is not supported."""
+    """Raises InputError if config.json cannot be read or needs an unsupported feature."""
     folder = find_folder(config.model.pretrained)
     settings = Settings(folder / CONFIG)
     family = settings.choice("model_type", settings.get("model_type", str), FAMILIES)
     check_dense(settings)
-    # Fields that the family does not set have their defaults, not the config's values.
+    # A field that the family does not set has its default, not the config's value.
     fields = {name: getattr(ModelConfig(), name) for name in _SHAPE} | family.fields(settings)
     return Pretrained(folder, settings, family, fields, settings.size(family.layers), settings.size("vocab_size"))
 
@@ -137,7 +137,7 @@ def vocabulary(config: Config) -> Vocabulary:
 
 
 def places(config: Config, source: Pretrained) -> dict[str, list[Source]]:
-    """Where each pretrained parameter is: one source, or one for each repeat of a stack."""
+    """The source of each pretrained parameter: one, or one for each repeat of a stack."""
     found = {name: [place] for name, place in source.table().items()}
     for n, (stage, place, _) in enumerate(config.schedule.own_layers):
         for name, where in source.layer_table(n).items():
@@ -146,14 +146,14 @@ def places(config: Config, source: Pretrained) -> dict[str, list[Source]]:
 
 
 def names(config: Config) -> dict[str, tuple[str, ...]]:
-    """The pretrained parameters by their dotted paths, and the tensors of the folder that each comes from."""
+    """The tensors of the folder that each pretrained parameter comes from, by the parameter's name."""
     found = places(config, read_pretrained(config))
     return {name: tuple(source.tensor for source in sources) for name, sources in found.items()}
 
 
 def fingerprint(config: Config) -> str:
-    """SHA-256 of the model's shape, every tensor's name, type and shape, and a strided sample of its bytes; the same wherever the folder
-    is and however the tensors are spread over files.
+    """SHA-256 of the model's shape, of every tensor's name, type and shape, and of a strided sample of its bytes. It does not depend on the
+    folder's path or on how the tensors are spread over files.
 
     Raises InputError for tensors that are missing, unused, misshapen or of an unsupported type.
     """
@@ -185,15 +185,15 @@ def _sample(header: Header) -> bytes:
 def load(config: Config, abstract: dict, dtype=None) -> dict:
     """The pretrained parameters in the shape of `abstract`, arrays placed by its shardings.
 
-    abstract: a nested dict of `jax.ShapeDtypeStruct`, all or some of the parameters that `names` lists; dtype: of the arrays, instead of
-    abstract's. The whole folder is checked first. Beside the parameters about two tensors are in memory at a time, and a process reads
-    what its own devices hold.
+    abstract: a nested dict of `jax.ShapeDtypeStruct` with all or some of the parameters that `names` lists. dtype: replaces the types in
+    `abstract`. The whole folder is checked first. Besides the parameters, about two tensors are in memory at a time, and a process reads
+    only what its own devices hold.
     """
     source = read_pretrained(config)
     tensors = source.tensors()
     _check_tied(source, tensors)
     known, sizes = places(config, source), source.sizes
-    leaves = flatten_dict(abstract, sep=".")
+    leaves: dict = flatten_dict(abstract, sep=".")
     for name, x in leaves.items():
         if name not in known:
             raise ValueError(f"{name} is not a pretrained parameter")
@@ -215,7 +215,7 @@ def load(config: Config, abstract: dict, dtype=None) -> dict:
                 array = _zeros(x.shape, wanted, sharding)()
                 for r, part in enumerate(known[name]):
                     array = _put(sharding)(array, _place(tensors, name, part, sizes, wanted, inner), np.int32(r))
-                    array.block_until_ready()  # else tensors wait in memory
+                    array.block_until_ready()  # otherwise tensors pile up in memory
             bar.update(array.nbytes)
             return array
 
@@ -252,13 +252,13 @@ def _put(sharding):
 
 
 def _check_tied(source: Pretrained, tensors: Tensors) -> None:
-    """Raises InputError where the files hold an output embedding that is not the tied input embedding."""
+    """Raises InputError if the files contain an output embedding that differs from the tied input embedding."""
     top = source.family.top
     if _HEAD in source.table() or _HEAD not in top or top[_HEAD].tensor not in tensors.headers:
         return
     head, embedding = top[_HEAD].tensor, top["decoder.embedding_VD"].tensor
     header, other = tensors.headers[head], tensors.headers[embedding]
     a, b, rows = tensors.view(head), tensors.view(embedding), header.shape[0]
-    parts = (slice(at, min(at + 8192, rows)) for at in range(0, rows, 8192))  # not both as a whole
+    parts = (slice(at, min(at + 8192, rows)) for at in range(0, rows, 8192))  # reads neither as a whole
     if header.shape != other.shape or not all(np.array_equal(a[part], b[part]) for part in parts):
         raise InputError(f"{header.file}: {CONFIG} ties {header.name!r} to {other.name!r}, but it is another tensor")

@@ -1,4 +1,4 @@
-"""The language of the name tables: where a parameter lies in a model folder, and how its axes are laid out there.
+"""The name tables' language: which tensor of a model folder holds a parameter, and how its axes are laid out there.
 
 A table maps our name to a Source: `"attention.query_DNH": Source("model.layers.{n}.self_attn.q_proj.weight", "NH D")` says that the tensor
 has two axes, heads times head size and model width. The letters are those of the parameters' names (model/decoder.py).
@@ -12,26 +12,26 @@ import numpy as np
 
 from iam_jax.config import ModelConfig
 
-PIECE_BYTES = 64 * 2**20  # read at one time: a tensor that is cast or transposed never exists twice
+PIECE_BYTES = 64 * 2**20  # bytes read at a time: a tensor that is cast or transposed never exists twice
 
 _NAME = re.compile(r"_([A-Z]+)$")
 
 
 class Source(NamedTuple):
-    tensor: str  # its name; {n} is the layer's number
-    axes: str  # the tensor's axes, each the letters of the parameter's axes it holds, first to last
-    piece: int = 0  # the tensor's last axis holds `pieces` parameters side by side; this is which of them
+    tensor: str  # the tensor's name; {n} is the layer's number
+    axes: str  # the tensor's axes, first to last; each is written as the letters of the parameter's axes that it holds
+    piece: int = 0  # the tensor's last axis holds `pieces` parameters side by side; this is the number of this parameter
     pieces: int = 1
 
 
 def axis_sizes(model: ModelConfig, vocabulary: int) -> dict[str, int]:
-    """By letter."""
+    """The size of each axis, by letter."""
     N, H = model.heads, model.head_size
     return {"V": vocabulary, "D": model.width, "P": model.max_positions, "N": N, "K": model.kv_heads, "H": H, "F": model.mlp_width}
 
 
 def param_axes(name: str, source: Source) -> str:
-    """The parameter's axes, first to last, without the repeats in front of a stack: those in its name, or the tensor's."""
+    """The parameter's axes, first to last, without the repeats: the letters in its name, or the tensor's axes."""
     match = _NAME.search(name)
     return match[1] if match else source.axes.replace(" ", "")
 
@@ -46,8 +46,8 @@ def tensor_shape(source: Source, sizes: dict[str, int]) -> tuple[int, ...]:
 
 
 def read_part(view, source: Source, axes: str, sizes: dict[str, int], index: tuple[slice, ...], dtype) -> np.ndarray:
-    """The part `index` of a parameter, in its own axes. view: the tensor, sliced as safetensors' `get_slice` gives it. Only what the part
-    needs is read, a piece at a time."""
+    """The part `index` of a parameter, in the parameter's axes. view: the tensor, as safetensors' `get_slice` returns it. Only the bytes
+    of that part are read, a piece at a time."""
     groups = source.axes.split()
     bounds = {letter: s.indices(sizes[letter])[:2] for letter, s in zip(axes, index, strict=True)}
     part = np.empty([stop - start for start, stop in (bounds[letter] for letter in axes)], dtype)
@@ -78,7 +78,7 @@ def _read(view, groups: list[str], source: Source, axes: str, sizes: dict[str, i
 
 
 def to_tensor(x: np.ndarray, source: Source, axes: str) -> np.ndarray:
-    """A parameter, without repeats in front, as its tensor (or its piece of the tensor)."""
+    """The tensor (or its piece) that holds the parameter x, which has no repeats."""
     order = source.axes.replace(" ", "")
     x = x.transpose([axes.index(letter) for letter in order])
     shape, at = [], 0

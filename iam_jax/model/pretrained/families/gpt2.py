@@ -1,6 +1,6 @@
 """GPT-2: learned positions, layer norms, biases everywhere. Its matrices are stored input first, queries, keys and values side by side."""
 
-from iam_jax.model.pretrained.family import Family, register
+from iam_jax.model.pretrained.family import Family
 from iam_jax.model.pretrained.folder import Settings
 from iam_jax.model.pretrained.table import Source
 
@@ -63,6 +63,4 @@ def _shape(settings: Settings) -> dict:
     }
 
 
-register(
-    Family(model_type="gpt2", shape=_shape, layers="n_layer", prefix="transformer.", top=TOP, layer=LAYER, buffers=BUFFERS),
-)
+GPT2 = Family(name="gpt2", shape=_shape, layers="n_layer", prefix="transformer.", top=TOP, layer=LAYER, buffers=BUFFERS)

@@ -1,6 +1,8 @@
 """LLaMA 2 and 3.x, and Mistral."""
 
-from iam_jax.model.pretrained.family import Family, register
+import dataclasses
+
+from iam_jax.model.pretrained.family import Family
 from iam_jax.model.pretrained.folder import ACTIVATIONS, Settings
 from iam_jax.model.pretrained.table import Source
 
@@ -74,7 +76,5 @@ def _mistral_window(settings: Settings) -> int | None:
     return settings.size("sliding_window", 4096, null=None)
 
 
-NAMES = {"layers": "num_hidden_layers", "prefix": "model.", "top": TOP, "layer": LAYER, "buffers": BUFFERS}
-
-register(Family(model_type="llama", shape=_llama, **NAMES))
-register(Family(model_type="mistral", shape=_mistral, window=_mistral_window, **NAMES))
+LLAMA = Family(name="llama", shape=_llama, layers="num_hidden_layers", prefix="model.", top=TOP, layer=LAYER, buffers=BUFFERS)
+MISTRAL = dataclasses.replace(LLAMA, name="mistral", shape=_mistral, window=_mistral_window)

@@ -1,7 +1,8 @@
 """Qwen2 and 2.5 (biases of queries, keys and values), Qwen3 (norm of queries and keys). The names are LLaMA's."""
 
-from iam_jax.model.pretrained.families.llama import LAYER, NAMES, llama_shape
-from iam_jax.model.pretrained.family import Family, register
+import dataclasses
+
+from iam_jax.model.pretrained.families.llama import LAYER, LLAMA, llama_shape
 from iam_jax.model.pretrained.folder import Settings
 from iam_jax.model.pretrained.table import Source
 
@@ -31,5 +32,5 @@ def _window(settings: Settings) -> int | None:
     return settings.size("sliding_window", 4096, null=None) if sliding else None
 
 
-register(Family(model_type="qwen2", shape=_qwen2, window=_window, **NAMES))
-register(Family(model_type="qwen3", shape=_qwen3, window=_window, **NAMES | {"layer": LAYER3}))
+QWEN2 = dataclasses.replace(LLAMA, name="qwen2", shape=_qwen2, window=_window)
+QWEN3 = dataclasses.replace(QWEN2, name="qwen3", shape=_qwen3, layer=LAYER3)

@@ -72,7 +72,7 @@ def test_a_source_is_added_by_one_object(add, tiny, tmp_path):
     add(Source("letters", "letters in order", load, check=check, oracle=lambda config: next_letter))
     config = configured()
     refused.append("not today")
-    with pytest.raises(InputError, match="^not today$"):
+    with pytest.raises(InputError, match=r"^not today$"):
         configured()
 
     prepared = prepare(config.data)
@@ -123,7 +123,7 @@ def test_a_registry():
         registry["two"]
     registry.register(again)
     assert registry["one"] is again and len(registry) == 2
-    with pytest.raises(ValueError, match="^'two' is a data source of iam_jax: choose another name$"):
+    with pytest.raises(ValueError, match=r"^the data source 'two' belongs to iam_jax: choose another name$"):
         registry.register(dataclasses.replace(one, name="two"))
     registry.unregister("one")
     assert "one" not in registry

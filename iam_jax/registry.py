@@ -31,7 +31,7 @@ class Registry(Mapping[str, Entry], Generic[Entry]):
         """Adds an entry under its name and returns it. An entry that was registered under this name before is replaced, so that a config
         file may be read again. Raises ValueError for the name of one of the package's own entries."""
         if entry.name in self._own:
-            raise ValueError(f"{entry.name!r} is a {self._kind} of iam_jax: choose another name")
+            raise ValueError(f"the {self._kind} {entry.name!r} belongs to iam_jax: choose another name")
         self._entries[entry.name] = entry
         return entry
 

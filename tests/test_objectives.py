@@ -10,8 +10,8 @@ from helpers import make_config, random_params, reference_states, softmax, stack
 from iam_jax.model import make_model
 from iam_jax.model.items import all_text_vectors, item_vectors
 from iam_jax.model.softmax import cross_entropy, sampled_cross_entropy
-from iam_jax.training import objectives
 from iam_jax.training.objectives import counts, draw, losses, make_training_items, summed_up
+from iam_jax.training.objectives import item as item_objective
 
 # ---- the two softmaxes alone
 
@@ -149,7 +149,7 @@ def test_shares_are_summed_up_exactly():
 
 # ---- with a model
 
-OBJECTIVES = {
+FIELDS = {
     "table": {"vectors": "table"},
     "text": {"vectors": "text", "softmax": "full"},
     "both and token": {"vectors": "both", "softmax": "full", "token": 0.5, "chunk": 16},
@@ -161,7 +161,7 @@ OBJECTIVES = {
 @functools.cache
 def case(name):
     """(config, model, parameters, items, batch of 4 rows)."""
-    config = make_config(model={"schedule": "intra inter", "mlp": "plain"}, objective=OBJECTIVES[name])
+    config = make_config(model={"schedule": "intra inter", "mlp": "plain"}, objective=FIELDS[name])
     prepared = tiny_data(users=14, items=9, cold=2)
     rows = tiny_rows(prepared, config)
     assert len(rows) >= 4
@@ -310,7 +310,7 @@ def test_of_a_repeated_target_the_first_fresh_vector_counts(monkeypatch):
         return cross_entropy(h_XE, v_CE, label_X, **options)
 
     bound = model.bind(params)
-    monkeypatch.setattr(objectives, "cross_entropy", spy)
+    monkeypatch.setattr(item_objective, "cross_entropy", spy)
 
     def loss(fresh):
         monkeypatch.setattr(type(bound), "text_vectors", lambda self, token, length, key=None: fresh)
@@ -334,7 +334,7 @@ def test_what_the_sampled_loss_samples(monkeypatch):
         seen.update(candidate=candidate_C, v=v_CE, vt=vt_XE, log_expected=log_expected_C, target=target_X)
         return sampled_cross_entropy(h_XE, target_X, candidate_C, v_CE, vt_XE, log_expected_C, chunk)
 
-    monkeypatch.setattr(objectives, "sampled_cross_entropy", spy)
+    monkeypatch.setattr(item_objective, "sampled_cross_entropy", spy)
 
     @jax.jit
     def run(key):

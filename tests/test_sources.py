@@ -123,7 +123,7 @@ def test_a_registry():
         registry["two"]
     registry.register(again)
     assert registry["one"] is again and len(registry) == 2
-    with pytest.raises(ValueError, match=r"^.two. is a data source of iam_jax: choose another name$"):
+    with pytest.raises(ValueError, match=r"^the data source 'two' belongs to iam_jax: choose another name$"):
         registry.register(dataclasses.replace(one, name="two"))
     registry.unregister("one")
     assert "one" not in registry

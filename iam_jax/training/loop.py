@@ -22,6 +22,7 @@ from iam_jax.ranking.evaluate import Evaluator, summarize, validation_subset
 from iam_jax.runs.checkpoint import Checkpoints
 from iam_jax.runs.logs import METRICS_FILE, MetricsLog, progress_bar
 from iam_jax.training.flops import step_flops
+from iam_jax.training.objectives import OBJECTIVES
 from iam_jax.training.run import Run
 from iam_jax.training.step import abstract_state, init_state, make_train_step
 from iam_jax.training.telemetry import Meter, Profile
@@ -130,9 +131,7 @@ def train(run: Run, workdir: Path, evaluator: Evaluator, signals: Signals) -> Ch
         if step % config.log.every and step != cfg.steps:
             return
         window, progress.window = progress.window, {}
-        line = {
-            f"{name}_loss": window[f"{name}_sum"] / max(window[f"{name}_count"], 1) for name in ("item", "token") if f"{name}_sum" in window
-        }
+        line = {f"{name}_loss": window[f"{name}_sum"] / max(window[f"{name}_count"], 1) for name in OBJECTIVES if f"{name}_sum" in window}
         if window:  # a step of it was not skipped
             line["gradient_norm"] = window["gradient_norm"] / window["steps"]
         line |= {

@@ -57,13 +57,14 @@ class Run:
 def make_run(config: Config, prepared: Prepared, devices: Sequence[jax.Device] | None = None) -> Run:
     """devices: None for those that are here."""
     catalogue, data = prepared.catalogue, config.data
+    objectives.check(config)
     _check_attention(config, jax.default_backend() if devices is None else devices[0].platform)
     rows = training_rows(
         prepared.events,
         catalogue,
         data.row_tokens,
         data.context_items,
-        whole_text=config.objective.token > 0,
+        whole_text=any(objectives.OBJECTIVES[name].whole_text for name in objectives.weights(config)),
         seed=config.train.seed,
     )
     if not rows.targets:

@@ -44,7 +44,7 @@ def make_train_step(run: Run):
     config, model = run.config, run.model
     optimizer, schedule = make_optimizer(config.optimizer), learning_rate(config.optimizer)
     parts = config.optimizer.accumulate
-    weights = {"item": config.objective.item, "token": config.objective.token}
+    weights = objectives.weights(config)
 
     def train_step(state: dict, batch: dict, items: objectives.TrainingItems, step: jax.Array, frozen: Params = {}):  # noqa: B006
         params, cache = state["params"], state.get("cache")
@@ -68,8 +68,7 @@ def make_train_step(run: Run):
                 (_, sums), grads = gradient(params, *xs)
                 return jax.tree.map(jnp.add, total, (sums, grads)), None
 
-            names = [name for name, weight in weights.items() if weight]
-            zero = ({name: jnp.zeros(()) for name in names}, jax.tree.map(jnp.zeros_like, params))
+            zero = ({name: jnp.zeros(()) for name in weights}, jax.tree.map(jnp.zeros_like, params))
             (sums, grads), _ = jax.lax.scan(add, zero, (micros, jax.random.split(key, parts)))
         updates, opt_state = optimizer.update(grads, state["optimizer"], params)
         metrics = {f"{name}_sum": value for name, value in sums.items()} | {"gradient_norm": optax.global_norm(grads)}

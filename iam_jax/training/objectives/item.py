@@ -1,6 +1,6 @@
-"""What training minimises: the item objective (softmax over items) and the token objective (next token), as sums and counts.
+"""The item objective: a softmax over items, of a history's projected state with the item vectors.
 
-Axes: X positions of any kind, M targets of a row, C candidates, I items, E item vectors, D model, V vocabulary, T token slots.
+Axes: X targets, M targets of a row, C candidates, I items, E item vectors, D model, T token slots.
 """
 
 import dataclasses
@@ -13,11 +13,11 @@ import numpy as np
 from iam_jax.config import Config
 from iam_jax.data.batches import Segments
 from iam_jax.data.catalogue import Catalogue
-from iam_jax.data.item_rows import CHUNKS
 from iam_jax.data.splits import Events
 from iam_jax.model.items import Items, all_text_vectors, make_items
 from iam_jax.model.network import Network
 from iam_jax.model.softmax import cross_entropy, sampled_cross_entropy
+from iam_jax.training.objectives.objective import Objective, States
 
 _ARRAYS = ("catalogue", "target_share_I", "drawn_share_I", "drawn_until_I")  # of TrainingItems
 
@@ -56,70 +56,49 @@ def summed_up(weight_I: np.ndarray) -> np.ndarray:
     return np.rint(total_I / total_I[-1] * 2**31).astype(np.uint32)
 
 
-def losses(model: Network, config: Config, items: TrainingItems, batch: dict, key: jax.Array | None, cache_IE: jax.Array | None) -> dict:
-    """Sums `item` and `token` of the two objectives over the batch's targets; divided by the `counts` they are nats. key: of
-    dropout and of the drawn negatives; None for neither dropout nor draws (then the softmax must be full or cached)."""
-    keys = (None,) * 3 if key is None else tuple(jax.random.split(key, 3))
-    leading_XD = vt_XE = None
-    if "leading" in batch:
-        leading_XD = model.leading_states(batch["leading"], CHUNKS, None if key is None else jax.random.fold_in(keys[0], 0))
-        if config.leading_vectors and config.objective.item:
-            vt_XE = model.text_head(model.taken(leading_XD, batch["target_slot"].reshape(-1)))
-    x_BTD = model.states(batch, keys[0], leading_XD)
-    sums = {}
-    if config.objective.item:
-        x_BMD = jnp.take_along_axis(x_BTD, batch["target_at"][..., None], axis=1)
-        h_XE = model.project(x_BMD.reshape(-1, x_BMD.shape[-1]))
-        target_X = batch["target"].reshape(-1)
-        sums["item"] = _item_loss(model, config, items, h_XE, target_X, keys[1], keys[2], cache_IE, vt_XE)
-    if config.objective.token:
-        x_XD, label_X = x_BTD.reshape(-1, x_BTD.shape[-1]), batch["label"].reshape(-1)
-        sums["token"] = cross_entropy(x_XD, model.output_embedding(), label_X, chunk=config.objective.chunk)
-    return sums
-
-
-def counts(batch: dict) -> dict:
-    """How many targets of each objective a batch holds."""
-    return {"item": (batch["target"] >= 0).sum(), "token": (batch["label"] >= 0).sum()}
-
-
-def _item_loss(model, config: Config, items: TrainingItems, h_XE, target_X, text_key, draw_key, cache_IE, vt_XE):
-    """vt_XE: text vectors of the targets where they are known already."""
-    objective, chunk = config.objective, config.objective.chunk
-    with_table = objective.vectors != "text"
+def _loss(network: Network, config: Config, items: TrainingItems, batch: dict, states: States, keys, cache_IE) -> jax.Array:
+    text_key, draw_key = keys
+    x_BMD = jnp.take_along_axis(states.x_BTD, batch["target_at"][..., None], axis=1)
+    h_XE = network.project(x_BMD.reshape(-1, x_BMD.shape[-1]))
+    target_X = batch["target"].reshape(-1)
+    if config.softmax == "sampled":
+        return _sampled(network, config, items, h_XE, target_X, text_key, draw_key, states.target_XE)
     if config.softmax == "full":
-        if config.uses_text:
-            v_IE = all_text_vectors(model, items.catalogue, key=text_key) + (model.table(items.catalogue.trained_I) if with_table else 0)
-        else:
-            v_IE = model.table(items.catalogue.trained_I)
-        return cross_entropy(h_XE, v_IE, target_X, allowed_C=items.catalogue.trained_I, chunk=chunk)
+        v_IE = all_text_vectors(network, items.catalogue, key=text_key) if config.uses_text else None
+    else:
+        v_IE = _with_fresh_targets(network, items.catalogue, target_X, text_key, states.target_XE, cache_IE)
+    if config.objective.vectors != "text":
+        table_IE = network.table(items.catalogue.trained_I)
+        v_IE = table_IE if v_IE is None else v_IE + table_IE
+    return cross_entropy(h_XE, v_IE, target_X, allowed_C=items.catalogue.trained_I, chunk=config.objective.chunk)
 
-    safe_X = jnp.maximum(target_X, 0)
-    if config.softmax == "cached":
-        # The targets' own vectors are fresh, as positives and as each other's negatives; so the text learns from them.
-        fresh_XE = vt_XE
-        if fresh_XE is None:
-            fresh_XE = model.text_vectors(items.catalogue.token_IT[safe_X], items.catalogue.length_I[safe_X], text_key)
-        place_X = _first_places(target_X, len(cache_IE))
-        v_IE = jax.lax.stop_gradient(cache_IE).at[place_X].set(fresh_XE, mode="drop", unique_indices=True)
-        if with_table:
-            v_IE = v_IE + model.table(items.catalogue.trained_I)
-        return cross_entropy(h_XE, v_IE, target_X, allowed_C=items.catalogue.trained_I, chunk=chunk)
 
+def _with_fresh_targets(network: Network, catalogue: Items, target_X, text_key, vt_XE, cache_IE) -> jax.Array:
+    """v_IE: the cached text vectors, and fresh ones of the targets, as positives and as each other's negatives. The text learns from
+    the fresh ones."""
+    if vt_XE is None:
+        safe_X = jnp.maximum(target_X, 0)
+        vt_XE = network.text_vectors(catalogue.token_IT[safe_X], catalogue.length_I[safe_X], text_key)
+    place_X = _first_places(target_X, len(cache_IE))
+    return jax.lax.stop_gradient(cache_IE).at[place_X].set(vt_XE, mode="drop", unique_indices=True)
+
+
+def _sampled(network: Network, config: Config, items: TrainingItems, h_XE, target_X, text_key, draw_key, vt_XE) -> jax.Array:
+    objective, catalogue = config.objective, items.catalogue
     drawn_C = draw(draw_key, items.drawn_until_I, objective.negatives)
     candidate_C = jnp.concatenate([target_X, drawn_C])
     safe_C = jnp.maximum(candidate_C, 0)
     v_CE = 0
     if config.uses_text:
         fresh_C = safe_C if vt_XE is None else safe_C[len(target_X) :]
-        v_CE = model.text_vectors(items.catalogue.token_IT[fresh_C], items.catalogue.length_I[fresh_C], text_key)
+        v_CE = network.text_vectors(catalogue.token_IT[fresh_C], catalogue.length_I[fresh_C], text_key)
         v_CE = v_CE if vt_XE is None else jnp.concatenate([vt_XE, v_CE])
-    if with_table:
-        v_CE = v_CE + model.table(items.catalogue.trained_I)[safe_C]
+    if objective.vectors != "text":
+        v_CE = v_CE + network.table(catalogue.trained_I)[safe_C]
     others = jnp.maximum((target_X >= 0).sum() - 1, 0)  # the position's own target is none of its negatives
     expected_I = others * items.target_share_I + objective.negatives * items.drawn_share_I
     log_expected_C = jnp.log(jnp.maximum(expected_I[safe_C], 1e-30))
-    return sampled_cross_entropy(h_XE, target_X, candidate_C, v_CE, v_CE[: len(target_X)], log_expected_C, chunk)
+    return sampled_cross_entropy(h_XE, target_X, candidate_C, v_CE, v_CE[: len(target_X)], log_expected_C, objective.chunk)
 
 
 def _first_places(target_X: jax.Array, items: int) -> jax.Array:
@@ -134,3 +113,12 @@ def _first_places(target_X: jax.Array, items: int) -> jax.Array:
 def draw(key: jax.Array, until_I: jax.Array, count: int) -> jax.Array:
     """`count` items drawn with replacement, by the shares that `summed_up` summed up; never one without weight."""
     return jnp.searchsorted(until_I, jax.random.bits(key, (count,), jnp.uint32) >> 1, side="right").astype(jnp.int32)
+
+
+ITEM = Objective(
+    name="item",
+    meaning="softmax over items",
+    loss=_loss,
+    count=lambda batch: (batch["target"] >= 0).sum(),
+    weight=lambda config: config.objective.item,
+)

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from iam_jax.kernels.range_attention import allowed
-from iam_jax.model.attention import key_ranges
+import iam_jax
+from iam_jax.kernels.range_attention import range_mask
 
 PICTURE = Path(__file__).parent / "images" / "relations.svg"
 USERS = ((("teal", "vase"), ("red", "clay", "lamp"), ("navy", "rug")), (("oak", "bowl"),))  # the words of each user's items
@@ -42,9 +42,9 @@ def layout() -> tuple[np.ndarray, np.ndarray, list[str]]:
 def masks() -> dict[str, np.ndarray]:
     """Relation -> [T, T] bool: which key (column) each query (row) may see."""
     user_T, item_T, _ = layout()
-    ranges = key_ranges(user_T[None], item_T[None])
+    ranges = iam_jax.key_ranges(user_T[None], item_T[None])
     T = len(user_T)
-    return {name: np.asarray(allowed(T, T, (ranges[name].first,), include_self=False))[0] for name in RELATIONS}
+    return {name: np.asarray(range_mask(T, T, (ranges[name].first,), include_self=False))[0] for name in RELATIONS}
 
 
 def draw() -> str:

@@ -15,6 +15,10 @@ import iam_jax
 from iam_jax import main  # noqa: F401  (it defines the flags)
 from iam_jax.config import Config, resolve
 from iam_jax.errors import InputError
+from iam_jax.model.pretrained.family import FAMILIES
+from iam_jax.registry import SOURCES, Registry
+from iam_jax.relations import RELATIONS
+from iam_jax.training.objectives import OBJECTIVES
 
 ROOT = Path(__file__).parents[1]
 PAGES = {path.name: path.read_text(encoding="utf-8") for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
@@ -32,9 +36,10 @@ SMALL = {
     "data.context_items": 2,
     "model.width": 16,
     "model.heads": 2,
+    "model.item_states": "off",  # one program for all batches
     "objective.negatives": 16,
     "optimizer.warmup_steps": 0,
-    "train.steps": 4,
+    "train.steps": 2,
     "train.batch_rows": 4,
     "eval.validation_users": 20,
     "eval.resamples": 20,
@@ -259,8 +264,19 @@ def demo(tmp_path_factory) -> Path:
     return workdir
 
 
+@pytest.fixture
+def registries():
+    """What a page registers is there for that page only."""
+    found = (RELATIONS, SOURCES, OBJECTIVES, FAMILIES)
+    before = [list(registry) for registry in found]
+    yield
+    for registry, names in zip(found, before, strict=True):
+        for name in [name for name in registry if name not in names]:
+            registry.unregister(name) if isinstance(registry, Registry) else registry.pop(name)
+
+
 @pytest.mark.parametrize("page", RUN)
-def test_python_of_a_page_runs(page, request, tmp_path, monkeypatch):
+def test_python_of_a_page_runs(page, request, tmp_path, monkeypatch, registries):
     """Block after block, in a folder of their own, in which runs/demo is there; what they train is small."""
     blocks = blocks_of(page)
     if any("runs/demo" in code for _, code in blocks):

@@ -30,7 +30,7 @@ class Norm(nnx.Module):
 
     def __init__(self, config: ModelConfig, width: int):
         self.epsilon, self.offset, self.center = config.norm_epsilon, config.norm_offset, config.norm == "layer"
-        self.scale = nnx.Param(jnp.full(width, 1 - self.offset))
+        self.scale = nnx.Param(jnp.full(width, 1 - self.offset, jnp.float32))
         self.shift = nnx.Param(jnp.zeros(width)) if self.center else None
 
     def __call__(self, x: jax.Array) -> jax.Array:

@@ -202,8 +202,8 @@ def test_tpu_worker(tmp_path, monkeypatch):
     assert (tmp_path / "installed").read_text().endswith(f"pip install -q --python {home}/venv/bin/python {home}/source[tpu,gcs]\n")
     assert worker("code") == "exit-code none\n"
     worker("start", "--multihost", *RUN)
-    assert worker("start", "--multihost", *RUN) == "running already\n"
-    assert worker("install") == "running: what is installed stays\n"
+    assert worker("start", "--multihost", *RUN) == "already running\n"
+    assert worker("install") == "running: the installation is not changed\n"
     wait_for((home / "run.log").read_text)
     assert "running" in worker("status")
     end.write_text("4")
@@ -212,7 +212,7 @@ def test_tpu_worker(tmp_path, monkeypatch):
 
     end.unlink()
     worker("start", "--multihost", *RUN)
-    assert worker("start") == "running already\n"
+    assert worker("start") == "already running\n"
     wait_for((home / "run.log").read_text)
     worker("stop")
     assert worker("code") == "exit-code stopped\n" and "saved" in worker("follow")

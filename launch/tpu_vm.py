@@ -222,7 +222,8 @@ def check(args: argparse.Namespace) -> None:
     if not re.match("gs://.|/", given.get("workdir", "")):
         raise InputError("--workdir=gs://BUCKET/... is missing after `--` (or a path on a file system that all workers share)")
     config = given.get("config", "").partition(":")[0]
-    exists = subprocess.run(["git", "-C", str(ROOT), "cat-file", "-e", f"{args.ref}:{config}"], stderr=subprocess.DEVNULL)
+    file = config if config.endswith(".py") or "/" in config else f"configs/{config}.py"  # --config=demo is a name
+    exists = subprocess.run(["git", "-C", str(ROOT), "cat-file", "-e", f"{args.ref}:{file}"], stderr=subprocess.DEVNULL)
     if config and exists.returncode:
         raise InputError(f"--config={config}: not in commit {args.ref}, which is installed on the workers")
 

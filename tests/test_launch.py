@@ -116,11 +116,16 @@ def test_tpu_vm_dry_run(capsys):
         (["--config=configs/demo.py"], "--workdir=gs://BUCKET/... is missing"),
         (["--config=configs/demo.py", "--workdir=runs/demo"], "--workdir=gs://BUCKET/... is missing"),
         (["--config=configs/none.py", "--workdir=gs://b/demo"], "--config=configs/none.py: not in commit HEAD"),
+        (["--config=none:full", "--workdir=gs://b/demo"], "--config=none: not in commit HEAD"),
     ],
 )
 def test_tpu_vm_refuses(capsys, flags, error):
     assert tpu("run", "--topology=v5e:4x4", "--dry-run", "--", *flags) == 2
     assert f"error: {error}" in capsys.readouterr().err
+
+
+def test_tpu_vm_takes_the_name_of_a_config():
+    assert tpu("run", "--topology=v5e:4x4", "--dry-run", "--", "--config=amazon_toys:full", "--workdir=gs://b/toys") == 0
 
 
 GCLOUD = """

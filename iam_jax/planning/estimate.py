@@ -104,7 +104,7 @@ def assumptions(plan: Plan, price: float | None) -> list[str]:
     if assumed is not None:
         lines.append(
             f"data: {assumed.users:,} users with {assumed.events} events each, {assumed.items:,} items of {assumed.item_length} tokens "
-            "(--users, --events, --items, --item_length)"
+            "(--num_users, --events, --num_items, --item_length)"
         )
     if chip is not None:
         peak = ", ".join(f"{flops / 1e12:.0f} TFLOP/s {kind}" for kind, flops in chip.flops.items())

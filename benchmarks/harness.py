@@ -1,6 +1,7 @@
-"""What the scripts beside this one share: where a figure was taken, functions that take turns, watched memory, a small random decoder.
+"""Shared functions of the benchmarks: facts about the machine, fair timing, peak memory, and a small decoder with random parameters.
 
-Importing this imports the standard library alone, the rest where it is used: some of the scripts measure processes whose memory counts.
+Importing this module imports only the standard library. Other libraries are imported inside the functions that need them, because some
+benchmarks measure the memory of their processes.
 """
 
 import argparse
@@ -27,16 +28,16 @@ if TYPE_CHECKING:
 SCHEDULES = ["(intra inter)*2", "full*4", "(full full intra inter)*1"]
 
 
-# ---- where and with what
+# ---- facts about the machine
 
 
 def cores() -> int:
-    """CPU cores that this process may use."""
+    """The number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def versions(*packages: str) -> dict[str, str]:
-    """Of Python and of those packages that are installed."""
+    """Returns the versions of Python and of those packages that are installed."""
     installed = {"python": platform.python_version()}
     for name in packages:
         try:
@@ -51,17 +52,20 @@ def listed(versions: dict[str, str]) -> str:
 
 
 def environment(*packages: str, device: "jax.Device | None" = None) -> dict[str, Any]:
-    """The head of a record: device (of a CPU, the default, architecture and cores), platform of a given device, date, versions."""
+    """Returns the first fields of a record: device, platform (if a device is given), date and versions.
+
+    Without a device, and for CPUs, the field "device" contains the architecture and the number of cores.
+    """
     on_cpu = device is None or device.platform == "cpu"
-    where = {"device": f"CPU ({platform.machine()}, {cores()} cores)" if on_cpu else device.device_kind}
+    facts = {"device": f"CPU ({platform.machine()}, {cores()} cores)" if on_cpu else device.device_kind}
     if device is not None:
-        where["platform"] = device.platform
-    return where | {"date": datetime.now(UTC).isoformat(timespec="seconds"), "versions": versions(*packages)}
+        facts["platform"] = device.platform
+    return facts | {"date": datetime.now(UTC).isoformat(timespec="seconds"), "versions": versions(*packages)}
 
 
-def settings(args: argparse.Namespace, *without: str) -> dict[str, Any]:
-    """The flags by name, but for `output` and those of `without`."""
-    return {name: value for name, value in vars(args).items() if name not in ("output", *without)}
+def settings(args: argparse.Namespace, *excluded: str) -> dict[str, Any]:
+    """Returns the values of the flags by name, except `output` and the excluded ones."""
+    return {name: value for name, value in vars(args).items() if name not in ("output", *excluded)}
 
 
 def save(output: Path, record: dict) -> None:
@@ -73,8 +77,8 @@ def save(output: Path, record: dict) -> None:
 
 
 class Timed(NamedTuple):
-    first: Any  # what the first run gave
-    samples: list[float]  # seconds of the others
+    first: Any  # the result of the first run
+    samples: list[float]  # seconds of the other runs
 
     @property
     def median(self) -> float:
@@ -82,9 +86,9 @@ class Timed(NamedTuple):
 
 
 def take_turns(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, Timed]:
-    """Each function once, to warm up, and then `repeats` times in turn, so that what slows the machine slows them all.
+    """Calls each function once as a warm-up, then `repeats` times in turn, so that other load on the machine affects all of them.
 
-    A function returns when its work is done: what JAX has sent off must be waited for inside.
+    A function must wait for its results before it returns, because JAX dispatches work asynchronously.
     """
     timed = {name: Timed(run(), []) for name, run in runs.items()}
     for _ in range(repeats):
@@ -96,7 +100,10 @@ def take_turns(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, Ti
 
 
 class Peak:
-    """Memory within a `with` block, looked at every two milliseconds: bytes `before`, the `most`, and the number of `samples`."""
+    """Samples memory every two milliseconds inside a `with` block.
+
+    Fields: `before`, bytes on entry; `most`, the largest sample; `samples`, the number of samples. look: returns the bytes in use.
+    """
 
     def __init__(self, look: Callable[[], int]):
         self._look = look
@@ -118,15 +125,15 @@ class Peak:
         self._thread.join()
 
 
-# ---- schedules of a small decoder
+# ---- a small decoder
 
 
 def parse(doc: str, name: str, **sizes: tuple[int, str | None]) -> argparse.Namespace:
-    """The flags of a script that compares ways of using a small decoder. sizes: its own flags, the default and the help of each."""
+    """Parses the flags of a script that compares ways to use a small decoder. sizes: (default, help) of the script's own flags."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--schedule", action="append", help=f"may be given several times; default: {', '.join(SCHEDULES)}")
     shared = {"history_items": 25, "item_tokens": 12, "vocabulary": 2000, "width": 64, "heads": 4, "repeats": 7}
-    helps = {"item_tokens": "of every item, boundary included"}
+    helps = {"item_tokens": "tokens per item, including the boundary"}
     for flag, (default, text) in (sizes | {flag: (default, helps.get(flag)) for flag, default in shared.items()}).items():
         parser.add_argument(f"--{flag}", type=int, default=default, help=text)
     parser.add_argument("--output", type=Path, default=Path(f"runs/benchmarks/{name}.json"))
@@ -136,7 +143,7 @@ def parse(doc: str, name: str, **sizes: tuple[int, str | None]) -> argparse.Name
 
 
 def make_catalogue(tokens: "np.ndarray", vocabulary: int) -> "Catalogue":
-    """Items of these tokens [items, tokens of an item], the last of each replaced by the boundary; no prompt, no suffix."""
+    """Makes a catalogue without prompt and suffix. tokens: [items, tokens per item]; the last token of each is replaced by the boundary."""
     import numpy as np
 
     from iam_jax.data.catalogue import Catalogue
@@ -148,7 +155,7 @@ def make_catalogue(tokens: "np.ndarray", vocabulary: int) -> "Catalogue":
 
 
 def make_decoder(schedule: str, args: argparse.Namespace, items: int) -> "Model":
-    """With rows for one item behind a history, by the flags of `parse`."""
+    """Makes the decoder for the flags of `parse`. Its rows have space for a history and one more item."""
     import ml_collections
 
     from iam_jax.config import Config, resolve
@@ -161,7 +168,10 @@ def make_decoder(schedule: str, args: argparse.Namespace, items: int) -> "Model"
 
 
 def random_params(model: "Model", width: int) -> dict:
-    """Normal numbers that keep the size of the states, around 1 in the norms' scales; drawn by NumPy: nothing to compile."""
+    """Draws parameters from normal distributions that preserve the scale of the states; the mean is 1 for the scales of norms.
+
+    NumPy draws them, so that nothing is compiled.
+    """
     import jax
     import numpy as np
 
@@ -175,9 +185,9 @@ def random_params(model: "Model", width: int) -> dict:
 
 
 def compare(args: argparse.Namespace, title: str, columns: str, measure: Callable, print_result: Callable[[dict], None]) -> int:
-    """Measures every schedule, prints the table and saves the record; the exit code, 1 where a result is not "equal".
+    """Measures every schedule, prints the table and saves the record. measure: (schedule, args) -> result.
 
-    measure: schedule, args -> result.
+    Returns the exit code, which is 1 if a result is not "equal".
     """
     import jax
 

@@ -1,11 +1,11 @@
-"""How much anonymous memory does importing a pretrained model take beside its parameters?
+"""Measures how much anonymous memory the import of a pretrained model needs in addition to its parameters.
 
-    python benchmarks/import_memory.py                           # a billion parameters: 2 GB of disk and of memory, a minute
+    python benchmarks/import_memory.py                           # a billion parameters: 2 GB of disk and of memory, one minute
     python benchmarks/import_memory.py --parameters=2e6 --dtype=float32
 
-Writes a LLaMA-shaped checkpoint in bf16, in several files, into a temporary folder, imports it in a process of its own, and samples that
-process's RssAnon (Linux: /proc/self/status) every two milliseconds. What the import adds to the level before it must stay within 1.1 times
-the parameters' bytes and two of the largest tensor. Prints one table, writes one JSON and exits with 1 where the bound does not hold.
+Writes a LLaMA-shaped checkpoint in bf16 and several files into a temporary folder, imports it in a separate process, and samples the
+RssAnon of that process (Linux: /proc/self/status) every two milliseconds. The import may add at most 1.1 times the bytes of the parameters
+plus twice those of the largest tensor; otherwise the exit code is 1. Prints one table and writes one JSON file.
 """
 
 import argparse
@@ -34,12 +34,12 @@ from iam_jax.model.parameters import select
 from iam_jax.model.pretrained.importing import read_pretrained
 
 FILES, BOUND = 4, 1.1
-_VOCABULARY, _WIDTH, _LAYERS = 128_256, 2048, 16  # LLaMA 3.2 1B's, but for the MLP: it has 1.24 billion parameters
+_VOCABULARY, _WIDTH, _LAYERS = 128_256, 2048, 16  # as in LLaMA 3.2 1B (1.24 billion parameters), except for the MLP
 
 
 def settings(parameters: float) -> dict:
-    """A config.json of about so many parameters."""
-    scale = (parameters / 1e9) ** 0.5  # V D and D D both shrink by its square
+    """Returns the values of a config.json for about this many parameters."""
+    scale = (parameters / 1e9) ** 0.5  # both V x D and D x D are proportional to its square
     D = max(int(_WIDTH * scale) // 64, 1) * 64
     values = {"model_type": "llama", "vocab_size": int(_VOCABULARY * scale) + 1, "hidden_size": D, "num_hidden_layers": _LAYERS}
     values |= {"num_attention_heads": D // 64, "num_key_value_heads": D // 64, "tie_word_embeddings": True, "torch_dtype": "bfloat16"}
@@ -54,14 +54,14 @@ def make_config(folder: str) -> Config:
 def write_checkpoint(folder: Path, parameters: float) -> None:
     (folder / "config.json").write_text(json.dumps(settings(parameters)))
     shapes = read_pretrained(make_config(str(folder))).shapes()
-    names, where = list(shapes), {}
+    names, weight_map = list(shapes), {}
     for k in range(FILES):
-        held = names[k * len(names) // FILES : (k + 1) * len(names) // FILES]
+        file_names = names[k * len(names) // FILES : (k + 1) * len(names) // FILES]
         file = f"model-{k + 1:05}-of-{FILES:05}.safetensors"
-        tensors = {name: np.full(shapes[name], 1 + k, ml_dtypes.bfloat16) for name in held}
+        tensors = {name: np.full(shapes[name], 1 + k, ml_dtypes.bfloat16) for name in file_names}
         save_file(tensors, folder / file, metadata={"format": "pt"})
-        where |= dict.fromkeys(held, file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+        weight_map |= dict.fromkeys(file_names, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
 def anonymous_bytes() -> int:
@@ -70,12 +70,12 @@ def anonymous_bytes() -> int:
 
 
 def measure(folder: str, dtype: str) -> dict:
-    """In a process of its own: bytes before, at the most, and after the import."""
+    """Imports the checkpoint, in a separate process, and returns the bytes before, at the peak and after."""
     config = make_config(folder)
     shapes = make_model(config, vocabulary=settings_of(folder)["vocab_size"] + 1, items=2).shapes()
-    wanted = pretrained.names(config)
-    abstract = select(shapes, lambda name: name in wanted)
-    jax.block_until_ready(jax.jit(lambda: jnp.zeros(8))())  # the platform is there
+    names = pretrained.names(config)
+    abstract = select(shapes, lambda name: name in names)
+    jax.block_until_ready(jax.jit(lambda: jnp.zeros(8))())  # initialises the platform before memory is measured
     with harness.Peak(anonymous_bytes) as peak:
         start = time.perf_counter()
         params = jax.block_until_ready(pretrained.load(config, abstract, dtype))
@@ -101,7 +101,7 @@ def settings_of(folder: str) -> dict:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--parameters", type=float, default=1e9)
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the parameters; the files are bf16")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="dtype of the parameters; the files are bf16")
     parser.add_argument("--output", type=Path, default=Path("runs/benchmarks/import_memory.json"))
     parser.add_argument("--measure", metavar="FOLDER", help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -1,12 +1,12 @@
-"""Top-K lists for a data set's users and for many synthetic ones: how fast, in how much memory, and does a kill show?
+"""Measures time and memory of top-K lists for the users of a data set and for many synthetic users, and the effect of a kill.
 
     python benchmarks/offline_scoring.py --workdir=runs/toys --path=DIR        # DIR: the interactions.* that the run was trained on
 
-Scores, by `--mode=score` in processes of its own, the users of the table and --users synthetic ones (histories as long as the table's,
-items drawn by how often they occur there, seed 0). Each request is run to its end, and into another folder until --parts files are there,
-when it is killed (SIGKILL) and the same command given again. seconds and users/s are the program's own, of the uninterrupted run, without
-loading and with compilation; peak: the most resident memory of any of the three runs; kept: files that the kill left. The files of both
-folders must be equal, name for name and byte for byte, or the exit code is 1. Prints one table, writes one JSON.
+Scores the users of the table, and --users synthetic users (histories as long as in the table, items drawn by their frequency there, seed 0)
+with `--mode=score` in separate processes. Every request runs three times: without interruption; into another folder until that contains
+--parts files, when the process is killed (SIGKILL); and once more with the same command. The files of both folders must be equal byte for
+byte; otherwise the exit code is 1. seconds and users/s are those that the uninterrupted run prints, with compilation and without loading.
+peak: the largest resident memory of the three runs. kept: number of files after the kill. Prints one table and writes one JSON file.
 """
 
 import argparse
@@ -42,7 +42,7 @@ def synthetic_users(table: pl.DataFrame, users: int) -> pl.DataFrame:
 
 
 def run(flags: list[str], output: Path, stop_at: int | None = None) -> tuple[str, int]:
-    """Standard output and peak resident bytes of one command; stop_at: killed when so many parts are there."""
+    """Runs one command. Returns its standard output and its peak resident bytes. stop_at: kill it when this many parts exist."""
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         process = subprocess.Popen([*COMMAND, *flags, f"--output={output}"], stdout=out, stderr=err)
         while stop_at is not None and process.poll() is None and len(list(output.glob("part-*"))) < stop_at:
@@ -59,8 +59,8 @@ def run(flags: list[str], output: Path, stop_at: int | None = None) -> tuple[str
 
 def measure(name: str, flags: list[str], folder: Path, parts: int) -> dict:
     whole, killed = folder / f"{name}-whole", folder / f"{name}-killed"
-    told, peak = run(flags, whole)
-    users, seconds = re.search(r"([\d,]+) users in ([\d.]+) s", told).groups()
+    printed, peak = run(flags, whole)
+    users, seconds = re.search(r"([\d,]+) users in ([\d.]+) s", printed).groups()
     _, at_kill = run(flags, killed, parts)
     kept = len(list(killed.glob("part-*")))
     _, after = run(flags, killed)
@@ -79,12 +79,12 @@ def measure(name: str, flags: list[str], folder: Path, parts: int) -> dict:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workdir", type=Path, required=True, help="a trained run")
+    parser.add_argument("--workdir", type=Path, required=True, help="working folder of a trained run")
     parser.add_argument("--path", type=Path, required=True, help="folder with its interactions.*")
-    parser.add_argument("--users", type=int, default=100_000, help="synthetic ones")
+    parser.add_argument("--users", type=int, default=100_000, help="number of synthetic users")
     parser.add_argument("--top_k", type=int, default=100)
-    parser.add_argument("--part_users", type=int, default=2048, help="users a file")
-    parser.add_argument("--parts", type=int, default=3, help="files that are there at the kill")
+    parser.add_argument("--part_users", type=int, default=2048, help="users per file")
+    parser.add_argument("--parts", type=int, default=3, help="number of files that exist when the process is killed")
     parser.add_argument("--output", type=Path, default=Path("runs/benchmarks/offline_scoring.json"))
     args = parser.parse_args(argv)
     try:

@@ -1,10 +1,11 @@
-"""Does a plan's memory hold? The temporaries that the compiler plans for a training step, and what the process grows by when it runs.
+"""Compares the planned memory of a training step with measured memory: the compiler's temporaries, and the growth of the process.
 
     python benchmarks/plan_memory.py
     python benchmarks/plan_memory.py --rows=128 --schedule='full*4'
 
-On this machine's CPU, whose memory is the process' own: `--mode=plan --topology=local` reads the same analysis. The step is compiled, its
-state and batch are made, and then resident memory is watched while it runs once. Prints one line and writes one JSON.
+This runs on the CPU, where device memory is the memory of the process. `--mode=plan --topology=local` reads the same analysis of the
+compiler. The step is compiled, its state and batch are made, and resident memory is sampled while the step runs once. Prints one line and
+writes one JSON file.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from iam_jax.training.step import init_state, make_train_step
 
 
 def resident() -> int:
+    """The resident memory of this process, in bytes."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
@@ -56,7 +58,7 @@ def main() -> None:
     growth = peak.most - peak.before
     share = growth / program.temporaries
     sizes = f"{program.temporaries / 2**30:.2f} GiB planned, resident memory grows by {growth / 2**30:.2f} GiB"
-    print(f"{args.schedule}, {args.rows} rows of {args.row_tokens:,}: {sizes}: {share:.2f} of it ({peak.samples} samples)")
+    print(f"{args.schedule}, {args.rows} rows of {args.row_tokens:,}: {sizes}, ratio {share:.2f} ({peak.samples} samples)")
     facts = harness.environment("jax", "jaxlib")
     harness.save(args.output, facts | {"settings": harness.settings(args), "planned": program.temporaries, "grown": growth})
     print(f"wrote {args.output}")

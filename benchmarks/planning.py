@@ -1,11 +1,11 @@
-"""Plans of LLaMA 3's 1B and 8B shapes on TPU slices that are not there: the table of docs/planning.md.
+"""Plans training of LLaMA 3 with 1B and 8B parameters on TPU slices, without the slices. Makes the table of docs/planning.md.
 
     python benchmarks/planning.py
     python benchmarks/planning.py --models=8b --variants=lora --slices=v5p:2x4x4
 
-A model is its public shape: a config.json in --folder, without weights. Each plan is one `--mode=plan` command, which is printed, of
-configs/llama3_1b_amazon.py with the model's own layers in the schedule, and a row of 1,024 tokens on every chip. Prints one table and
-writes one JSON. Needs libtpu (extra `tpu`); a plan takes minutes.
+A model is given by its public shape, a config.json in --folder without weights. Every plan is one `--mode=plan` command of
+configs/llama3_1b_amazon.py with the model's own layers in the schedule and one row of 1,024 tokens per chip. The commands are printed.
+Prints one table and writes one JSON file. Needs libtpu (extra `tpu`); a plan takes minutes.
 """
 
 import argparse
@@ -27,7 +27,7 @@ MODELS = {
     | {"rope_scaling": LLAMA3 | {"factor": 8.0, "original_max_position_embeddings": 8192}},
 }
 SLICES = {"v5e:2x4": 8, "v6e:4x4": 16, "v5p:2x4x4": 32}
-COLUMNS = ("trained", "frozen", "optimizer", "temporaries", "total", "ms a step", "tokens/s", "USD an epoch")
+COLUMNS = ("trained", "frozen", "optimizer", "temporaries", "total", "ms per step", "tokens/s", "USD per epoch")
 
 
 def command(model: str, variant: str, slice_name: str, folder: Path, items: int, output: Path) -> list[str]:

@@ -1,12 +1,12 @@
-"""What a device holds while a pretrained model is trained: the configs of real models, compiled for TPUs that are not there.
+"""Shows the memory per device for training pretrained models: the configs of real models, compiled for TPUs that are not attached.
 
     python benchmarks/pretrained_memory.py
     python benchmarks/pretrained_memory.py --configs=gpt2_ml1m --variants=lora --slices=v5p:2x2x1
 
-Of a model its shape is enough: its public config.json is written into a temporary folder. The whole training step (train.batch_rows rows of
-data.row_tokens, gradients, AdamW) is compiled ahead of time by libtpu (extra `tpu`) on any machine, and the compiler's own memory analysis
-is read; the program itself, 0.15 GiB for a model of 1B, is not counted. Nothing is allocated and nothing runs. Prints one table and writes
-one JSON. Only one process at a time can hold libtpu.
+Only the shape of a model is needed: its public config.json is written into a temporary folder. libtpu (extra `tpu`) compiles the whole
+training step (train.batch_rows rows of data.row_tokens, gradients, AdamW) ahead of time on any machine, and the benchmark reads the memory
+analysis of the compiler. The code of the program, 0.15 GiB for a 1B model, is not included. Nothing is allocated or run. Prints one table
+and writes one JSON file. Only one process at a time can use libtpu.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import tempfile
 from importlib import metadata
 from pathlib import Path
 
-from tpu_memory import assumed_run  # isort: skip  (first: it sets the platform)
+from tpu_memory import assumed_run  # isort: skip  (must come first, because it sets the platform)
 
 import harness
 
@@ -27,7 +27,7 @@ from iam_jax.model.pretrained.importing import read_pretrained
 from iam_jax.planning.plan import Program, training
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-SLICES = {"v5e:2x4": (1, 8, 1), "v5p:2x2x1": (1, 1, 1)}  # chips of which the first data x fsdp x tensor are used
+SLICES = {"v5e:2x4": (1, 8, 1), "v5p:2x2x1": (1, 1, 1)}  # slice: mesh of data x fsdp x tensor on its first chips
 ITEMS = {"llama3_1b_amazon": 11_758, "qwen3_0_6b_amazon": 11_758, "gpt2_ml1m": 3_416}
 LLAMA3 = {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 SHAPES: dict[str, dict] = {
@@ -65,12 +65,15 @@ SHAPES: dict[str, dict] = {
 
 
 def write_shape(name: str, folder: Path, shape: dict | None = None) -> None:
-    """The model's config.json. shape: instead of the public one's values."""
+    """Writes the model's config.json. shape: values that replace the public ones."""
     (folder / "config.json").write_text(json.dumps(SHAPES[name] | (shape or {})))
 
 
 def make_config(name: str, variant: str, folder: Path, mesh_shape: tuple[int, int, int], shape: dict | None = None, **model) -> Config:
-    """The config file's, with the model's config.json in `folder`. shape: instead of the public one's values; model: fields."""
+    """Makes the config of a config file, with the model's config.json in `folder`.
+
+    shape: values that replace those of the public config.json. model: further fields of config.model.
+    """
     write_shape(name, folder, shape)
     config = runpy.run_path(str(CONFIGS / f"{name}.py"))["get_config"](variant)
     config.model.update(pretrained=str(folder), attention="tpu", **model)
@@ -84,7 +87,7 @@ def measure(config: Config, chips: str, items: int) -> Program:
 
 
 def facts(program: Program) -> dict:
-    """Bytes of a device; those that the compiler tells are None where the step does not fit."""
+    """Returns bytes per device. Those from the compiler are None if the step does not fit."""
     result = {kind.replace("parameters, ", ""): size for kind, size in program.held.items()}
     total = program.total if program.temporaries is None else program.total - program.code
     result |= {"temporaries": program.temporaries, "total": total, "fits": program.temporaries is not None}
@@ -101,7 +104,7 @@ def main() -> None:
 
     columns = ("trained", "frozen", "optimizer", "temporaries", "total")
     rows = []
-    print(f"GiB of a device\n{'config':20}{'variant':9}{'slice':11}{'rows':>5}" + "".join(f"{column:>13}" for column in columns))
+    print(f"GiB per device\n{'config':20}{'variant':9}{'slice':11}{'rows':>5}" + "".join(f"{column:>13}" for column in columns))
     for name in args.configs.split(","):
         for variant in args.variants.split(","):
             for chips in args.slices.split(","):

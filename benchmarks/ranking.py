@@ -1,17 +1,17 @@
-"""How long does it take to rank targets among a whole catalogue, and how much memory, beside PyTorch?
+"""Measures time and memory to rank targets among a whole catalogue, and compares them with PyTorch.
 
     pip install -e '.[parity]'                          # PyTorch; without it only iam_jax is measured
     python benchmarks/ranking.py                        # 10,000 users x 1,000,000 items x 128 dimensions: minutes
     python benchmarks/ranking.py --users=1000 --items=100_000
 
-Vectors of random small integers, so that every score is exact: rank and ties of all ways must be equal, integer for integer, or the exit
-code is 1. The ways are the ranking core's own function (iam_jax/ranking/scores.py: the targets' scores and the counts of higher and of
-equal scores, in chunks, with the seen items left out), the same in PyTorch, and PyTorch's products with `topk` of 50, chunk by chunk, which
-gives no rank beyond 50. Each way runs in a process of its own, one after another, with as many threads as there are cores.
+The vectors are small random integers, so that every score is exact. Rank and ties must therefore be equal in all ways; otherwise the exit
+code is 1. The three ways are: the function of the ranking core (iam_jax/ranking/scores.py: the scores of the targets and the numbers of
+higher and of equal scores, in chunks, without the seen items); the same in PyTorch; and products and `topk` of 50 in PyTorch, chunk by
+chunk, which gives no rank beyond 50. Every way runs in its own process, one after another, with as many threads as there are cores.
 
-seconds: the best of --repeats runs over all users, compilation left out (the first batch's seconds are apart). MiB: the peak of the
-process' resident memory in these runs less the bytes of the item vectors: Python and its libraries, users, scores. Prints one table and
-writes one JSON.
+seconds: the best of --repeats runs over all users, without compilation (first s: seconds of the first batch). MiB: peak resident memory of
+the process in these runs, minus the bytes of the item vectors; it contains Python and its libraries, users and scores. Prints one table and
+writes one JSON file.
 """
 
 import argparse
@@ -30,11 +30,11 @@ import numpy as np
 
 WAYS = {"iam_jax": "iam_jax: ranks", "torch": "torch: ranks", "torch_topk": "torch: top 50"}
 TOP = 50
-PARTS = 1 << 16  # rows of the item vectors that are drawn at one time
+PARTS = 1 << 16  # number of item vectors that are drawn at one time
 
 
 def make(args: argparse.Namespace) -> dict[str, np.ndarray]:
-    """Vectors of integers from -3 to 3, targets, and the items that are no candidates: distinct, the target not among them, -1 for none."""
+    """Draws vectors of integers from -3 to 3, targets, and seen items per user: distinct, without the target, padded with -1."""
     rng = np.random.default_rng(0)
     items = np.empty((args.items, args.width), np.float32)
     for start in range(0, args.items, PARTS):
@@ -49,20 +49,20 @@ def make(args: argparse.Namespace) -> dict[str, np.ndarray]:
 
 
 def resident() -> int:
-    """Bytes of this process in memory; 0 where the system does not tell."""
+    """The resident memory of this process in bytes, or 0 if the system does not provide it."""
     path = Path("/proc/self/statm")
     return int(path.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if path.exists() else 0
 
 
 def batches(target: np.ndarray, size: int) -> Iterator[np.ndarray]:
-    """Rows by target, as the evaluator takes them."""
+    """Yields batches of rows, sorted by target as in the evaluator."""
     order = np.argsort(target, kind="stable")
     for start in range(0, len(order), size):
         yield order[start : start + size]
 
 
 def with_jax(data: dict, args: argparse.Namespace) -> Callable[[int], dict]:
-    """A function that ranks the first so many targets."""
+    """Returns a function that ranks the first n targets."""
     import jax
     from jax.sharding import Mesh
 
@@ -74,7 +74,7 @@ def with_jax(data: dict, args: argparse.Namespace) -> Callable[[int], dict]:
     def run(first: int) -> dict:
         rank, ties = np.zeros(first, np.int64), np.zeros(first, np.int64)
         for at in batches(data["target"][:first], args.batch):
-            rows = np.pad(at, (0, args.batch - len(at)), mode="edge")  # one shape
+            rows = np.pad(at, (0, args.batch - len(at)), mode="edge")  # so that all batches have the same shape
             results = ranker(data["users"][rows], items_IE, data["target"][rows], data["seen"][rows])
             rank[at], ties[at], finite = (np.asarray(result)[: len(at)] for result in results)
             assert finite.all()
@@ -93,28 +93,28 @@ def with_torch(data: dict, args: argparse.Namespace, topk: bool) -> Callable[[in
 
     def ranks(at):
         h, y, s = users[at], target[at], seen[at]
-        # Integers: a score computed apart is the same number.
-        own = (h * items[y]).sum(1, keepdim=True)
+        # Scores are integers, so this product gives exactly the score of the target in the chunks below.
+        target_scores = (h * items[y]).sum(1, keepdim=True)
         seen_scores = torch.stack([(h * items[s[:, j].clamp(min=0)]).sum(1) for j in range(s.shape[1])], 1)
-        above, equal = (-(compare(seen_scores, own) & (s >= 0)).sum(1) for compare in (torch.gt, torch.eq))
+        above, equal = (-(compare(seen_scores, target_scores) & (s >= 0)).sum(1) for compare in (torch.gt, torch.eq))
         finite = True
         for start in starts:
             scores = h @ items[start : start + args.chunk].T
-            above += (scores > own).sum(1)
-            equal += (scores == own).sum(1)
+            above += (scores > target_scores).sum(1)
+            equal += (scores == target_scores).sum(1)
             finite &= bool(torch.isfinite(scores).all())
         assert finite
         return 1 + above, equal - 1
 
     def top(at):
         h = users[at]
-        best, which = torch.full((len(at), TOP), -torch.inf), torch.zeros((len(at), TOP), dtype=torch.long)
+        best, best_items = torch.full((len(at), TOP), -torch.inf), torch.zeros((len(at), TOP), dtype=torch.long)
         for start in starts:
             scores = h @ items[start : start + args.chunk].T
-            found, place = scores.topk(min(TOP, scores.shape[1]), dim=1)
+            found, index = scores.topk(min(TOP, scores.shape[1]), dim=1)
             best, order = torch.cat([best, found], 1).topk(TOP, dim=1)
-            which = torch.cat([which, place + start], 1).gather(1, order)
-        return best, which
+            best_items = torch.cat([best_items, index + start], 1).gather(1, order)
+        return best, best_items
 
     @torch.inference_mode()
     def run(first: int) -> dict:
@@ -132,7 +132,7 @@ def with_torch(data: dict, args: argparse.Namespace, topk: bool) -> Callable[[in
 
 
 def measure(way: str, args: argparse.Namespace) -> dict:
-    """In the process of that way."""
+    """Measures one way, in its own process."""
     data = make(args)
     run = with_jax(data, args) if way == "iam_jax" else with_torch(data, args, way == "torch_topk")
     with harness.Peak(resident) as peak:
@@ -153,9 +153,9 @@ def main() -> int:
     parser.add_argument("--users", type=int, default=10_000)
     parser.add_argument("--items", type=int, default=1_000_000)
     parser.add_argument("--width", type=int, default=128)
-    parser.add_argument("--seen", type=int, default=32, help="items of each user that are no candidates")
-    parser.add_argument("--batch", type=int, default=256, help="users scored at one time")
-    parser.add_argument("--chunk", type=int, default=8192, help="items scored at one time")
+    parser.add_argument("--seen", type=int, default=32, help="seen items per user, which are not candidates")
+    parser.add_argument("--batch", type=int, default=256, help="users scored at the same time")
+    parser.add_argument("--chunk", type=int, default=8192, help="items scored at the same time")
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--output", type=Path, default=Path("runs/benchmarks/ranking.json"))
     parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
@@ -173,7 +173,7 @@ def main() -> int:
     print(f"batches of {args.batch:,} users, chunks of {args.chunk:,} items; the item vectors take {gib:.2f} GiB")
     print(harness.listed(facts["versions"]))
     if not has_torch:
-        print("torch is not installed (the extra `parity`): nothing to compare with")
+        print("torch is not installed (extra `parity`), so there is no comparison")
     print(f"{'way':<16}{'seconds':>10}{'users/s':>10}{'GFLOP/s':>10}{'first s':>11}{'MiB':>9}{'relative':>10}")
     results, ranks = {}, {}
     with tempfile.TemporaryDirectory() as folder:

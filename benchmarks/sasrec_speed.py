@@ -1,4 +1,4 @@
-"""The speed of SASRec's training, for sasrec.py: windows of steps in two processes that take turns."""
+"""Measures the training speed of SASRec, for sasrec.py: two processes take turns in time windows of training steps."""
 
 import argparse
 import contextlib
@@ -22,19 +22,19 @@ SIDES = {"iam_jax": "iam_jax", "rectools": "RecTools"}
 LEAD_IN = 2  # steps before every window that are not measured
 
 
-# ---- in the process of one side
+# ---- inside the process of one side
 
 
 class Meter:
-    """Told of every finished step, it measures the windows that it is asked for: a line of seconds in, a line of JSON out."""
+    """Measures time windows of training, on request: it reads a line with seconds from stdin and writes a line of JSON to `replies`."""
 
     def __init__(self, replies, warmup_steps: int):
-        self._replies, self._left, self._seconds = replies, warmup_steps, None
+        self._replies, self._steps_left, self._seconds = replies, warmup_steps, None
         self._start = time.perf_counter()
         self._sums: dict | None = None
 
     def tick(self, counts: dict[str, int]) -> bool:
-        """counts: of the step that is finished. False: training ends."""
+        """Must be called after every step with its counts. Returns False if training must end."""
         now = time.perf_counter()
         if self._sums is not None:
             for name, value in ({"steps": 1} | counts).items():
@@ -42,8 +42,8 @@ class Meter:
             if now - self._start < self._seconds:
                 return True
             return self._reply({"seconds": now - self._start, "cpu_seconds": time.process_time() - self._cpu} | self._sums)
-        self._left -= 1
-        if self._left > 0:
+        self._steps_left -= 1
+        if self._steps_left > 0:
             return True
         if self._seconds is None:
             return self._reply({"warmup_seconds": now - self._start})
@@ -53,7 +53,7 @@ class Meter:
     def _reply(self, result: dict) -> bool:
         print(json.dumps(result), file=self._replies, flush=True)
         line = sys.stdin.readline().strip()
-        self._sums, self._left, self._seconds = None, LEAD_IN, float(line or 0)
+        self._sums, self._steps_left, self._seconds = None, LEAD_IN, float(line or 0)
         return bool(line)
 
 
@@ -74,7 +74,7 @@ def train_here(config: Config, args: argparse.Namespace, meter: Meter) -> None:
             counts = {"events": int((batch["target"] >= 0).sum()), "slots": batch["user"].size, "softmax": batch["target"].size}
             counts["tokens"] = int((batch["user"] > 0).sum())
             state, values = train_step(state, shard_batch(run.mesh, batch), run.items, np.int32(step), run.frozen)
-            if pending is not None:  # as in iam_jax.training.loop: the host waits for the step before
+            if pending is not None:  # as in iam_jax.training.loop, the host waits for the previous step
                 jax.block_until_ready(pending[0])
                 if not meter.tick(pending[1]):
                     return
@@ -86,36 +86,39 @@ def train_peer(config: Config, args: argparse.Namespace, meter: Meter) -> None:
 
     from iam_jax.data.prepare import prepare
 
-    class Ticks(rectools_peer.Told):
+    class MeterCallback(rectools_peer.SharedCallback):
         def on_train_batch_end(self, trainer, module, outputs, batch, number) -> None:
             x = batch["x"]
             counts = {"events": int((batch["y"] != 0).sum()), "slots": x.numel(), "softmax": x.numel(), "tokens": int((x != 0).sum())}
             trainer.should_stop |= not meter.tick(counts)
 
     rate = args.learning_rate[0] if args.learning_rate else config.optimizer.learning_rate
-    rectools_peer.fit(config, args, prepare(config.data).events, Ticks(), args.batch, config.train.seed, rate)
+    rectools_peer.fit(config, args, prepare(config.data).events, MeterCallback(), args.batch, config.train.seed, rate)
 
 
-# ---- in the process that asks
+# ---- in the main process
 
 
 @contextlib.contextmanager
 def side(name: str, batch: int, args: argparse.Namespace) -> Iterator[Callable[[float], dict]]:
-    """A process that trains one side. Yields a function that measures a window; its attribute `warmup` says how the start was."""
+    """Starts a process that trains one side. Yields a function that measures a window of some seconds.
+
+    The attribute `warmup` of the function contains the time of the warm-up steps.
+    """
     flags = [f"--path={args.path}", f"--config={args.config}", f"--threads={args.threads}", f"--batch={batch}", f"--side={name}"]
     flags += [f"--dropout={args.dropout}"] * (args.dropout is not None)
     flags += [f"--learning_rate={rate}" for rate in (args.learning_rate or [])[:1]]
     flags += [f"--warmup_steps={args.warmup_steps}", *(["--set", *args.set] if args.set else [])]
-    with tempfile.TemporaryFile("w+") as noise:
+    with tempfile.TemporaryFile("w+") as errors:
         command = [sys.executable, Path(__file__).with_name("sasrec.py"), "speed", *flags]
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=noise, text=True)
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True)
 
         def read() -> dict:
             line = process.stdout.readline()
             if not line:
                 process.wait()
-                noise.seek(0)
-                lines = noise.read().strip().splitlines() or ["no message"]
+                errors.seek(0)
+                lines = errors.read().strip().splitlines() or ["no message"]
                 if process.returncode == 2:
                     raise InputError(lines[-1].removeprefix("error: "))
                 raise RuntimeError("\n".join([f"{SIDES[name]} ended with exit code {process.returncode}:", *lines[-20:]]))
@@ -124,8 +127,8 @@ def side(name: str, batch: int, args: argparse.Namespace) -> Iterator[Callable[[
         def window(seconds: float) -> dict:
             print(seconds, file=process.stdin, flush=True)
             result = read()
-            for what in ("events", "slots", "softmax"):
-                result[f"{what}_per_second"] = result[what] / result["seconds"]
+            for unit in ("events", "slots", "softmax"):
+                result[f"{unit}_per_second"] = result[unit] / result["seconds"]
             return result | {"cores": result["cpu_seconds"] / result["seconds"], "load": os.getloadavg()[0]}
 
         try:
@@ -141,10 +144,11 @@ def side(name: str, batch: int, args: argparse.Namespace) -> Iterator[Callable[[
 
 
 def summary(batch: int, warmup: dict, samples: list[dict]) -> dict:
+    """Combines the samples of one side. samples: results of windows."""
     out = {"batch": batch, "samples": samples} | warmup
-    for what in ("events", "slots", "softmax"):
-        rates = [sample[f"{what}_per_second"] for sample in samples]
-        out[f"{what}_per_second"], out[f"{what}_spread"] = statistics.median(rates), [min(rates), max(rates)]
+    for unit in ("events", "slots", "softmax"):
+        rates = [sample[f"{unit}_per_second"] for sample in samples]
+        out[f"{unit}_per_second"], out[f"{unit}_spread"] = statistics.median(rates), [min(rates), max(rates)]
     total = {name: sum(sample[name] for sample in samples) for name in ("slots", "tokens", "seconds", "steps", "cpu_seconds")}
     out |= {"padding": 1 - total["tokens"] / total["slots"], "seconds_per_step": total["seconds"] / total["steps"]}
     return out | {"cores": total["cpu_seconds"] / total["seconds"]}
@@ -158,9 +162,10 @@ def print_side(label: str, result: dict) -> None:
 
 
 def speed(config: Config, args: argparse.Namespace) -> tuple[dict, int]:
+    """Runs the subcommand `speed`. Returns the record and the exit code."""
     sizes = {"iam_jax": args.batch_rows or [config.train.batch_rows], "rectools": args.batch_size}
     header = f"{'side':<18}{'batch':>6}{'events/s':>11}{'[least, most]':>18}{'slots/s':>10}{'softmax/s':>11}{'padding':>9}"
-    print(header + f"{'ms a step':>11}{'cores':>7}{'warm-up s':>10}", flush=True)
+    print(header + f"{'ms/step':>11}{'cores':>7}{'warm-up s':>10}", flush=True)
     trials, best = [], {}
     for name, batches in sizes.items():
         for batch in batches:
@@ -182,8 +187,8 @@ def speed(config: Config, args: argparse.Namespace) -> tuple[dict, int]:
         print_side(SIDES[name], result)
     ours, theirs = results["iam_jax"], results["rectools"]
     pairs = [a["events_per_second"] / b["events_per_second"] for a, b in zip(samples["iam_jax"], samples["rectools"], strict=True)]
-    ratios = {f"{what}_ratio": ours[f"{what}_per_second"] / theirs[f"{what}_per_second"] for what in ("events", "slots", "softmax")}
+    ratios = {f"{unit}_ratio": ours[f"{unit}_per_second"] / theirs[f"{unit}_per_second"] for unit in ("events", "slots", "softmax")}
     ratios["events_ratio_spread"] = [min(pairs), max(pairs)]
-    text = f"{ratios['events_ratio']:.2f} times RecTools' real events a second (pairs of windows: {min(pairs):.2f} to {max(pairs):.2f})"
-    print(f"{text}, {ratios['slots_ratio']:.2f} times its slots a second; padding included")
+    text = f"{ratios['events_ratio']:.2f} times RecTools' real events per second (pairs of windows: {min(pairs):.2f} to {max(pairs):.2f})"
+    print(f"{text}, {ratios['slots_ratio']:.2f} times its slots per second, padding included")
     return {"trials": trials, "results": results} | ratios, 0

@@ -1,14 +1,15 @@
-"""How much is saved by scoring many candidates in one pass over a user's history, rather than in one pass each?
+"""Measures how much time it saves to score many candidates in one pass over a user's history instead of one pass per candidate.
 
-    python benchmarks/scoring.py                        # 100 candidates of 12 tokens behind 25 items of 12 tokens
+    python benchmarks/scoring.py                        # 100 candidates of 12 tokens after 25 items of 12 tokens
     python benchmarks/scoring.py --schedule='full*2' --candidates=20 --repeats=3
 
-Log-likelihoods of the candidates' text by a small decoder with random parameters: all candidates behind one history in one row,
-against a row with the history for each candidate, one row after another, and all of those rows as one batch. The three take turns.
+A small decoder with random parameters computes the log-likelihoods of the candidates' text in three ways, which take turns: all candidates
+after one history in one row ("one pass"); one row with the history per candidate, one after another ("one by one"); all these rows in one
+batch ("one batch").
 
-ms: the median, compilation and the making of the rows left out; times: relative to one pass. MiB: temporaries of one call.
-difference, relative: the largest over the candidates, against one by one; beyond 1e-5 of a score the exit code is 1. Prints one table
-and writes one JSON.
+ms: median, without compilation and without making the rows; times: relative to one pass. MiB: temporaries of one call. difference and
+relative: the largest absolute and relative difference to one by one over the candidates; above 1e-5 of the score the exit code is 1. Prints
+one table and writes one JSON file.
 """
 
 import argparse
@@ -25,18 +26,18 @@ from iam_jax.data.catalogue import Catalogue
 from iam_jax.model import Model
 from iam_jax.ranking.likelihood import log_likelihoods
 
-TOLERANCE = 1e-5  # of the score
+TOLERANCE = 1e-5  # relative to the score
 ONE_PASS, ONE_BY_ONE = "one pass", "one by one"
 
 
 def make_catalogue(args: argparse.Namespace) -> Catalogue:
-    """Items of random tokens: the history's, then the candidates."""
+    """Makes items of random tokens: those of the history, then the candidates."""
     size = args.history_items + args.candidates, args.item_tokens
     return harness.make_catalogue(np.random.default_rng(0).integers(args.vocabulary - 1, size=size, dtype=np.int32), args.vocabulary)
 
 
 def ways_of(catalogue: Catalogue, args: argparse.Namespace) -> dict[str, list[dict]]:
-    """The batches of each way; the candidates are in the same order in all."""
+    """Returns the batches of each way. The order of the candidates is the same in all."""
     history, candidates = np.split(np.arange(catalogue.items), [args.history_items])
     rows = functools.partial(candidate_rows, catalogue, max_tokens=(args.history_items + 1) * args.item_tokens)
     return {
@@ -47,10 +48,10 @@ def ways_of(catalogue: Catalogue, args: argparse.Namespace) -> dict[str, list[di
 
 
 def prepare(model: Model, params: dict, batches: list[dict]) -> tuple[Callable[[], np.ndarray], int]:
-    """A function that gives the scores [candidates] by one compiled call for each batch, and the bytes of a call's temporaries."""
+    """Returns a function that computes the scores [candidates] with one compiled call per batch, and the bytes of a call's temporaries."""
     batches = jax.device_put(batches)
-    in_row = int(batches[0]["candidate"].max())
-    call = jax.jit(lambda params, batch: log_likelihoods(model.bind(params), batch, in_row)).lower(params, batches[0]).compile()
+    candidates = int(batches[0]["candidate"].max())
+    call = jax.jit(lambda params, batch: log_likelihoods(model.bind(params), batch, candidates)).lower(params, batches[0]).compile()
 
     def run() -> np.ndarray:
         scores = [jax.block_until_ready(call(params, batch)) for batch in batches]
@@ -66,7 +67,7 @@ def measure(schedule: str, args: argparse.Namespace) -> dict:
     params = harness.random_params(model, args.width)
     prepared = {name: prepare(model, params, batches) for name, batches in ways.items()}
     timed = harness.take_turns({name: run for name, (run, _) in prepared.items()}, args.repeats)
-    scores = {name: of.first for name, of in timed.items()}
+    scores = {name: timing.first for name, timing in timed.items()}
     result = {"schedule": schedule, "ways": []}
     for name, batches in ways.items():
         difference = np.abs(scores[name] - scores[ONE_BY_ONE])
@@ -77,7 +78,7 @@ def measure(schedule: str, args: argparse.Namespace) -> dict:
         way["largest_relative_difference"] = float((difference / np.abs(scores[ONE_BY_ONE])).max())
         result["ways"].append(way)
     result |= {"least_score": float(scores[ONE_BY_ONE].min()), "greatest_score": float(scores[ONE_BY_ONE].max())}
-    result["equal"] = all(way["largest_relative_difference"] <= TOLERANCE for way in result["ways"])  # false for NaN
+    result["equal"] = all(way["largest_relative_difference"] <= TOLERANCE for way in result["ways"])  # False for NaN
     return result
 
 
@@ -92,7 +93,7 @@ def print_result(result: dict) -> None:
 
 def main() -> int:
     args = harness.parse(__doc__, "scoring", candidates=(100, None))
-    title = f"log-likelihoods of {args.candidates:,} candidates behind {args.history_items:,} items of {args.item_tokens} tokens"
+    title = f"log-likelihoods of {args.candidates:,} candidates after {args.history_items:,} items of {args.item_tokens} tokens"
     columns = f"{'schedule':<28}{'way':<12}{'calls':>6}{'tokens':>9}{'ms':>10}{'times':>8}{'MiB':>9}{'difference':>12}{'relative':>10}"
     return harness.compare(args, title, columns, measure, print_result)
 

@@ -1,11 +1,11 @@
-"""Temporary memory of a whole training step on a TPU that is not there: the Pallas kernel against the dense reference.
+"""Compares the temporary memory of a whole training step on a TPU with the Pallas kernel and with the dense reference, without a TPU.
 
     python benchmarks/tpu_memory.py                              # v5p, rows of 2,048 to 16,384 tokens; about three minutes
     python benchmarks/tpu_memory.py --chip=v6e --lengths=2048,4096
 
-The step (decoder, objectives, gradients, AdamW) is compiled ahead of time by libtpu (extra `tpu`) on any machine, and the compiler's own
-memory analysis is read; nothing runs. The kernel's temporaries should grow like the length, the reference's like its square. Prints one
-table and writes one JSON. Only one process at a time can hold libtpu.
+libtpu (extra `tpu`) compiles the step (decoder, objectives, gradients, AdamW) ahead of time on any machine, and the benchmark reads the
+memory analysis of the compiler. Nothing runs. The temporaries of the kernel should grow linearly with the length, those of the reference
+quadratically. Prints one table and writes one JSON file. Only one process at a time can use libtpu.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from iam_jax.training.run import Run, make_run
 from iam_jax.training.step import make_train_step
 
 CHIPS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
-ITEM = 12  # tokens
+ITEM = 12  # tokens per item
 MODEL = {"schedule": "intra inter full", "width": 256, "heads": 4, "kv_heads": 2, "mlp_width": 512, "dtype": "bfloat16"}
 
 
@@ -42,18 +42,18 @@ def make_config(row_tokens: int, rows: int, **model) -> ml_collections.ConfigDic
 
 
 def compile_step(chip: str, mesh_shape: tuple[int, int, int], row_tokens: int, rows: int, **model):
-    """The compiled training step (jax.stages.Compiled) for the chip's first devices, with `model` fields over MODEL's."""
+    """Returns the compiled training step (jax.stages.Compiled) for the first devices of a slice. model: fields that override MODEL."""
     config = make_config(row_tokens, rows, **model)
     config.mesh.update(dict(zip(("data", "fsdp", "tensor"), mesh_shape, strict=True)))
     return compile_run(assumed_run(resolve(config), CHIPS[chip], items=1000, vocabulary=1000))
 
 
 def assumed_run(config: Config, slice_name: str, items: int, vocabulary: int) -> Run:
-    """A run on the first devices of a TPU slice, as many as the config's mesh has, with data that are assumed."""
+    """Makes a run with assumed data, on as many of the first devices of a TPU slice as the mesh of the config has."""
     mesh = config.mesh
     topology.prepare(slice_name)
     devices = topology.devices(slice_name)[: mesh.data * mesh.fsdp * mesh.tensor]
-    events = max(20, config.data.row_tokens // ITEM)  # of a user: as many items as a row holds
+    events = max(20, config.data.row_tokens // ITEM)  # per user, so that the items of a user fill a row
     prepared, _ = assume(config.data, Assumption(items, ITEM, users=100, events=events), vocabulary)
     return make_run(config, prepared, devices)
 
@@ -64,14 +64,14 @@ def compile_run(run: Run):
 
 
 def temporaries(compiled) -> int:
-    """Bytes."""
+    """Returns the bytes of temporaries."""
     return compiled.memory_analysis().temp_size_in_bytes
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--chip", choices=CHIPS, default="v5p")
-    parser.add_argument("--lengths", default="2048,4096,8192,16384", help="tokens of a row")
+    parser.add_argument("--lengths", default="2048,4096,8192,16384", help="tokens per row, separated by commas")
     parser.add_argument("--rows", type=int, default=2)
     parser.add_argument("--output", type=Path, default=Path("runs/benchmarks/tpu_memory.json"))
     args = parser.parse_args()

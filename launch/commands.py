@@ -1,4 +1,4 @@
-"""Training commands, one after another, that are not run twice."""
+"""Training commands that run one after another and are not repeated once they have finished."""
 
 import shlex
 import signal
@@ -9,51 +9,55 @@ from pathlib import Path
 from iam_jax.errors import InputError, quote_first
 from iam_jax.storage.files import write_atomically
 
-NON_FINITE, DIVERGED = 4, "diverged"  # exit code of a run that diverged, and what then marks it
+NON_FINITE, DIVERGED = 4, "diverged"  # exit code of a diverged run, and the mark that it gets
 CONFIGS = Path(__file__).parents[1] / "configs"
 
 
 def command(workdir: Path, config: str, flags: list[str]) -> list[str]:
-    """The flags of a training command: a file of configs/, perhaps with a variant, and overrides."""
+    """Returns the flags of a training command. config: a file of configs/, optionally with ":variant"; flags: overrides."""
     return [f"--config={CONFIGS / config}", f"--workdir={workdir}", *flags]
 
 
 def split_rest(argv: list[str]) -> tuple[list[str], list[str]]:
-    """What stands before and behind `--`."""
-    cut = argv.index("--") if "--" in argv else len(argv)
-    return argv[:cut], argv[cut + 1 :]
+    """Returns the arguments before and after `--`."""
+    index = argv.index("--") if "--" in argv else len(argv)
+    return argv[:index], argv[index + 1 :]
 
 
 def finished(workdir: Path, flags: list[str]) -> bool:
-    """Whether this command was run to its end there. Raises InputError where another one was."""
-    done = _mark(workdir)
-    if not done.exists():
+    """Whether this command finished in this working folder. Raises InputError if a command with other flags did."""
+    mark = _mark(workdir)
+    if not mark.exists():
         return False
-    there, wanted = (_that_count(text) for text in (shlex.split(done.read_text()), flags))
-    diverged = DIVERGED in there
-    if [flag for flag in there if flag != DIVERGED] != wanted:
-        only = [flag for flag in there if flag not in (*wanted, DIVERGED)] + [flag for flag in wanted if flag not in there]
-        raise InputError(f"{workdir} was run with other flags ({quote_first(only)} on one side only); choose another --folder")
+    earlier, wanted = (_relevant(text) for text in (shlex.split(mark.read_text()), flags))
+    diverged = DIVERGED in earlier
+    if [flag for flag in earlier if flag != DIVERGED] != wanted:
+        different = [flag for flag in earlier if flag not in (*wanted, DIVERGED)] + [flag for flag in wanted if flag not in earlier]
+        flags_text = f"only one of the two commands has {quote_first(different)}"
+        raise InputError(f"{workdir} was run with other flags ({flags_text}); choose another --folder")
     return diverged or (workdir / "evaluation.json").exists()
 
 
 def diverged(workdir: Path) -> bool:
-    """Whether the command that was finished there ended with a loss that is not finite."""
+    """Whether the command that finished in this working folder had a non-finite loss."""
     return _mark(workdir).exists() and DIVERGED in shlex.split(_mark(workdir).read_text())
 
 
-def _that_count(flags: list[str]) -> list[str]:
-    """Without the flags that say where the data are and what is told: the results are the same."""
+def _relevant(flags: list[str]) -> list[str]:
+    """Sorts the flags, without those for the location of the data and for logging, which do not change the results."""
     return sorted(flag for flag in flags if not flag.startswith(("--config.data.path=", "--config.data.cache=", "--config.log.")))
 
 
-def told(flags: list[str]) -> str:
+def shell_line(flags: list[str]) -> str:
+    """Returns the command as a line for a shell."""
     return shlex.join([sys.executable, "-m", "iam_jax.main", *flags])
 
 
 def run(workdir: Path, flags: list[str]) -> int:
-    """Runs a command, or goes on with it, and returns its exit code; 0 and divergence mark it as finished. Ctrl-C and SIGTERM go to the
-    command, which saves; then the code is 75 even where it was just ending."""
+    """Runs or continues a command and returns its exit code. Success and divergence mark it as finished.
+
+    Ctrl-C and SIGTERM are forwarded to the command, which saves its state. The exit code is then 75, even if the command had just finished.
+    """
     process, stopped = None, []
 
     def stop(number: int, _) -> None:
@@ -63,7 +67,7 @@ def run(workdir: Path, flags: list[str]) -> int:
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        # In a session of its own, or a terminal's Ctrl-C would reach it twice.
+        # A new session, because otherwise Ctrl-C in a terminal would reach the command twice.
         process = subprocess.Popen([sys.executable, "-m", "iam_jax.main", *flags], start_new_session=True)
         if stopped:
             process.send_signal(stopped[0])
@@ -77,6 +81,7 @@ def run(workdir: Path, flags: list[str]) -> int:
 
 
 def mark(workdir: Path, flags: list[str], diverged: bool = False) -> None:
+    """Marks the command as finished in this working folder."""
     write_atomically(_mark(workdir), lambda path: path.write_text(shlex.join([*flags, *[DIVERGED] * diverged])))
 
 

@@ -1,11 +1,11 @@
-"""Trains the variants of one comparison, one after another, and prints one table (iam_jax/runs/compare.py).
+"""Trains the variants of one comparison, one after another, and prints a table (iam_jax/runs/compare.py).
 
     python launch/compare.py demo                     # item-aware attention, without inter layers, with shuffled titles
     python launch/compare.py toys --path=DIR          # item-aware attention, ordinary attention, SASRec on Amazon Toys
     python launch/compare.py stories --path=DIR --pretrained=MODEL    # an existing LLaMA: ordinary attention, three ways to IAM, untrained
 
-Run again after an interruption: finished variants are kept, the others go on. What stands behind `--` goes to every training
-command. Writes FOLDER/<variant>/ (working folders) and FOLDER/comparison.json, .md and .txt.
+After an interruption, run the same command again: it keeps finished variants and continues the others. Flags after `--` are passed to
+every training command. Writes FOLDER/<variant>/ (working folders) and FOLDER/comparison.json, .md and .txt.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import commands
 from iam_jax.errors import InputError
 from iam_jax.runs import compare
 
-# name -> config file and overrides; the first variant is what the others are compared with
+# name -> config file and overrides; the other variants are compared with the first
 COMPARISONS = {
     "demo": {
         "intra-inter": ("demo.py",),
@@ -27,7 +27,7 @@ COMPARISONS = {
     "toys": {
         "intra-inter": ("amazon_toys.py",),
         "ordinary attention": ("amazon_toys.py:full",),
-        "SASRec": ("amazon_toys_sasrec.py", "--config.data.context_items=5"),  # as the others': a part of the protocol
+        "SASRec": ("amazon_toys_sasrec.py", "--config.data.context_items=5"),  # as for the others, since it is part of the protocol
     },
     "stories": {
         "ordinary attention": ("stories_scientific.py:full",),
@@ -42,7 +42,7 @@ COMPARISONS = {
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("comparison", choices=COMPARISONS)
-    parser.add_argument("--folder", type=Path, help="runs/compare-<comparison> by default")
+    parser.add_argument("--folder", type=Path, help="folder of the results; default: runs/compare-<comparison>")
     parser.add_argument("--path", help="--config.data.path of every variant")
     parser.add_argument("--pretrained", help="--config.model.pretrained of every variant")
     own, rest = commands.split_rest(sys.argv[1:])
@@ -59,17 +59,17 @@ def main() -> int:
 
 
 def run_all(comparison: str, folder: Path, shared: list[str]) -> int:
-    """Returns the exit code of the command that ended it."""
+    """Runs all variants and writes the table. Returns 0, or the exit code of the command that failed."""
     workdirs = {name: folder / name.replace(",", "").replace(" ", "-") for name in COMPARISONS[comparison]}
     for name, (config, *overrides) in COMPARISONS[comparison].items():
         flags = commands.command(workdirs[name], config, [*overrides, *shared])
         if commands.finished(workdirs[name], flags):
             if commands.diverged(workdirs[name]):
-                print(f"== {name}: diverged before; remove {workdirs[name]}.command to try again", flush=True)
+                print(f"== {name}: diverged earlier; remove {workdirs[name]}.command to try again", flush=True)
                 return commands.NON_FINITE
-            print(f"== {name}: finished before", flush=True)
+            print(f"== {name}: already finished", flush=True)
             continue
-        print(f"== {name}: {commands.told(flags)}", flush=True)
+        print(f"== {name}: {commands.shell_line(flags)}", flush=True)
         if code := commands.run(workdirs[name], flags):
             return code
     found = compare.collect(workdirs)

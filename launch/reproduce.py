@@ -1,21 +1,21 @@
-"""The paper's comparison in one command: data sets x models x seeds, one table.
+"""The paper's comparison in one command: data sets x models x seeds, with one table of results.
 
     python launch/reproduce.py toys --minutes=12 --trials=3 --path toys=DIR
     python launch/reproduce.py toys ml1m --models ordinary iam sasrec --seeds 0 1 2 --minutes=60 --dry-run
 
-Every model gets the same time: --minutes of training steps for every seed, and before that --trials learning rates (its config's, and
-that times and divided by 3, 9, …), each for --trial_minutes with seed 0 and judged on validation alone. Minutes become steps by a
-calibration at the start, in which the models take turns; from then on a run is a number of steps, the same on a busy machine, with the
-learning rate's warm-up and decay, and the validations, at the same shares of it for every model. Compilation and validations do not count.
-Text vectors come after the leading intra layers where a schedule has them, else after all layers: a step of ordinary attention and of
-"without intra" costs more, and they take fewer in the same time (`-- --config.objective.text_layers=all` makes all models alike).
-The best step by validation is evaluated. Calibration and trials are recorded in the table's JSON. Baselines need no training and come with
-the first finished run.
+Every model gets the same training time: --minutes of training steps per seed. Before that, --trials learning rates are tried (the one of
+its config, and that one multiplied and divided by 3, 9, …), each for --trial_minutes with seed 0; validation alone selects one of them. A
+calibration at the start, in which the models take turns, converts minutes into steps. A run then has a fixed number of steps, also on a
+busy machine. Warm-up, decay and validations are at the same fractions of these steps for every model. Compilation and validations do not
+count as training time. Text vectors are taken after the leading intra layers if the schedule has any, else after all layers. Steps of
+ordinary attention and of "without intra" therefore cost more, and these models take fewer steps in the same time
+(`-- --config.objective.text_layers=all` makes all models alike). The best step by validation is evaluated. The JSON file of the table
+contains the calibrations and trials. Baselines need no training; they are evaluated with the first finished run.
 
-Run again after an interruption, or with other models or more seeds: what is finished is kept, the rest goes on. The table is written
-after every run and by --table alone: of all data sets, models and seeds in the folder that were run on this budget. What has not been run
-is empty there. What stands behind `--` goes to every training command. Writes FOLDER/<data>/<model>/ (working folders) and
-FOLDER/reproduction.json and .md.
+After an interruption, or for other models or more seeds, run the command again: it keeps finished runs and continues the others. The table
+is written after every run, and by --table without running anything. It contains all data sets, models and seeds in the folder that were
+run with this budget; cells of other runs are empty. Flags after `--` are passed to every training command. Writes FOLDER/<data>/<model>/
+(working folders) and FOLDER/reproduction.json and .md.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from iam_jax.runs import compare
 from iam_jax.schedule import parse_schedule
 from iam_jax.storage.files import write_atomically
 
-# data set -> config of the models over text, how many times its schedule repeats "intra inter", and SASRec's data.row_tokens
+# data set -> config of the models over text, number of repeats of "intra inter" in its schedule, data.row_tokens of SASRec
 DATASETS = {
     "toys": ("amazon_toys.py", 1, 64),
     "arts": ("amazon_arts.py", 2, 64),
@@ -44,17 +44,17 @@ DATASETS = {
     "ml1m": ("ml1m.py", 2, 256),
     "demo": ("demo.py", 1, 64),
 }
-# What SASRec takes over from the config of a data set: the protocol, and the width and rows that the models over text have.
+# Fields that SASRec takes from the config of a data set: the protocol, and the width and rows of the models over text.
 SHARED = (
     *(f"data.{field}" for field in ("source", "category", "untitled", "k_core", "last_n", "split", "t1", "t2", "text", "context_items")),
     "model.width", "train.batch_rows", "eval.validation_users", "eval.batch_rows",
 )  # fmt: skip
-# SASRec's dropout where the published one is not the config's
+# The published dropout of SASRec, if it differs from that of its config.
 SASREC = {"ml1m": {"model.dropout": 0.2}}
 TRIAL_SEED = 0
-CALIBRATION, CALIBRATIONS, LINE = 40, 2, 5  # steps of a calibration, how many there are, steps of a line of metrics.jsonl
-FEW = ("--config.eval.test=false", "--config.eval.baselines=false", "--config.eval.resamples=1")  # of runs that only choose a setting
-# model -> what it is called in the table, and its schedule over n repeats; the first is what the others are compared with
+CALIBRATION, CALIBRATIONS, LINE = 40, 2, 5  # steps per calibration, number of calibrations, steps per line of metrics.jsonl
+FEW = ("--config.eval.test=false", "--config.eval.baselines=false", "--config.eval.resamples=1")  # for runs that only select a setting
+# model -> its name in the table, and its schedule with n repeats; the other models are compared with the first
 MODELS = {
     "ordinary": ("ordinary attention", lambda n: f"full*{2 * n}"),
     "iam": ("item-aware attention", lambda n: f"(intra inter)*{n}"),
@@ -74,22 +74,22 @@ def main(argv: list[str]) -> int:
     parser.add_argument("data", nargs="+", choices=DATASETS)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--minutes", type=float, required=True, help="minutes of training steps of a run")
-    parser.add_argument("--trials", type=int, default=3, help="learning rates tried for every model")
-    parser.add_argument("--trial_minutes", type=float, help="of a trial; a quarter of --minutes by default")
+    parser.add_argument("--minutes", type=float, required=True, help="minutes of training steps per run")
+    parser.add_argument("--trials", type=int, default=3, help="number of learning rates tried for every model")
+    parser.add_argument("--trial_minutes", type=float, help="minutes of training steps per trial; default: a quarter of --minutes")
     parser.add_argument("--path", nargs="*", default=[], help="DATA=DIR: --config.data.path of a data set")
-    parser.add_argument("--folder", type=Path, default=Path("runs") / "reproduce")
-    parser.add_argument("--dry-run", action="store_true", help="print the commands, run nothing")
-    parser.add_argument("--table", action="store_true", help="write the table of what there is, run nothing")
+    parser.add_argument("--folder", type=Path, default=Path("runs") / "reproduce", help="folder of all runs and of the table")
+    parser.add_argument("--dry-run", action="store_true", help="print the commands without running them")
+    parser.add_argument("--table", action="store_true", help="write the table of the finished runs without running anything")
     args = parser.parse_args(own)
     args.rest, args.paths = rest, dict(path.partition("=")[::2] for path in args.path)
     args.trial_minutes = args.trial_minutes or args.minutes / 4
     if args.minutes <= 0 or args.trial_minutes <= 0 or args.trials < 1 or len(set(args.seeds)) < len(args.seeds):
-        parser.error("--minutes and --trial_minutes must be above 0, --trials 1 or more, --seeds different")
+        parser.error("--minutes and --trial_minutes must be above 0, --trials at least 1, --seeds distinct")
     if unknown := [name for name, path in args.paths.items() if name not in args.data or not path]:
-        parser.error(f"--path {unknown[0]}: DATA=DIR, of {', '.join(args.data)}")
+        parser.error(f"--path {unknown[0]}: must be DATA=DIR, where DATA is one of {', '.join(args.data)}")
     if any(flag.startswith("--config.eval.test=") for flag in rest):
-        parser.error("--config.eval.test: the trials leave the test events alone, the runs read them")
+        parser.error("--config.eval.test cannot be set: trials do not use the test events, and runs do")
     try:
         code = 0 if args.table else run_all(args)
         if not args.dry_run:
@@ -102,13 +102,13 @@ def main(argv: list[str]) -> int:
 
 
 def learning_rates(base: float, trials: int) -> list[float]:
-    """The config's own first, then times 3, divided by 3, times 9, …"""
+    """Returns the learning rates of the trials: the base, then 3 times the base, a third of it, 9 times the base, …"""
     powers = [(k + 1) // 2 * (1 if k % 2 else -1) for k in range(trials)]
     return [float(f"{base * 3.0**power:.3g}") for power in powers]
 
 
 def model_flags(args: argparse.Namespace, data: str, model: str) -> tuple[str, list[str], float]:
-    """Config file, overrides and the config's own learning rate of a model on a data set."""
+    """Returns the config file, the overrides and the learning rate of the config, for a model on a data set."""
     file, repeats, row_tokens = DATASETS[data]
     schedule = MODELS[model][1]
     if schedule is None:
@@ -126,24 +126,26 @@ def model_flags(args: argparse.Namespace, data: str, model: str) -> tuple[str, l
 
 
 def _config(file: str):
-    space: dict = {}
-    exec(compile((commands.CONFIGS / file).read_text(encoding="utf-8"), file, "exec"), space)
-    return space["get_config"]()
+    namespace: dict = {}
+    exec(compile((commands.CONFIGS / file).read_text(encoding="utf-8"), file, "exec"), namespace)
+    return namespace["get_config"]()
 
 
 def calibrations(args: argparse.Namespace, data: str, model: str) -> list[tuple[Path, list[str]]]:
-    """(working folder, flags) of the short runs that tell how long a step takes."""
+    """Returns (working folder, flags) of the short runs that measure the time of a step."""
     file, flags, rate = model_flags(args, data, model)
-    own = _steps(CALIBRATION) | {"log.every": LINE, "optimizer.learning_rate": rate, "train.seed": TRIAL_SEED}
-    own |= {"train.eval_every": CALIBRATION, "train.save_every": CALIBRATION}  # nobody reads its validations
-    flags = [*flags, *FEW, *args.rest, *_overrides(own)]
+    overrides = _steps(CALIBRATION) | {"log.every": LINE, "optimizer.learning_rate": rate, "train.seed": TRIAL_SEED}
+    overrides |= {"train.eval_every": CALIBRATION, "train.save_every": CALIBRATION}  # the validations are not used
+    flags = [*flags, *FEW, *args.rest, *_overrides(overrides)]
     folders = [args.folder / data / model / f"calibration{number}" for number in range(CALIBRATIONS)]
     return [(folder, commands.command(folder, file, flags)) for folder in folders]
 
 
 def step_seconds(args: argparse.Namespace, data: str, model: str) -> float | None:
-    """Seconds of a training step: of the calibrations' medians the least, since other work only adds; None before they are finished
-    (in a dry run 1), and where one diverged."""
+    """Returns the seconds of a training step: the smallest median of the calibrations, since other load can only add time.
+
+    Returns None if a calibration is not finished (in a dry run 1), or if one diverged.
+    """
     medians = []
     for workdir, flags in calibrations(args, data, model):
         if not commands.finished(workdir, flags):
@@ -156,17 +158,17 @@ def step_seconds(args: argparse.Namespace, data: str, model: str) -> float | Non
             (line["tokens_seen"] - last["tokens_seen"]) / line["tokens_per_second"] / (line["step"] - last["step"])
             for last, line in itertools.pairwise(lines)
         ]
-        medians.append(float(np.median(seconds)))  # the first line, with the compilation, is left out
+        medians.append(float(np.median(seconds)))  # without the first line, which includes the compilation
     return min(medians)
 
 
 def steps_of(minutes: float, seconds: float) -> int:
-    """So many steps take the minutes; two digits, as a calibration tells no more."""
+    """Converts minutes into steps. The result has two significant digits, since a calibration is not more precise."""
     return max(2, int(float(f"{minutes * 60 / seconds:.2g}")))
 
 
 def trial_runs(args: argparse.Namespace, data: str, model: str) -> dict[float, tuple[Path, list[str]]]:
-    """{learning rate: (working folder, flags)} of a model's trials; empty before its calibration."""
+    """Returns {learning rate: (working folder, flags)} of a model's trials, or {} before its calibration."""
     file, flags, base = model_flags(args, data, model)
     flags, rates = [*flags, *FEW], learning_rates(base, args.trials)
     seconds = step_seconds(args, data, model)
@@ -176,17 +178,17 @@ def trial_runs(args: argparse.Namespace, data: str, model: str) -> dict[float, t
 
 
 def seed_runs(args: argparse.Namespace, data: str, model: str, rate: float, seeds: Iterable[int]) -> dict[int, tuple[Path, list[str]]]:
-    """{seed: (working folder, flags)} of a model's runs with its chosen learning rate, after its calibration."""
+    """Returns {seed: (working folder, flags)} of a model's runs with the selected learning rate. The calibration must be finished."""
     file, flags, _ = model_flags(args, data, model)
     seconds = step_seconds(args, data, model)
     return {seed: _run(args, data, model, file, flags, rate, seed, args.minutes, seconds) for seed in seeds}
 
 
-def seeds_there(args: argparse.Namespace, data: str, model: str, rate: float) -> list[int]:
-    """The seeds of args and those that the folder holds, in order."""
-    begin = _name(args.minutes, rate, "")
-    there = {path.name.removeprefix(begin).removesuffix(".command") for path in (args.folder / data / model).glob(f"{begin}*.command")}
-    return sorted({*args.seeds, *(int(seed) for seed in there if seed.isdecimal())})
+def all_seeds(args: argparse.Namespace, data: str, model: str, rate: float) -> list[int]:
+    """Returns the seeds of args and those of the runs in the folder, sorted."""
+    prefix = _name(args.minutes, rate, "")
+    found = {path.name.removeprefix(prefix).removesuffix(".command") for path in (args.folder / data / model).glob(f"{prefix}*.command")}
+    return sorted({*args.seeds, *(int(seed) for seed in found if seed.isdecimal())})
 
 
 def _name(minutes: float, rate: float, seed: object) -> str:
@@ -195,15 +197,15 @@ def _name(minutes: float, rate: float, seed: object) -> str:
 
 def _run(args, data, model, file, flags, rate, seed, minutes, seconds, kind="") -> tuple[Path, list[str]]:
     workdir = args.folder / data / model / f"{kind}{_name(minutes, rate, seed)}"
-    own = _steps(steps_of(minutes, seconds)) | {"optimizer.learning_rate": rate, "train.seed": seed}
-    return workdir, commands.command(workdir, file, [*flags, *_overrides(own), *args.rest])
+    overrides = _steps(steps_of(minutes, seconds)) | {"optimizer.learning_rate": rate, "train.seed": seed}
+    return workdir, commands.command(workdir, file, [*flags, *_overrides(overrides), *args.rest])
 
 
 def _steps(steps: int) -> dict[str, object]:
-    """A run of so many steps, whatever its config says: a tenth of them warm-up, eight validations."""
+    """Returns overrides for a run of this many steps: a tenth of them are warm-up, and there are eight validations."""
     every = math.ceil(steps / 8)
-    length = {"train.steps": steps, "optimizer.decay_steps": steps, "optimizer.warmup_steps": steps // 10}
-    return length | {"train.eval_every": every, "train.save_every": every, "train.patience": 0, "train.max_minutes": 0.0}
+    schedule = {"train.steps": steps, "optimizer.decay_steps": steps, "optimizer.warmup_steps": steps // 10}
+    return schedule | {"train.eval_every": every, "train.save_every": every, "train.patience": 0, "train.max_minutes": 0.0}
 
 
 def _overrides(values: dict[str, object]) -> list[str]:
@@ -211,7 +213,7 @@ def _overrides(values: dict[str, object]) -> list[str]:
 
 
 def trials(args: argparse.Namespace, data: str, model: str) -> list[dict]:
-    """What is known of a model's trials: learning rate, validation metric (None: diverged), minutes; those not run are left out."""
+    """Returns the finished trials of a model: learning rate, validation metric (None if it diverged) and cost."""
     found = []
     for rate, (workdir, flags) in trial_runs(args, data, model).items():
         if commands.finished(workdir, flags):
@@ -222,7 +224,7 @@ def trials(args: argparse.Namespace, data: str, model: str) -> list[dict]:
 
 
 def chosen(args: argparse.Namespace, data: str, model: str) -> float | None:
-    """The best trial's learning rate; None before all trials are finished, or where all diverged."""
+    """Returns the learning rate of the best trial, or None if trials are unfinished or all diverged."""
     found = trials(args, data, model)
     good = [trial for trial in found if trial[f"validation_{METRICS[0]}"] is not None]
     if len(found) < args.trials or not good:
@@ -231,13 +233,13 @@ def chosen(args: argparse.Namespace, data: str, model: str) -> float | None:
 
 
 def run_all(args: argparse.Namespace) -> int:
-    """Seed by seed, so that an early stop leaves whole rows of the table. Returns the exit code of the run that ended it."""
+    """Runs everything, seed by seed, so that an early stop leaves complete rows. Returns 0, or the exit code of the run that failed."""
     runs = [(data, model) for data in args.data for model in args.models]
     hours = len(runs) * (args.trials * args.trial_minutes + len(args.seeds) * args.minutes) / 60
-    each = f"{args.trials} trials of {args.trial_minutes:g} minutes + {len(args.seeds)} seeds of {args.minutes:g}"
-    print(f"budget: {len(runs)} x ({each}), {hours:.1f} hours of training at most", flush=True)
+    budget = f"{args.trials} trials of {args.trial_minutes:g} minutes + {len(args.seeds)} seeds of {args.minutes:g}"
+    print(f"budget: {len(runs)} x ({budget}), at most {hours:.1f} hours of training", flush=True)
     if args.dry_run:
-        print("steps: by the calibrations that are finished, of a second each where there are none")
+        print("steps are estimated from finished calibrations; without one, a step is assumed to take one second")
     for data, number, model in itertools.product(args.data, range(CALIBRATIONS), args.models):
         if code := _finish(args, *calibrations(args, data, model)[number]):
             return code
@@ -253,7 +255,7 @@ def run_all(args: argparse.Namespace) -> int:
                 if not (args.dry_run and tried):
                     print(f"== {data}, {model}, seed {seed}: not run, {'every trial' if tried else 'a calibration'} diverged", flush=True)
                     continue
-                print(f"== {data}, {model}, seed {seed}: with the learning rate of the best trial, here the config's")
+                print(f"== {data}, {model}, seed {seed}: uses the learning rate of the best trial; this line shows the one of the config")
                 rate = next(iter(tried))
             if code := _finish(args, *seed_runs(args, data, model, rate, [seed])[seed]):
                 return code
@@ -261,11 +263,11 @@ def run_all(args: argparse.Namespace) -> int:
 
 
 def _finish(args: argparse.Namespace, workdir: Path, flags: list[str]) -> int:
-    """Runs a command to its end, unless it was; a run that diverges is noted and is no error."""
+    """Runs a command unless it has finished. A run that diverges is recorded and is not an error. Returns the exit code."""
     if commands.finished(workdir, flags):
-        print(f"== {workdir}: finished before", flush=True)
+        print(f"== {workdir}: already finished", flush=True)
         return 0
-    print(f"== {commands.told(flags)}", flush=True)
+    print(f"== {commands.shell_line(flags)}", flush=True)
     if args.dry_run:
         return 0
     code = commands.run(workdir, flags)
@@ -279,37 +281,41 @@ def _finish(args: argparse.Namespace, workdir: Path, flags: list[str]) -> int:
 
 
 def collect(args: argparse.Namespace) -> dict:
-    """{data set: {"split_sha256", "protocol", "rows": {model or baseline: row}}}, of all data sets that args or the folder name; a row of
-    what has not been run is None. The row of a model: its trials, learning rate, seeds, those that diverged, test metrics by seed, mean and
-    sd over seeds, difference to the first model over the seeds both have."""
+    """Collects the results of all data sets that are in args or in the folder.
+
+    Returns:
+      {data set: {"split_sha256", "protocol", "rows": {model or baseline: row}}}. The row of a model contains its trials, learning rate,
+      seeds, diverged seeds, test metrics by seed, mean and sd over seeds, and the difference to the first model over their common seeds.
+      The row is None if nothing has been run.
+    """
     out = {}
     for data in (data for data in DATASETS if data in args.data or (args.folder / data).is_dir()):
         runs, diverged = {}, {}
         for model in MODELS:
             rate = chosen(args, data, model)
-            of = {} if rate is None else seed_runs(args, data, model, rate, seeds_there(args, data, model, rate))
-            done = {seed: workdir for seed, (workdir, flags) in of.items() if commands.finished(workdir, flags)}
+            planned = {} if rate is None else seed_runs(args, data, model, rate, all_seeds(args, data, model, rate))
+            done = {seed: workdir for seed, (workdir, flags) in planned.items() if commands.finished(workdir, flags)}
             diverged[model] = [seed for seed, workdir in done.items() if commands.diverged(workdir)]
             runs[model] = {seed: compare.read(workdir) for seed, workdir in done.items() if seed not in diverged[model]}
-        first = next((run for of in runs.values() for run in of.values()), None)
-        for model, of in runs.items():
-            for seed, run in of.items():
-                if what := compare.differing(first, run, ("the first run", f"{model} with seed {seed}")):
-                    raise InputError(f"{args.folder / data}: runs that cannot be compared: {what}")
+        finished = [(model, seed, run) for model, by_seed in runs.items() for seed, run in by_seed.items()]
+        first = finished[0][2] if finished else None
+        for model, seed, run in finished:
+            if difference := compare.differing(first, run, ("the first run", f"{model} with seed {seed}")):
+                raise InputError(f"{args.folder / data}: runs that cannot be compared: {difference}")
         rows = {model: _row(args, data, model, runs, diverged[model]) for model in MODELS}
-        known = next((run for of in runs.values() for run in of.values() if len(run.evaluation["results"]) > 1), None)
+        with_baselines = next((run for _, _, run in finished if len(run.evaluation["results"]) > 1), None)
         for name in BASELINES:
-            rows[name] = _baseline_row(name, known, runs[next(iter(MODELS))])
+            rows[name] = _baseline_row(name, with_baselines, runs[next(iter(MODELS))])
         identity = {name: first and first.evaluation[name] for name in ("split_sha256", "protocol")}
         out[data] = identity | {"rows": rows}
     return out
 
 
-def _baseline_row(name: str, known: compare.Finished | None, base: dict[int, compare.Finished]) -> dict | None:
-    """known: a run that ranked the baselines; base: the first model's runs by seed."""
-    if known is None or name not in known.evaluation["results"]:
+def _baseline_row(name: str, run: compare.Finished | None, base: dict[int, compare.Finished]) -> dict | None:
+    """run: one that evaluated the baselines; base: the runs of the first model by seed."""
+    if run is None or name not in run.evaluation["results"]:
         return None
-    test, ranked = known.evaluation["results"][name]["test"], known.baseline(name)
+    test, ranked = run.evaluation["results"][name]["test"], run.baseline(name)
     delta = compare.over_seeds(dict.fromkeys(base, ranked), base) if ranked and base else None
     return {"mean": {metric: test[metric] for metric in METRICS}, "test": test, "difference": delta}
 
@@ -339,9 +345,9 @@ def format_markdown(args: argparse.Namespace, table: dict) -> str:
     head = ["", "learning rate", "seeds", *(f"{metric.upper()}, mean ± sd" for metric in METRICS)]
     head += [f"{METRICS[0].upper()} minus {MODELS[next(iter(MODELS))][0]} [95 % over users]", *(name.replace("_", " ") for name in COST)]
     lines = [
-        f"Test metrics. Budget: {args.trials} learning rates of {args.trial_minutes:g} minutes of training steps each for every model, "
-        f"chosen on validation; then {args.minutes:g} minutes for each seed. Minutes became steps by a calibration. Empty: not run. "
-        "Intervals are for these seeds.",
+        f"Test metrics. Budget of every model: {args.trials} learning rates with {args.trial_minutes:g} minutes of training steps each, "
+        f"selected on validation, then {args.minutes:g} minutes per seed. A calibration converted minutes into steps. Empty cells were not "
+        "run. Intervals are for these seeds.",
     ]
     for data, result in table.items():
         split = f", split {result['split_sha256'][:8]}…" if result["split_sha256"] else ""

@@ -1,4 +1,4 @@
-"""TPU slices by the names that `--mode=plan --topology=` takes, such as v5e:4x4, and what the clouds call them."""
+"""TPU slices by the names of `--mode=plan --topology=`, such as v5e:4x4, and their names in Cloud TPU and GKE."""
 
 import dataclasses
 import math
@@ -9,11 +9,13 @@ from iam_jax.errors import InputError
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    api: str  # Cloud TPU's name, in accelerator types
-    cores: int  # of a chip, as accelerator types count them
-    axes: int  # of a topology
-    label: str  # of GKE's nodes
-    runtime: str  # software of Cloud TPU VMs
+    """A generation of TPUs."""
+
+    api: str  # the name in Cloud TPU's accelerator types
+    cores: int  # cores per chip in accelerator types
+    axes: int  # number of axes of a topology
+    label: str  # label of GKE nodes
+    runtime: str  # default software version of Cloud TPU VMs
 
 
 KINDS = {
@@ -36,11 +38,11 @@ class Slice:
 
 
 def parse(text: str) -> Slice:
-    """Raises InputError where there is no such slice."""
+    """Parses a name such as v5e:4x4. Raises InputError if it is not the name of a slice."""
     name, _, shape = text.partition(":")
     sizes = shape.split("x")
     if name not in KINDS or not all(re.fullmatch("[1-9][0-9]*", size) for size in sizes):
-        raise InputError(f"--topology={text}: no TPU slice, such as v5e:4x4 or v5p:2x4x4 (there are {', '.join(KINDS)})")
+        raise InputError(f"--topology={text}: must be a TPU slice of {', '.join(KINDS)}, such as v5e:4x4 or v5p:2x4x4")
     kind = KINDS[name]
     if len(sizes) != kind.axes:
         raise InputError(f"--topology={text}: a {name} slice has {kind.axes} axes")

@@ -1,28 +1,28 @@
 #!/usr/bin/env bash
-# One worker of a Cloud TPU VM slice. launch/tpu_vm.py copies this file there, beside source.tar.gz, and calls it on all of them:
-#   install [COMMAND]   unpacks and installs the source, then runs COMMAND in its folder, where the program will run
-#   start FLAGS         begins python -m iam_jax.main FLAGS in the background, unless it is running
-#   follow              prints what it tells until it ends
-#   code                waits until it has ended and prints "exit-code N" (stopped: by `stop`; none: it never ended by itself)
-#   status              what goes on here
-#   stop                SIGTERM: it saves, then ends
+# The actions of one worker of a Cloud TPU VM slice. launch/tpu_vm.py copies this file and source.tar.gz to all workers and calls it there:
+#   install [COMMAND]   unpacks and installs the source, then runs COMMAND in its folder, in which the program will run
+#   start FLAGS         starts python -m iam_jax.main FLAGS in the background, unless it is running
+#   follow              prints the log of the program until it ends
+#   code                waits until the program has ended and prints "exit-code N" (stopped: by `stop`; none: no exit code was written)
+#   status              prints whether the program is running, and its last line or its exit code
+#   stop                sends SIGTERM: the program saves and exits
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 pid=$here/run.pid log=$here/run.log code=$here/run.code stopped=$here/run.stopped
 
-running() { # the number alone could be another process's, after a reboot
+running() { # checks the command line too, since after a reboot another process may have the same id
     [[ -e $pid ]] && grep -qs iam_jax.main "/proc/$(<"$pid")/cmdline"
 }
 
 install() {
     if running; then
-        echo "running: what is installed stays"
+        echo "running: the installation is not changed"
         return
     fi
     rm -rf "$here/source"
     mkdir "$here/source"
     tar -xzf "$here/source.tar.gz" -C "$here/source"
-    # The images' own Python is older than this project's; uv brings one.
+    # The Python of the images is older than this project needs; uv installs a newer one.
     python3 -m pip install -q --user uv
     python3 -m uv venv -q --allow-existing --python 3.12 "$here/venv"
     python3 -m uv pip install -q --python "$here/venv/bin/python" "$here/source[tpu,gcs]"
@@ -33,7 +33,7 @@ install() {
 
 start() {
     if running; then
-        echo "running already"
+        echo "already running"
         return
     fi
     rm -f "$code" "$stopped" "$pid"
@@ -43,7 +43,7 @@ start() {
         [[ -e $pid ]] && return
         sleep 0.1
     done
-    echo "not started: $log tells why" >&2
+    echo "not started: see $log" >&2
     return 1
 }
 
@@ -63,7 +63,7 @@ follow() {
 code() {
     if [[ -e $pid ]]; then
         tail -f /dev/null --pid="$(<"$pid")"
-        for _ in {1..50}; do # until the supervisor has noted it
+        for _ in {1..50}; do # until the supervisor has written the exit code
             [[ -e $code ]] && break
             sleep 0.1
         done
@@ -92,9 +92,9 @@ stop() {
 }
 
 main() {
-    local what=$1
+    local action=$1
     shift
-    case $what in
+    case $action in
         install) install "$@" ;;
         start) start "$@" ;;
         supervise) supervise "$@" ;;
@@ -102,8 +102,8 @@ main() {
         code) code ;;
         status) status ;;
         stop) stop ;;
-        *) echo "$what is nothing that a worker does" >&2 && return 2 ;;
+        *) echo "$action: unknown action" >&2 && return 2 ;;
     esac
 }
 
-main "$@"; exit # one line, as bash reads a script while it runs it: a newer copy may arrive meanwhile
+main "$@"; exit # on one line, because bash reads a script while it runs, and a newer copy may replace this file meanwhile

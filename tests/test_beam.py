@@ -123,10 +123,10 @@ def test_trie_by_hand():
 def test_trie_refuses_what_is_no_end():
     ids = Catalogue(np.arange(3, dtype=np.int32), np.array([0, 1, 2, 3, 3, 3]), 3, 0, "")
     assert make_trie(ids).depth == 1  # an id is a boundary token itself
-    with pytest.raises(ValueError, match="item 1: its tokens are the first of another"):
+    with pytest.raises(ValueError, match="item 1: its tokens are a prefix of another item.s tokens"):
         make_trie(dataclasses.replace(ids, tokens=np.array([1, 2, 1], np.int32), offsets=np.array([0, 2, 3, 3, 3])))
     for offsets in ([0, 3, 3, 3, 3], [0, 0, 0]):
-        with pytest.raises(ValueError, match="a trie needs items"):
+        with pytest.raises(ValueError, match="a trie needs at least one item, and tokens for every item"):
             make_trie(dataclasses.replace(ids, offsets=np.array(offsets)))
 
 
@@ -353,13 +353,13 @@ def test_what_is_refused():
         beam_search(both, random_params(both), trie, BATCH, 2)
     with pytest.raises(ValueError, match="without candidates"):
         beam_search(model, params, trie, BATCH | {"candidate": BATCH["user"]}, 2)
-    with pytest.raises(ValueError, match="vocabulary is 9, the model's 8"):
+    with pytest.raises(ValueError, match="the vocabulary of the trie is 9, that of the model 8"):
         beam_search(model, params, dataclasses.replace(trie, vocabulary=9), BATCH, 2)
-    with pytest.raises(ValueError, match="row 1 has no token"):
+    with pytest.raises(ValueError, match="row 1 has no tokens"):
         beam_search(model, params, trie, BATCH | {"user": BATCH["user"] * np.array([[1], [0], [1]])}, 2)
     learned, params = model_of("learned positions")
     batch = history_rows(CATALOGUE, [np.array([0] * 5)], TOKENS + 5)
-    with pytest.raises(ValueError, match="24 learned positions: the longest history and item need 27"):
+    with pytest.raises(ValueError, match="24 learned positions, but the longest history and item need 27"):
         beam_search(learned, params, trie, batch, 2)
 
 

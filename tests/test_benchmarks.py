@@ -18,7 +18,7 @@ import pytest
 from iam_jax.devices import topology
 from iam_jax.planning import plan
 from iam_jax.planning.plan import device_bytes
-from iam_jax.training import loop as train
+from iam_jax.training import run as training_run
 
 HLO = "HloModule step\n\nENTRY %main (x: f32[]) -> f32[] {\n  ROOT %x = f32[] parameter(0)\n}\n"
 FOLDER = Path(__file__).parents[1] / "benchmarks"
@@ -123,7 +123,7 @@ def test_attention_packs_users_of_the_same_length():
 
 def test_attention_does_not_time_interpreted_kernels(capsys):
     parse = load("attention").parse
-    for backend, word in (("gpu", "interpreted"), ("tpu", "interpreted"), ("flex", "on a cpu there are")):
+    for backend, word in (("gpu", "interpreted"), ("tpu", "interpreted"), ("flex", "the backends for a cpu are")):
         with pytest.raises(SystemExit) as stop:
             parse([f"--backends=local,{backend}"])
         assert stop.value.code == 2 and word in capsys.readouterr().err
@@ -274,7 +274,7 @@ def test_pretrained_memory(tmp_path, monkeypatch, capsys):
     module = load("pretrained_memory")
     for name, value in {"prepare": lambda _: None, "devices": lambda _: jax.devices()}.items():  # libtpu need not be here
         monkeypatch.setattr(topology, name, value)
-    monkeypatch.setattr(train, "_check_attention", lambda *_: None)
+    monkeypatch.setattr(training_run, "_check_attention", lambda *_: None)
     monkeypatch.setattr(module.metadata, "version", lambda package: f"{package} 1.0")
     sizes = {"output_size_in_bytes": 2**30, "alias_size_in_bytes": 2**30, "temp_size_in_bytes": 2**29}
     sizes["generated_code_size_in_bytes"] = 2**28  # not counted

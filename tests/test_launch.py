@@ -116,11 +116,16 @@ def test_tpu_vm_dry_run(capsys):
         (["--config=configs/demo.py"], "--workdir=gs://BUCKET/... is missing"),
         (["--config=configs/demo.py", "--workdir=runs/demo"], "--workdir=gs://BUCKET/... is missing"),
         (["--config=configs/none.py", "--workdir=gs://b/demo"], "--config=configs/none.py: not in commit HEAD"),
+        (["--config=none:full", "--workdir=gs://b/demo"], "--config=none: not in commit HEAD"),
     ],
 )
 def test_tpu_vm_refuses(capsys, flags, error):
     assert tpu("run", "--topology=v5e:4x4", "--dry-run", "--", *flags) == 2
     assert f"error: {error}" in capsys.readouterr().err
+
+
+def test_tpu_vm_takes_the_name_of_a_config():
+    assert tpu("run", "--topology=v5e:4x4", "--dry-run", "--", "--config=amazon_toys:full", "--workdir=gs://b/toys") == 0
 
 
 GCLOUD = """
@@ -202,8 +207,8 @@ def test_tpu_worker(tmp_path, monkeypatch):
     assert (tmp_path / "installed").read_text().endswith(f"pip install -q --python {home}/venv/bin/python {home}/source[tpu,gcs]\n")
     assert worker("code") == "exit-code none\n"
     worker("start", "--multihost", *RUN)
-    assert worker("start", "--multihost", *RUN) == "running already\n"
-    assert worker("install") == "running: what is installed stays\n"
+    assert worker("start", "--multihost", *RUN) == "already running\n"
+    assert worker("install") == "running: the installation is not changed\n"
     wait_for((home / "run.log").read_text)
     assert "running" in worker("status")
     end.write_text("4")
@@ -212,7 +217,7 @@ def test_tpu_worker(tmp_path, monkeypatch):
 
     end.unlink()
     worker("start", "--multihost", *RUN)
-    assert worker("start") == "running already\n"
+    assert worker("start") == "already running\n"
     wait_for((home / "run.log").read_text)
     worker("stop")
     assert worker("code") == "exit-code stopped\n" and "saved" in worker("follow")

@@ -154,7 +154,7 @@ def test_commands_and_devices(launcher, monkeypatch):
     visible = {"CUDA_VISIBLE_DEVICES": "0,1,5,7"}
     assert [more["CUDA_VISIBLE_DEVICES"] for more in launcher.environments(2, None, visible)] == ["0,1", "5,7"]
     assert [more["CUDA_VISIBLE_DEVICES"] for more in launcher.environments(3, 1, visible)] == ["0", "1", "5"]
-    with pytest.raises(ValueError, match="2 processes of 3 devices each need more than the 4 GPUs there are"):
+    with pytest.raises(ValueError, match="2 processes with 3 devices each need more than the 4 available GPUs"):
         launcher.environments(2, 3, visible)
     assert launcher.environments(2, None, visible | {"JAX_PLATFORMS": "cpu"}) == [{"JAX_PLATFORMS": "cpu"}] * 2
 
@@ -175,7 +175,7 @@ def test_a_process_that_does_not_follow_is_killed(launcher):
     told = []
     stuck = program("import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)")
     assert launcher.run([stuck, program("import sys; sys.exit(4)")], 0.5, lambda *line, **_: told.append(*line)) == 4
-    assert told == ["process 0: still there 0.5 s after another one failed; killed"]
+    assert told == ["process 0: still running 0.5 s after another one failed; killed"]
 
 
 def test_dry_run_and_wrong_flags():

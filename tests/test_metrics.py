@@ -150,9 +150,9 @@ def test_paired_difference():
     # Paired: a constant advantage has an interval of width nought, although each model's own interval is wide.
     shifted = {name: value + 0.25 for name, value in a.items()}
     assert paired_difference(user, shifted, a)["hr@10_ci"] == pytest.approx([0.25, 0.25])
-    with pytest.raises(ValueError, match="different metrics"):
+    with pytest.raises(ValueError, match=r"the two models have different metrics: \["):
         paired_difference(user, a, {"hr@10": b["hr@10"]})
-    with pytest.raises(ValueError, match="not the same events"):
+    with pytest.raises(ValueError, match="the two models have different events"):
         paired_difference(user, a, {name: value[1:] for name, value in b.items()})
 
 

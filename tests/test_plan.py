@@ -235,7 +235,8 @@ def test_what_does_not_fit(plan):
     (step,) = plan.programs["training"]
     small = dataclasses.replace(plan, capacity=step.total - 1)
     told = estimate.verdict(small)
-    assert told.startswith(f"local: training (training step) needs {step.total / GIB:.2f} GiB of a chip's memory, and there are")
+    needed, available = (f"{size / GIB:.2f} GiB" for size in (step.total, step.total - 1))
+    assert told.startswith(f"local: training (training step) needs {needed} of memory per chip, but {available} are available. It may fit")
     assert "--config.model.remat=True" in told and "--config.optimizer.accumulate=4" in told and "lora" not in told
     assert "chips" not in told  # the state alone would fit
     refused = dataclasses.replace(step, temporaries=None, needed=None)

@@ -104,7 +104,7 @@ def test_a_plan(tmp_path):
     facts = json.loads((tmp_path / "plan.json").read_text())
     assert facts["chip"] == "TPU v5e" and facts["mesh"] == {"data": 2, "fsdp": 2, "tensor": 1} and facts["verdict"] == ""
     (step,) = facts["programs"]["training"]
-    assert f"{step['total'] / 2**30:.3f}" in done.stdout and "1.20 USD for a chip an hour" in done.stdout
+    assert f"{step['total'] / 2**30:.3f}" in done.stdout and "1.20 USD per chip and hour" in done.stdout
     fast, slow = facts["step"]["bounds"]
     assert 0 < fast < slow == pytest.approx(sum(facts["step"]["seconds"].values()))
     assert {"all-gather", "all-reduce"} & step["collective_bytes"].keys() and step["unknown_loops"] == 0
@@ -115,7 +115,7 @@ def test_a_plan_that_does_not_fit(tmp_path):
     done = plan(tmp_path, "--topology=v5e:1x1", "--programs=training", "--num_items=100000", hidden_size=16_384)
     assert done.returncode == 3 and (tmp_path / "plan.json").exists()
     told = done.stderr.splitlines()[-1]
-    assert told.startswith("error: v5e:1x1: training (training step) needs more than") and "and there are 15.52" in told
+    assert told.startswith("error: v5e:1x1: training (training step) needs more than") and "but 15.52 GiB are available" in told
 
 
 def test_a_slice_that_there_is_not(tmp_path):

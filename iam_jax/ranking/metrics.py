@@ -1,8 +1,8 @@
-"""Ranking metrics of one target per event, exact under ties, with intervals that resample users.
+"""Ranking metrics for one target per event, exact under ties, with bootstrap intervals over users.
 
-A target has a `rank` (1 + the candidates that score higher) and `ties` (the other candidates that score the same). The scores
-say nothing about the order inside a tied block, so a metric is its mean over all orders of that block: the target is equally
-often at each position rank, rank + 1, …, rank + ties. A constant scorer thus gets exactly what a random one expects.
+A target has a `rank` (1 + the number of candidates with a higher score) and `ties` (the number of other candidates with an equal score).
+Scores do not order the candidates of a tied block, so a metric is its mean over all orders of the block: the target is equally often at
+each of the positions rank, rank + 1, …, rank + ties. A constant scorer therefore gets exactly the expectation of a random scorer.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,33 +10,37 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 KS = (1, 5, 10, 20, 50)
-_BLOCK = 1 << 22  # entries of a block of bootstrap weights: 32 MiB, however many users there are
+_BLOCK = 1 << 22  # entries per block of bootstrap weights: 32 MiB for any number of users
 
 
 def ranking_metrics(rank: np.ndarray, ties: np.ndarray, ks: Sequence[int] = KS) -> dict[str, np.ndarray]:
-    """HR, Precision, NDCG and MRR at each K, per event: `{"hr@10": [n] float64, …}`.
+    """Computes HR, Precision, NDCG and MRR at each K, per event.
 
-    With gain g(r), the sum over the block's positions up to K, Σ_{r=rank}^{min(rank+ties, K)} g(r)/(ties+1), is a difference of
-    two cumulative sums. HR has g = 1, NDCG 1/log2(r+1), MRR 1/r; Precision is HR/K. HR equals Recall: there is one target.
+    A metric with gain g is the sum over the positions of the tied block up to K, Σ_{r=rank}^{min(rank+ties, K)} g(r)/(ties+1), which is a
+    difference of two cumulative sums. The gain is 1 for HR, 1/log2(r+1) for NDCG and 1/r for MRR. Precision is HR/K. Since there is one
+    target, HR equals Recall.
 
     Args:
-      rank: [n] integers from 1.
-      ties: [n] integers from 0.
-      ks: the cut-offs.
+      rank: [n] integers, 1 or more.
+      ties: [n] integers, 0 or more.
+      ks: the cut-offs K.
+
+    Returns:
+      {"hr@10": [n] float64, …}
 
     Raises:
-      ValueError: a rank below 1, negative ties, a K below 1, arrays of different lengths, or values that are not integers.
+      ValueError: if a rank is below 1, ties are negative, a K is below 1, the arrays differ in length, or values are not integers.
     """
     rank, ties = np.asarray(rank), np.asarray(ties)
     if rank.shape != ties.shape or rank.ndim != 1:
-        raise ValueError(f"rank {rank.shape} and ties {ties.shape} must be vectors of one length")
+        raise ValueError(f"rank {rank.shape} and ties {ties.shape} must be vectors of equal length")
     if rank.size and not (np.issubdtype(rank.dtype, np.integer) and np.issubdtype(ties.dtype, np.integer)):
         raise ValueError(f"rank ({rank.dtype}) and ties ({ties.dtype}) must be integers")
     if rank.size and (rank.min() < 1 or ties.min() < 0):
-        raise ValueError("rank counts from 1 and ties from 0")
+        raise ValueError("rank must be at least 1 and ties at least 0")
     if not all(k >= 1 for k in ks):
         raise ValueError(f"ks must be at least 1, got {tuple(ks)}")
-    rank, ties = rank.astype(np.int64), ties.astype(np.int64)  # unsigned or narrow integers must not wrap below
+    rank, ties = rank.astype(np.int64), ties.astype(np.int64)  # unsigned or narrow integers could overflow below
 
     position = np.arange(1, max(ks, default=0) + 1)
     gains = {"hr": np.ones(len(position)), "ndcg": 1 / np.log2(position + 1), "mrr": 1 / position}
@@ -59,23 +63,22 @@ def summarize(
     resamples: int = 1000,
     seed: int = 0,
 ) -> dict:
-    """Means over events with 95 % intervals over users, as plain JSON values.
+    """Computes means over events with 95 % intervals over users (percentile bootstrap), as JSON values.
 
     Args:
-      user: [n] user of each event, ids or numbers; a user may have several events.
-      rank, ties: [n] integers, see `ranking_metrics`.
-      cold: [n] bool, the target has no training event.
-      ks: the cut-offs.
-      resamples: bootstrap resamples of the users.
-      seed: together with the number of users it decides the resamples, so models with the same users share them.
+      user: [n] user of each event, ids or numbers. A user may have several events.
+      rank, ties: [n] integers, as in `ranking_metrics`.
+      cold: [n] bool, True if the target has no training event.
+      ks: the cut-offs K.
+      resamples: number of bootstrap resamples of the users; 0 gives no intervals (None).
+      seed: seed of the resamples. They depend only on it and on the number of users, so models with the same users share them.
 
     Returns:
       {"users": …, "events": …, "hr@10": mean, "hr@10_ci": [lo, hi], …, "tie_rate": share of events with ties,
-      "cold": {"events": …, "hr@10": mean, …}}. The keys do not depend on the data: a mean over no event is None (null in JSON),
-      an interval over no user too.
+      "cold": {"events": …, "hr@10": mean, …}}. The keys do not depend on the data. Without events, means and intervals are None.
 
     Raises:
-      ValueError: arrays of different lengths, or what `ranking_metrics` raises.
+      ValueError: if the arrays differ in length, and as `ranking_metrics`.
     """
     values, ties = ranking_metrics(rank, ties, ks), np.asarray(ties)
     cold = np.asarray(cold, bool)
@@ -95,24 +98,24 @@ def paired_difference(
     resamples: int = 1000,
     seed: int = 0,
 ) -> dict:
-    """Mean of a − b for each metric, with its 95 % interval over users.
+    """Computes the mean of a − b for each metric, with 95 % intervals over users.
 
     Args:
       user: [n] user of each event.
-      a, b: per-event metrics of two models on the same events in the same order (`ranking_metrics`).
+      a, b: per-event metrics of two models (`ranking_metrics`) on the same events in the same order.
       resamples, seed: as in `summarize`.
 
     Returns:
-      {"users": …, "events": …, "hr@10": mean, "hr@10_ci": [lo, hi], …}; None where there is no event.
+      {"users": …, "events": …, "hr@10": mean, "hr@10_ci": [lo, hi], …}. Without events, means and intervals are None.
 
     Raises:
-      ValueError: the two have different metrics or different numbers of events.
+      ValueError: if a and b have different metrics or different numbers of events.
     """
     if a.keys() != b.keys():
-        raise ValueError(f"different metrics: {sorted(a.keys() ^ b.keys())}")
+        raise ValueError(f"the two models have different metrics: {sorted(a.keys() ^ b.keys())}")
     for name in a:
         if np.shape(a[name]) != np.shape(b[name]):
-            raise ValueError(f"{name}: {np.shape(a[name])} and {np.shape(b[name])} are not the same events")
+            raise ValueError(f"{name}: the two models have different events, {np.shape(a[name])} and {np.shape(b[name])}")
     difference = {name: np.asarray(a[name], float) - np.asarray(b[name], float) for name in a}
     return _means_and_intervals(user, difference, len(np.asarray(user)), resamples, seed)
 
@@ -122,9 +125,12 @@ def format_table(
     metrics: Sequence[str] = ("hr@10", "ndcg@10", "hr@50", "mrr@10"),
     intervals: Sequence[str] = ("hr@10", "ndcg@10"),
 ) -> str:
-    """A plain text table: one row per model, one column per metric, with [lo, hi] for those in `intervals`.
+    """Formats a text table with one row per model and one column per metric.
 
-    `results` maps a model's name to its summary (`summarize`, one split). What a summary lacks, or has as None, prints as "-".
+    Args:
+      results: summaries of one split (`summarize`) by model name. Missing values and None are shown as "-".
+      metrics: the columns.
+      intervals: the metrics that are shown with their interval, [lo, hi].
     """
 
     def cell(summary: Mapping, metric: str) -> str:
@@ -145,18 +151,18 @@ def _mean(values: np.ndarray) -> float | None:
 
 
 def _means_and_intervals(user: np.ndarray, values: Mapping[str, np.ndarray], events: int, resamples: int, seed: int) -> dict:
-    """Counts, means over events and their intervals.
+    """Returns the numbers of users and events, the means over events, and their intervals.
 
-    A resample that draws user u w_u times has the mean Σ_u w_u·sum_u / Σ_u w_u·count_u.
+    If a resample draws user u w_u times, its mean is Σ_u w_u·sum_u / Σ_u w_u·count_u.
     """
     if np.shape(user) != (events,) or any(len(value) != events for value in values.values()):
-        raise ValueError(f"user {np.shape(user)} and the metrics must be of the same {events} events")
+        raise ValueError(f"user {np.shape(user)} and the metrics must describe the same {events} events")
     ids, index = np.unique(np.asarray(user), return_inverse=True)
     result: dict = {"users": len(ids), "events": events}
     if not events or not values:
         return result | {key: None for name in values for key in (name, f"{name}_ci")}
 
-    # Sums and counts per user, so that the events are read once and not once per resample.
+    # Sums and counts per user, so that events are read once instead of once per resample.
     totals_UM = np.stack([np.bincount(index, value, len(ids)) for value in (*values.values(), np.ones(events))], axis=1)
     drawn_RM = np.concatenate([weights @ totals_UM for weights in _resamples(len(ids), resamples, seed)] or [totals_UM[:0]])
     means_RM = drawn_RM[:, :-1] / drawn_RM[:, -1:]
@@ -167,10 +173,11 @@ def _means_and_intervals(user: np.ndarray, values: Mapping[str, np.ndarray], eve
 
 
 def _resamples(users: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
-    """Blocks [r, users] float64 of how often each resample drew each user; a function of the arguments alone."""
+    """Yields blocks [r, users] float64 with how often each resample drew each user. They depend only on the arguments."""
     generator = np.random.default_rng(seed)
     rows = max(1, _BLOCK // users)
     for start in range(0, resamples, rows):
         count = min(rows, resamples - start)
-        drawn = (generator.integers(users, size=users) for _ in range(count))  # one by one: the blocks change nothing
-        yield np.stack([np.bincount(one, minlength=users) for one in drawn]).astype(float)
+        # One resample at a time, so that the result does not depend on the size of the blocks.
+        resampled = (generator.integers(users, size=users) for _ in range(count))
+        yield np.stack([np.bincount(indices, minlength=users) for indices in resampled]).astype(float)

@@ -1,11 +1,12 @@
-"""Floating-point operations of a training step: for plans (plan.py) and for model FLOPs utilisation.
+"""FLOPs of a training step, for plans (plan.py) and for model FLOPs utilisation.
 
-Matrix products are counted in the jaxpr, 2 for each multiplication and addition, and multiplied by the lengths of the loops they stand in;
-XLA's own `cost_analysis` counts a loop's body once, and so would miss all but one of a stack's layers. Padding slots are computed, and
-count. What is no matrix product is not counted.
+Matrix products are counted in the jaxpr: 2 FLOPs per multiplication and addition, times the lengths of the loops around the product. XLA's
+`cost_analysis` counts the body of a loop once, so it would count only one of the stacked layers. Padding slots count, since they are
+computed. Only matrix products are counted.
 
-Attention is counted apart, since its kernels visit what the ranges need: 4 x visible (query, key) pairs x heads x head size forward, and
-2.5 times that backward, where logits are computed once more (the convention of FlashAttention, arXiv 2205.14135).
+Attention is counted separately, because its kernels compute only the blocks that the ranges need: 4 x visible (query, key) pairs x heads x
+head size for the forward pass, and 2.5 times that for the backward pass, which computes the logits again (the convention of
+FlashAttention, arXiv 2205.14135).
 """
 
 import dataclasses
@@ -28,23 +29,26 @@ from iam_jax.relations import RELATIONS
 from iam_jax.training import objectives
 from iam_jax.training.run import Run
 
-_SAMPLE = 64  # rows whose visible pairs stand for all
+_SAMPLE = 64  # visible pairs are counted in this many rows
 
 
 @dataclasses.dataclass(frozen=True)
 class StepFlops:
-    """Of one optimizer step, on all devices together."""
+    """FLOPs of one optimizer step, on all devices together."""
 
-    model: Flops  # nothing computed twice
-    hardware: Flops  # with what is computed again for the backward pass (model.remat, the logits' chunks)
+    model: Flops  # without recomputation
+    hardware: Flops  # with recomputation for the backward pass (model.remat, the chunks of logits)
 
 
 # ---- matrix products
 
 
 def matmul_flops(jaxpr: Jaxpr, taken: float = 1.0) -> Flops:
-    """Of a jaxpr's products outside range attention. taken: the share of conditional work that is done; of a condition's branches the one
-    with the most counts. Raises ValueError for a product in a loop whose length is not in the jaxpr, and for what it cannot count."""
+    """Counts the FLOPs of a jaxpr's matrix products outside range attention.
+
+    taken: how often conditional work is done, as a share; a condition counts as its most expensive branch. Raises ValueError for a product
+    in a loop whose length is not in the jaxpr, and for primitives that it cannot count.
+    """
     total: Flops = Counter()
     for eqn in jaxpr.eqns:
         if "range_attention" in str(eqn.source_info.name_stack):
@@ -65,7 +69,7 @@ def matmul_flops(jaxpr: Jaxpr, taken: float = 1.0) -> Flops:
         if name == "while" and any(inner):
             raise ValueError("flops: a product in a loop of unknown length")
         times = params["length"] if name == "scan" else 1
-        if name == "shard_map":  # each of the devices runs its body
+        if name == "shard_map":  # every device runs its body
             times = math.prod(params["mesh"].shape[axis] for axis in params["manual_axes"])
         for counts in inner:
             total.update({kind: times * count for kind, count in counts.items()})
@@ -81,13 +85,13 @@ def _kind(eqn) -> str:
 
 
 def traced(f, *args) -> Jaxpr:
-    """The jaxpr of f without what no result needs. args: arrays or their shapes."""
+    """Returns the jaxpr of f without dead code. args: arrays or `jax.ShapeDtypeStruct`s."""
     jaxpr = jax.make_jaxpr(f)(*args).jaxpr
     return partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0]
 
 
 def _saving_everything(jaxpr: Jaxpr) -> Jaxpr:
-    """With checkpoints that save all they compute, so that its gradient computes nothing again."""
+    """Makes every checkpoint in the jaxpr save all values, so that its gradient recomputes nothing."""
 
     def inner(value):
         if isinstance(value, ClosedJaxpr):
@@ -107,7 +111,10 @@ def _saving_everything(jaxpr: Jaxpr) -> Jaxpr:
 
 
 def visible_pairs(batch: Batch, self_key: bool = False) -> dict[str, float]:
-    """Mean number of (query, key) pairs in a row, by relation, from `user` and `group` [B, T]. self_key: inter layers see the token too."""
+    """Returns the mean number of visible (query, key) pairs per row, by relation.
+
+    batch: needs `user` and `group`, [B, T]. self_key: whether queries of inter layers see their own key.
+    """
     user_BT = np.asarray(batch["user"])
     pairs = {}
     for name, ranges in key_ranges(user_BT, np.asarray(batch["group"])).items():
@@ -119,7 +126,11 @@ def visible_pairs(batch: Batch, self_key: bool = False) -> dict[str, float]:
 
 
 def attention_flops(config: Config, pairs: dict[str, float], relations: tuple[str, ...], forward: int = 1, backward: bool = False) -> Flops:
-    """Of one row, or of whatever `pairs` are of, in layers of these relations, computed `forward` times."""
+    """FLOPs of attention in layers of these relations.
+
+    pairs: visible pairs by relation; if they are per row, the result is per row. forward: how often the forward pass is computed. backward:
+    whether there is a backward pass.
+    """
     model = config.model
     size = model.heads * (model.head_size or model.width // model.heads)
     kind = "bfloat16" if model.dtype == "bfloat16" else "float32 highest"
@@ -127,7 +138,7 @@ def attention_flops(config: Config, pairs: dict[str, float], relations: tuple[st
 
 
 def text_pairs(config: Config, length_I: np.ndarray) -> dict[str, float]:
-    """As `visible_pairs`, of an item's text alone, on average."""
+    """As `visible_pairs`, for rows that hold the text of one item each. length_I: tokens of each item."""
     real_IT = (np.arange(length_I.max()) < length_I[:, None]).astype(np.int32)
     return visible_pairs({"user": real_IT, "group": real_IT}, config.model.self_key)
 
@@ -136,16 +147,16 @@ def text_pairs(config: Config, length_I: np.ndarray) -> dict[str, float]:
 
 
 def step_flops(run: Run) -> StepFlops:
-    """Of one optimizer step of `run`. Work that depends on the batch (visible pairs, distinct items) is that of a few rows."""
+    """Counts the FLOPs of one optimizer step of `run`. Counts that depend on the batch (visible pairs, distinct items) use a few rows."""
     config, rows = run.config, run.rows
     parts = config.optimizer.accumulate
     size = config.train.batch_rows // parts
 
-    def some(count: int) -> Batch:
-        picked = [rows[row % len(rows)] for row in range(count)]
-        return {name: np.stack([row[name] for row in picked]) for name in picked[0]}
+    def sample_batch(count: int) -> Batch:
+        chosen = [rows[row % len(rows)] for row in range(count)]
+        return {name: np.stack([row[name] for row in chosen]) for name in chosen[0]}
 
-    batch = run.finish(some(config.train.batch_rows))
+    batch = run.finish(sample_batch(config.train.batch_rows))
     micro = {name: jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:])[0], x) for name, x in batch.items()}
     micro = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), micro)
     taken = 1.0
@@ -153,7 +164,7 @@ def step_flops(run: Run) -> StepFlops:
         taken = float((batch["leading"]["user"].reshape(parts * CHUNKS, -1) > 0).any(1).mean())
     model, hardware, backward = _loss_flops(run, micro, taken)
 
-    pairs = visible_pairs(some(max(config.train.batch_rows, min(_SAMPLE, len(rows)))), config.model.self_key)
+    pairs = visible_pairs(sample_batch(max(config.train.batch_rows, min(_SAMPLE, len(rows)))), config.model.self_key)
     again = 1 + config.model.remat
     leading = config.schedule.leading_intra if "leading" in batch else 0
     layers = config.schedule.relations
@@ -172,7 +183,7 @@ def step_flops(run: Run) -> StepFlops:
 
 
 def _loss_flops(run: Run, micro: Batch, taken: float) -> tuple[Flops, Flops, bool]:
-    """Products of a micro-batch's loss and gradient, for `StepFlops`; and whether attention has a backward pass."""
+    """FLOPs of a micro-batch's loss and gradient without and with recomputation, and whether attention has a backward pass."""
     config = run.config
     cache = (
         jax.ShapeDtypeStruct((run.items.catalogue.length_I.shape[0], config.model.width), np.float32)
@@ -209,7 +220,7 @@ def _holds_backward_attention(jaxpr: Jaxpr, transposed: bool = False) -> bool:
 
 
 def _texts(config: Config, items: objectives.TrainingItems, micro: Batch) -> tuple[int, bool]:
-    """How many items' texts a micro-batch computes besides those of `leading`, and whether each is computed again for its gradient."""
+    """The number of item texts that a micro-batch encodes besides those of `leading`, and whether each is recomputed for its gradient."""
     if not config.uses_text:
         return 0, False
     if config.softmax == "full":

@@ -2,18 +2,17 @@
 
 import contextlib
 import json
-import os
 import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 import pytest
+from forks import run
 from helpers import metrics_lines, on_devices
 from test_main import assert_same, checkpoint, config_text, contents, start, wait_for
 
@@ -26,40 +25,18 @@ TESTS = Path(__file__).parent
 STEPS = 12
 
 
-class Forks:
-    """faults_driver.py at work in a folder."""
-
-    def __init__(self, folder):
-        self.folder = folder
-        env = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS.parent), *filter(None, [os.environ.get("PYTHONPATH")])])}
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
-        self.process = subprocess.Popen([sys.executable, str(TESTS / "faults_driver.py")], env=env, **pipes)
-
-    def run(self, *arguments, code=0, kill=None, **env):
-        """stdout and stderr of the program; code: -9, or 0 where it may be done before it is killed, with a kill."""
-        job = {"folder": str(self.folder), "arguments": arguments, "env": env, "kill": kill}
-        self.process.stdin.write(json.dumps(job) + "\n")
-        self.process.stdin.flush()
-        status, out, err = json.loads(self.process.stdout.readline())
-        assert status in ((-signal.SIGKILL, 0) if kill else (code,)), (status, out, err)
-        return out, err
-
-
 @pytest.fixture(scope="module")
-def forks(tmp_path_factory, tiny):
+def folder(tmp_path_factory, tiny):
     folder = tmp_path_factory.mktemp("faults")
     settings = tiny | {"train.steps": STEPS, "train.save_every": 1, "eval.baselines": False, "objective.token": 0.1}
     (folder / "tiny.py").write_text(config_text(settings))
-    forks = Forks(folder)
-    yield forks
-    forks.process.stdin.close()
-    forks.process.wait()
+    return folder
 
 
 @pytest.fixture(scope="module")
-def whole(forks):
-    forks.run("--config=tiny.py", "--workdir=whole")
-    return forks.folder / "whole"
+def whole(folder):
+    run(folder, "--config=tiny.py", "--workdir=whole")
+    return folder / "whole"
 
 
 def progress(workdir, step=STEPS):
@@ -77,7 +54,7 @@ def assert_as_uninterrupted(workdir, whole):
 # ---- killed
 
 
-def trial(forks, whole, seed):
+def trial(folder, whole, seed):
     """The same command until it ends, killed once or twice on the way, every second time in a save."""
     draw = random.Random(seed)
     name = f"killed-{seed}"
@@ -88,67 +65,67 @@ def trial(forks, whole, seed):
             moment = draw.choice(["before", "after", "deleted"])
             kill = ["save", draw.randint(1, 9 if moment == "deleted" else 50), moment]  # a save names several folders
         print(f"seed {seed}: {kill}")
-        forks.run("--config=tiny.py", f"--workdir={name}", kill=kill)
-    forks.run("--config=tiny.py", f"--workdir={name}")
-    assert_as_uninterrupted(forks.folder / name, whole)
-    shutil.rmtree(forks.folder / name)
+        run(folder, "--config=tiny.py", f"--workdir={name}", kill=kill)
+    run(folder, "--config=tiny.py", f"--workdir={name}")
+    assert_as_uninterrupted(folder / name, whole)
+    shutil.rmtree(folder / name)
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_killed_at_random_moments_a_run_ends_as_if_nothing_had_been(forks, whole, seed):
-    trial(forks, whole, seed)
+def test_killed_at_random_moments_a_run_ends_as_if_nothing_had_been(folder, whole, seed):
+    trial(folder, whole, seed)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(100, 120))
-def test_killed_at_twenty_more(forks, whole, seed):
-    trial(forks, whole, seed)
+def test_killed_at_twenty_more(folder, whole, seed):
+    trial(folder, whole, seed)
 
 
-def test_killed_before_the_first_checkpoint_a_run_says_so(forks, whole):
-    out, _ = forks.run("--config=tiny.py", "--workdir=first", kill=["save", 1, "before"])
+def test_killed_before_the_first_checkpoint_a_run_says_so(folder, whole):
+    out, _ = run(folder, "--config=tiny.py", "--workdir=first", kill=["save", 1, "before"])
     assert "no checkpoint yet" not in out
-    (left,) = (forks.folder / "first" / "checkpoints").iterdir()
+    (left,) = (folder / "first" / "checkpoints").iterdir()
     assert "tmp" in left.name
-    out, _ = forks.run("--config=tiny.py", "--workdir=first")
+    out, _ = run(folder, "--config=tiny.py", "--workdir=first")
     assert "no checkpoint yet: starting from step 0" in out
-    assert_as_uninterrupted(forks.folder / "first", whole)
+    assert_as_uninterrupted(folder / "first", whole)
 
 
 # ---- damaged, on another mesh
 
 
-def test_the_newest_checkpoint_damaged_the_one_before_it_is_used(forks, whole):
-    workdir = forks.folder / "damaged"
+def test_the_newest_checkpoint_damaged_the_one_before_it_is_used(folder, whole):
+    workdir = folder / "damaged"
     shutil.copytree(whole, workdir)
     (data,) = (workdir / "checkpoints" / str(STEPS) / "rest" / "d").iterdir()
     data.write_bytes(data.read_bytes()[:100])
-    out, err = forks.run("--workdir=damaged")
+    out, err = run(folder, "--workdir=damaged")
     said = f"checkpoints/{STEPS} is damaged (rest: "
     assert said in out and f"; using step {STEPS - 1}\n" in out and f"continuing from step {STEPS - 1}\n" in out and err == ""
     assert_as_uninterrupted(workdir, whole)
     (data,) = (workdir / "checkpoints" / str(STEPS) / "params" / "d").iterdir()
     data.write_bytes(data.read_bytes()[:100])
     before = contents(workdir)
-    _, err = forks.run("--workdir=damaged", "--mode=evaluate", f"--step={STEPS}", code=2)
+    _, err = run(folder, "--workdir=damaged", "--mode=evaluate", f"--step={STEPS}", code=2)
     assert err.startswith("error: ") and err.count("\n") == 1 and f"checkpoints/{STEPS} is damaged (params: " in err
     assert contents(workdir) == before
-    out, err = forks.run("--workdir=damaged", "--mode=evaluate", "--step=last")
+    out, err = run(folder, "--workdir=damaged", "--mode=evaluate", "--step=last")
     assert f"; using step {STEPS - 1}\n" in out and err == ""
     assert json.loads((workdir / "evaluation.json").read_text())["step"] == STEPS - 1
 
 
-def test_on_another_mesh_no_example_is_repeated_or_skipped(forks, whole):
-    forks.run("--config=tiny.py", "--workdir=meshes", kill=["batch", 7, 0.0])
-    forks.run("--config=tiny.py", "--workdir=meshes", "--config.mesh.fsdp=2", **on_devices(4))
-    there, here = progress(forks.folder / "meshes"), progress(whole)
+def test_on_another_mesh_no_example_is_repeated_or_skipped(folder, whole):
+    run(folder, "--config=tiny.py", "--workdir=meshes", kill=["batch", 7, 0.0])
+    run(folder, "--config=tiny.py", "--workdir=meshes", "--config.mesh.fsdp=2", **on_devices(4))
+    there, here = progress(folder / "meshes"), progress(whole)
     assert [there[name] for name in ("step", "next_batch", "tokens")] == [here[name] for name in ("step", "next_batch", "tokens")]
-    for one, other in zip(metrics_lines(forks.folder / "meshes"), metrics_lines(whole), strict=True):
+    for one, other in zip(metrics_lines(folder / "meshes"), metrics_lines(whole), strict=True):
         assert one.keys() == other.keys() and one["step"] == other["step"]
         for name in one.keys() & {"item_loss", "token_loss", "gradient_norm"}:
             assert one[name] == pytest.approx(other[name], rel=1e-4)
         assert [one.get(name) for name in ("tokens_seen", "epoch")] == [other.get(name) for name in ("tokens_seen", "epoch")]
-    sharding = json.loads((forks.folder / "meshes" / "checkpoints" / str(STEPS) / "params" / "_sharding").read_text())
+    sharding = json.loads((folder / "meshes" / "checkpoints" / str(STEPS) / "params" / "_sharding").read_text())
     assert any("fsdp" in text for text in sharding.values())  # it was another mesh
 
 
@@ -167,15 +144,15 @@ def disk(tmp_path):
     subprocess.run(["umount", "-l", folder], check=True)
 
 
-def test_a_full_disk_while_saving(forks, whole, disk):
+def test_a_full_disk_while_saving(folder, whole, disk):
     command = "--config=tiny.py", f"--workdir={disk}/run"
     for _ in range(2):  # and there is no room the second time either
-        _, err = forks.run(*command, code=2)
+        _, err = run(folder, *command, code=2)
         assert err.startswith("error: ") and err.count("\n") == 1 and "No space left on device" in err and str(disk) in err
     steps = [int(path.name) for path in (disk / "run" / "checkpoints").iterdir() if path.name.isdecimal()]
     assert steps and max(steps) < STEPS
     subprocess.run(["mount", "-o", "remount,size=20m", disk], check=True)
-    out, _ = forks.run(*command)
+    out, _ = run(folder, *command)
     assert f"continuing from step {max(steps)}\n" in out
     assert_as_uninterrupted(disk / "run", whole)
 
@@ -224,13 +201,13 @@ def test_the_demo_stopped_by_sigterm(tmp_path):
 
 
 @pytest.mark.parametrize("commit", ["d01666a", "50a2050"])
-def test_a_working_folder_of_an_earlier_version(forks, commit):
+def test_a_working_folder_of_an_earlier_version(folder, commit):
     """tests/data/make_old_workdir.py made it."""
     made, name = TESTS / "data" / f"old_workdir_{commit}", f"old-{commit}"
-    workdir = forks.folder / name
+    workdir = folder / name
     shutil.copytree(made, workdir)
     assert ("skip_limit" in (workdir / "config.json").read_text()) == (commit != "d01666a")
-    out, err = forks.run(f"--workdir={name}", "--mode=evaluate")
+    out, err = run(folder, f"--workdir={name}", "--mode=evaluate")
     assert err == ""
     before, after = (json.loads((folder / "evaluation.json").read_text()) for folder in (made, workdir))
     assert [before[name] for name in ("split_sha256", "protocol", "step")] == [after[name] for name in ("split_sha256", "protocol", "step")]
@@ -242,12 +219,12 @@ def test_a_working_folder_of_an_earlier_version(forks, commit):
 
     items = pl.read_parquet(workdir / "items.parquet")["item"]
     events = "".join(f"u{user},{items[n]},{n}\n" for user in range(3) for n in range(user, user + 4))
-    (forks.folder / "events.csv").write_text(f"user,item,timestamp\n{events}")
-    forks.run(f"--workdir={name}", "--mode=score", "--users=events.csv", f"--output={name}-lists", "--top_k=5")
-    (part,) = (forks.folder / f"{name}-lists").glob("*.parquet")
+    (folder / "events.csv").write_text(f"user,item,timestamp\n{events}")
+    run(folder, f"--workdir={name}", "--mode=score", "--users=events.csv", f"--output={name}-lists", "--top_k=5")
+    (part,) = (folder / f"{name}-lists").glob("*.parquet")
     assert pl.read_parquet(part).group_by("user").len()["len"].to_list() == [5, 5, 5]
 
-    out, err = forks.run(f"--workdir={name}", "--config.train.steps=44")  # and training goes on
+    out, err = run(folder, f"--workdir={name}", "--config.train.steps=44")  # and training goes on
     assert "continuing from step 40\n" in out
     assert [line["step"] for line in metrics_lines(workdir) if "item_loss" in line] == [20, 40, 44]
     assert progress(workdir, 44)["skipped"] == 0 and "skip_limit" in (workdir / "config.json").read_text()

@@ -236,14 +236,15 @@ def test_the_initial_model_and_the_losses(folder, make):
     assert_same(ocp.StandardCheckpointer().restore(folder / "base" / "checkpoints" / "0" / "params"), params)
     evaluation = json.loads((folder / "base" / "evaluation.json").read_text())
     events, catalogue = this.prepared.events, this.prepared.catalogue
+    model = this.model.bind(params)
+    states = jax.jit(lambda row: this.model.bind(params).states(row))
     for label, split in ((VALIDATION, "validation"), (TEST, "test")):
         losses = []
         for target in events.targets(label):
             begin = events.offsets[np.searchsorted(events.offsets, target, side="right") - 1]
             item = events.item[target : target + 1]
             row = candidate_rows(catalogue, [events.item[begin:target]], [item], this.config.data.row_tokens)
-            model = this.model.bind(params)
-            x_TD = np.asarray(model.states(row))[0]
+            x_TD = np.asarray(states(row))[0]
             logits = np.concatenate([x_TD @ np.asarray(part).T for part in model.output_embedding()], axis=1)
             log_p = logits - np.log(np.exp(logits).sum(1, keepdims=True))
             at = np.flatnonzero(row["candidate"][0])

@@ -12,6 +12,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import polars as pl
 import pytest
+from forks import run
 from helpers import metrics_lines
 
 from iam_jax import main as main_lib
@@ -48,7 +49,8 @@ def start(folder, *arguments, **env):
     return subprocess.Popen(command, cwd=folder, env=os.environ | env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def run(folder, *arguments, code=0, **env):
+def run_anew(folder, *arguments, code=0, **env):
+    """forks.run in a process that begins with nothing."""
     process = start(folder, *arguments, **env)
     out, err = process.communicate(timeout=120)
     assert process.returncode == code, (out, err)
@@ -93,7 +95,7 @@ def assert_same(left, right):
 
 @pytest.fixture(scope="session")
 def whole(folder):
-    return run(folder, "--config=tiny.py", "--workdir=whole")
+    return run_anew(folder, "--config=tiny.py", "--workdir=whole")
 
 
 def test_a_run_says_what_it_did_and_leaves_its_files(folder, whole):
@@ -132,7 +134,7 @@ def test_one_run_at_a_time_in_a_working_folder(folder):
 
 
 def test_the_same_command_twice_gives_the_same_bytes(folder, whole):
-    run(folder, "--config=tiny.py", "--workdir", "twice", PYTHONHASHSEED="7", JAX_ENABLE_COMPILATION_CACHE="false")
+    run_anew(folder, "--config=tiny.py", "--workdir", "twice", PYTHONHASHSEED="7", JAX_ENABLE_COMPILATION_CACHE="false")
     for name in ("evaluation.json", "ranks.parquet", "baselines.parquet", "config.json", "data.json", "tokenizer.json", "items.parquet"):
         assert (folder / "twice" / name).read_bytes() == (folder / "whole" / name).read_bytes(), name
     assert_same(checkpoint(folder / "twice", 400), checkpoint(folder / "whole", 400))
@@ -288,7 +290,7 @@ def test_a_run_is_left_as_it_is_by_what_does_not_fit(folder, whole, arguments, n
 
 
 def test_help(folder):
-    out, err = run(folder, "--help")
+    out, err = run_anew(folder, "--help")
     assert "--workdir" in out and "--config" in out and err == ""
 
 

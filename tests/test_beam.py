@@ -123,7 +123,7 @@ def test_trie_by_hand():
 def test_trie_refuses_what_is_no_end():
     ids = Catalogue(np.arange(3, dtype=np.int32), np.array([0, 1, 2, 3, 3, 3]), 3, 0, "")
     assert make_trie(ids).depth == 1  # an id is a boundary token itself
-    with pytest.raises(ValueError, match="item 1: its tokens are a prefix of another item.s tokens"):
+    with pytest.raises(ValueError, match=r"item 1: its tokens are a prefix of another item.s tokens"):
         make_trie(dataclasses.replace(ids, tokens=np.array([1, 2, 1], np.int32), offsets=np.array([0, 2, 3, 3, 3])))
     for offsets in ([0, 3, 3, 3, 3], [0, 0, 0]):
         with pytest.raises(ValueError, match="a trie needs at least one item, and tokens for every item"):

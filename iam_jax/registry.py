@@ -6,10 +6,7 @@ the config can be checked before the libraries of the data sources are imported.
 
 import importlib
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
-
-if TYPE_CHECKING:
-    from iam_jax.data.sources import Source
+from typing import Any, Generic, Protocol, TypeVar
 
 
 class Named(Protocol):
@@ -58,7 +55,7 @@ class Registry(Mapping[str, Entry], Generic[Entry]):
         return len(self._entries)
 
 
-SOURCES: Registry["Source"] = Registry(
+SOURCES: Registry[Any] = Registry(
     "data source",
     {
         "table": "iam_jax.data.sources.table:TABLE",
@@ -67,4 +64,4 @@ SOURCES: Registry["Source"] = Registry(
         "synthetic": "iam_jax.data.sources.synthetic:SYNTHETIC",
     },
 )
-"""Where data can come from (`data.source`), see `iam_jax.data.sources`."""
+"""Where data can come from (`data.source`): objects of `iam_jax.data.sources.Source`."""

@@ -15,6 +15,9 @@ import iam_jax
 from iam_jax import main  # noqa: F401  (it defines the flags)
 from iam_jax.config import Config, resolve
 from iam_jax.errors import InputError
+from iam_jax.model.pretrained.families import FAMILIES
+from iam_jax.registry import SOURCES
+from iam_jax.relations import RELATIONS
 
 ROOT = Path(__file__).parents[1]
 PAGES = {path.name: path.read_text(encoding="utf-8") for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
@@ -259,7 +262,19 @@ def demo(tmp_path_factory) -> Path:
     return workdir
 
 
+@pytest.fixture
+def registries():
+    """What a page registers is gone afterwards."""
+    every = (RELATIONS, SOURCES, FAMILIES)
+    before = [set(registry) for registry in every]
+    yield
+    for registry, names in zip(every, before, strict=True):
+        for name in set(registry) - names:
+            registry.unregister(name)
+
+
 @pytest.mark.parametrize("page", RUN)
+@pytest.mark.usefixtures("registries")
 def test_python_of_a_page_runs(page, request, tmp_path, monkeypatch):
     """Block after block, in a folder of their own, in which runs/demo is there; what they train is small."""
     blocks = blocks_of(page)

@@ -18,10 +18,12 @@ setup(
         "jax>=0.10,<0.14",
         "flax>=0.12.8,<0.14",  # NNX modules
         "optax>=0.2.5,<0.4",
-        "orbax-checkpoint>=0.11.30,<1",
+        "orbax-checkpoint>=0.12,<0.13",  # iam_jax/runs/checkpoint.py relies on how this version lays out its folders
         "etils[epath]>=1.12,<2",  # paths on object storage, as Orbax takes them
         "fsspec>=2024.6",  # what etils reads and writes them with
         "numpy>=2.0,<3",
+        "scipy>=1.13,<2",  # counts which items occur together, as a sparse matrix product (item-kNN)
+        "filelock>=3.30,<5",  # locks a working folder, on Windows too
         "absl-py>=2.2,<3",  # the command line
         "ml_collections>=1.1,<2",  # config files and their command-line overrides
         "grain>=0.2.12,<0.4",  # batches by random access, so that a data position is one integer

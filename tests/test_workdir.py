@@ -1,8 +1,12 @@
 """The working folder: refused before any work where it is another's, left unchanged then."""
 
 import dataclasses
+import errno
 import json
+import subprocess
+import sys
 
+import filelock
 import pytest
 from helpers import make_config, tiny_data
 
@@ -39,6 +43,28 @@ def test_one_run_at_a_time(tmp_path, config):
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match=r"--workdir=.*file: "):
         lock_workdir(tmp_path / "file")
+
+
+def test_a_process_that_is_killed_lets_go_of_the_lock(tmp_path):
+    holds = "import sys, time, pathlib; from iam_jax.runs.workdir import lock_workdir; lock = lock_workdir(pathlib.Path(sys.argv[1]))"
+    command = [sys.executable, "-c", f"{holds}; print('held', flush=True); time.sleep(60)", str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "held\n"
+        with pytest.raises(InputError, match="another process is training there"):
+            lock_workdir(tmp_path)
+        process.kill()
+    with lock_workdir(tmp_path):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+
+def test_a_file_system_without_locks(tmp_path, monkeypatch):
+    def unsupported(fd, blocking):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(filelock, "lock_descriptor", unsupported)
+    with lock_workdir(tmp_path), lock_workdir(tmp_path):
+        assert (tmp_path / ".lock").exists()
 
 
 def test_other_configs_are_refused_by_key(tmp_path, config):

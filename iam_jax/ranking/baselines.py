@@ -13,6 +13,7 @@ import functools
 from collections.abc import Callable
 
 import numpy as np
+from scipy import sparse
 
 from iam_jax.data.splits import TRAIN, Events, users_of
 
@@ -266,21 +267,21 @@ def item_knn(events: Events, k: int = 100, decay: float = 0.8, last: int = 50) -
     user, item = np.divmod(np.unique(user * items + events.item[position]), items)  # a repeated item is one
     having = np.bincount(item, minlength=items)
     start = np.searchsorted(user, np.arange(len(ends) + 1))  # user u's items are item[start[u] : start[u + 1]]
-    by_item = np.argsort(item, kind="stable")
-    owner, first = user[by_item], np.cumsum(having) - having  # item a's users are owner[first[a] : first[a] + having[a]]
-    pairs = np.cumsum(np.bincount(item, np.diff(start)[user], items))  # of an item with those of its users, summed up
+    has_UI = sparse.csr_array((np.ones(len(item), np.int64), item, start), (len(ends), items))
+    has_IU = has_UI.T.tocsr()
+    pairs = np.cumsum(has_IU @ np.diff(start))  # of an item with those of its users, summed up
     offsets, found = [np.zeros(1, np.int64)], []
     at = 0
     while at < items:
         stop = max(at + 1, int(np.searchsorted(pairs, (pairs[at - 1] if at else 0) + _ENTRIES, "right")))
-        one, place = _expand(first[at:stop], having[at:stop])
-        pair, other = _expand(start[owner[place]], np.diff(start)[owner[place]])
-        key, both = _tally(one[pair] * items + item[other], (stop - at) * items)
-        one, other = np.divmod(key, items)
+        counted = has_IU[at:stop] @ has_UI
+        counted.sort_indices()  # of equal similarities the first in the catalogue come first
+        one, other = (index.astype(np.int64) for index in counted.tocoo().coords)
+        both = counted.data
         similarity = both / np.sqrt(having[one + at] * having[other].astype(float))
         kept = one + at != other
         one, other, similarity = one[kept], other[kept], similarity[kept]
-        order = np.lexsort((other, -similarity, one))
+        order = np.lexsort((-similarity, one))
         one, other, similarity = one[order], other[order], similarity[order]
         near = np.arange(len(one)) - np.searchsorted(one, one) < k
         found.append((other[near], similarity[near]))

@@ -1,9 +1,10 @@
 """The working folder of a run: which config and which data made it."""
 
 import contextlib
-import fcntl
 import json
 from pathlib import Path
+
+import filelock
 
 from iam_jax.config import CONFIG_FILE, Config, check_same_run, to_json
 from iam_jax.data.prepare import Prepared
@@ -31,8 +32,11 @@ def check_workdir(workdir: Path, config: Config) -> None:
 
 
 def lock_workdir(workdir: Path) -> contextlib.AbstractContextManager:
-    """A file whose lock says that a run trains there: held until it is closed or the process ends, however it ends. Raises InputError where
-    another process holds it: two runs in one folder would mix their files. Object storage has no locks."""
+    """A file whose lock marks the folder as in training. The lock is held until the file is closed or the process ends, however it ends.
+
+    Raises InputError where another process holds it: two runs in one folder would mix their files. Object storage and some file systems
+    have no locks; nothing is held there.
+    """
     if storage.is_remote(workdir):
         return contextlib.nullcontext()
     try:
@@ -41,12 +45,12 @@ def lock_workdir(workdir: Path) -> contextlib.AbstractContextManager:
     except OSError as error:
         raise InputError(f"--workdir={workdir}: {error.strerror}") from error
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
+        locked = filelock.lock_descriptor(file.fileno(), blocking=False)
+    except OSError:  # a file system without locks
+        return file
+    if not locked:
         file.close()
-        raise InputError(f"--workdir={workdir}: another process is training there") from error
-    except OSError:
-        pass  # a file system without locks
+        raise InputError(f"--workdir={workdir}: another process is training there")
     return file
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
+from flax.traverse_util import flatten_dict
 
 from iam_jax.config import Config
 from iam_jax.data.batches import Batch, Rows, training_rows
@@ -16,7 +17,7 @@ from iam_jax.devices.mesh import batch_shards, make_mesh
 from iam_jax.errors import InputError
 from iam_jax.kernels.range_attention import choose_implementation
 from iam_jax.model import Model, Params, make_model, pretrained
-from iam_jax.model.parameters import abstract, frozen_names, name_of, select
+from iam_jax.model.parameters import abstract, frozen_names, select
 from iam_jax.training import objectives
 
 
@@ -40,7 +41,7 @@ class Run:
 
     def cost(self, progress: dict) -> dict:
         """What the run took so far: parameters, steps, real tokens seen, minutes of training with its validations."""
-        sizes = {name_of(path): math.prod(x.shape) for path, x in jax.tree_util.tree_leaves_with_path(self.model.shapes())}
+        sizes = {name: math.prod(x.shape) for name, x in flatten_dict(self.model.shapes(), sep=".").items()}
         trained = sum(size for name, size in sizes.items() if name not in self.frozen_names)
         done = {"steps": progress["step"], "tokens_seen": progress["tokens"], "minutes": progress["minutes"]}
         return {"parameters": sum(sizes.values()), "trained": trained, **done}

@@ -15,8 +15,8 @@ import iam_jax
 from iam_jax import main  # noqa: F401  (it defines the flags)
 from iam_jax.config import Config, resolve
 from iam_jax.errors import InputError
-from iam_jax.model.pretrained.family import FAMILIES
-from iam_jax.registry import SOURCES, Registry
+from iam_jax.model.pretrained.families import FAMILIES
+from iam_jax.registry import SOURCES
 from iam_jax.relations import RELATIONS
 from iam_jax.training.objectives import OBJECTIVES
 
@@ -272,7 +272,7 @@ def registries():
     yield
     for registry, names in zip(found, before, strict=True):
         for name in [name for name in registry if name not in names]:
-            registry.unregister(name) if isinstance(registry, Registry) else registry.pop(name)
+            registry.unregister(name)
 
 
 @pytest.mark.parametrize("page", RUN)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 import tensorflow_datasets as tfds
-from tensorflow_datasets.core import constants
+from tensorflow_datasets.core import constants, utils
 from tensorflow_datasets.core.download import downloader
 from tensorflow_datasets.core.download.checksums import UrlInfo
 
@@ -110,7 +110,7 @@ def prepared(originals: Originals, data_dir: str | Path = "") -> TableBuilder:
         "name": originals.name,
         "originals": originals,
         "BUILDER_CONFIGS": [tfds.core.BuilderConfig(name=variant)] if variant else [],
-        "url_infos": {url: UrlInfo(tfds.core.utils.Size(size), *rest) for url, (size, *rest) in originals.checksums.items()} or None,
+        "url_infos": {url: UrlInfo(utils.Size(size), *rest) for url, (size, *rest) in originals.checksums.items()} or None,
     }
     cls: Any = types.new_class(type(originals).__name__, (TableBuilder,), {"skip_registration": True}, lambda body: body.update(fields))
 

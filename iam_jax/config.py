@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+from typing import Any
 
 import ml_collections
 
@@ -267,7 +268,7 @@ def finetuning_config(variant: str) -> ml_collections.ConfigDict:
     trains adapters and what is new, the model frozen; `full` trains everything. Raises InputError for another."""
     if variant not in ("lora", "full"):
         raise InputError(f"variant {variant!r}: must be lora or full")
-    config = default_config()
+    config: Any = default_config()  # a ConfigDict, whose fields are known when it is made
     config.data.update({"tokenizer": "pretrained", "separator": "\n", "item_tokens": 24, "row_tokens": 1024, "context_items": 10})
     config.model.update({"schedule": "(full*4 +intra +inter)*4", "dropout": 0.0, "dtype": "bfloat16", "remat": True})
     config.objective.update({"vectors": "table", "token": 0.1, "chunk": 1024})

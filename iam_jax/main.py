@@ -97,7 +97,8 @@ def run(signals: Signals) -> None:
         if flag.value not in ("", None, []):
             raise InputError(f"--{name} is for --mode=plan")
     if _MULTIHOST.value:
-        distributed.join(*(flag.value for flag in _JOB.values()), config.mesh, signals)
+        address, processes, process = (flag.value for flag in _JOB.values())
+        distributed.join(address, processes, process, config.mesh, signals)
     workdir = to_path(_WORKDIR.value or Path("runs") / "-".join(filter(None, (Path(config_file).stem, variant))))
     mode, asked = _MODE.value, {name: flag.value for name, flag in _SCORE.items()}
     if mode != "train" and not (workdir / config_lib.CONFIG_FILE).exists():

@@ -42,7 +42,9 @@ class Registry(Mapping[str, Entry], Generic[Entry]):
         entry = self._entries[name]
         if isinstance(entry, str):
             module, _, attribute = entry.partition(":")
-            entry = self._entries[name] = getattr(importlib.import_module(module), attribute)
+            found: Entry = getattr(importlib.import_module(module), attribute)
+            self._entries[name] = found
+            return found
         return entry
 
     def __contains__(self, name: object) -> bool:

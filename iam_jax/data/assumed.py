@@ -41,9 +41,9 @@ def assume(config: DataConfig, assumption: Assumption, vocabulary: int) -> tuple
     label = np.full(assumption.events, TRAIN, np.uint8)
     label[-2:] = VALIDATION, TEST
     item = (np.arange(users * assumption.events) % assumption.items).astype(np.int32)
-    ids = (np.full(count, "", object) for count in (users, assumption.items))  # nothing reads them
+    user_ids, item_ids = (np.full(count, "", object) for count in (users, assumption.items))  # nothing reads them
     offsets = np.arange(users + 1, dtype=np.int64) * assumption.events
-    events = Events(*ids, item, offsets, np.arange(len(item)), np.tile(label, users))
+    events = Events(user_ids, item_ids, item, offsets, np.arange(len(item)), np.tile(label, users))
 
     frame = [math.ceil(len(text) / 4) for text in (config.prompt, config.suffix)]
     needed = sum(frame) + (config.context_items + 1) * assumption.item_length

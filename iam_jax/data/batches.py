@@ -3,6 +3,7 @@
 import bisect
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import grain
 import numpy as np
@@ -17,7 +18,7 @@ from iam_jax.data.splits import Events
 #   and the suffix is entry I + 1
 #   target_at_BM: slot of the state that predicts the target, the last of the group before it; target_BM: the item, -1 for none;
 #   segment_BM: which segment of the plan the target belongs to
-Batch = dict[str, np.ndarray]
+Batch = dict[str, Any]  # an array each; `leading`, where item_rows.py adds it, is a batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +60,8 @@ def training_segments(events: Events, catalogue: Catalogue, row_tokens: int, con
                 raise ValueError(f"row_tokens = {row_tokens}: prompt, suffix and events {start} to {through} need {needed}")
             windows.append((start, last if whole_text else last - 1, target, last))
             target = last
-        parts.append(tuple(np.array(column) for column in zip(*windows, strict=True)))
+        start, stop, target, last = (np.array(column) for column in zip(*windows, strict=True))
+        parts.append((start, stop, target, last))
     return Segments(*(np.concatenate(columns).astype(np.int64) for columns in zip(*parts, strict=True)))
 
 
@@ -216,7 +218,8 @@ def training_batches(
     """An endless iterator over batches start, start + 1, …: rows newly shuffled every epoch, each row once an epoch. `here`: only these
     rows of every batch are assembled, as a process among several needs them; None: all. `finish` makes a batch into what the model reads
     (item_rows.py)."""
-    dataset = grain.MapDataset.source(_Batches(rows, batch_rows, seed, finish, here))
+    source: Any = _Batches(rows, batch_rows, seed, finish, here)  # grain's protocol names the argument of __getitem__
+    dataset = grain.MapDataset.source(source)
     return iter(dataset[start:].to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)))
 
 
@@ -248,7 +251,8 @@ def users_of_batch(rows: Rows, batch_rows: int, seed: int, number: int) -> list[
 
 def evaluation_batches(rows: Rows, batch_rows: int, finish: Callable[[Batch], Batch] | None = None) -> "grain.DatasetIterator[Batch]":
     """All rows once, in order; the last batch is filled up with empty rows so that every batch has the same shape."""
-    dataset = grain.MapDataset.source(_Padded(rows, -len(rows) % batch_rows)).batch(batch_rows)
+    source: Any = _Padded(rows, -len(rows) % batch_rows)
+    dataset = grain.MapDataset.source(source).batch(batch_rows)
     if finish is not None:
         dataset = dataset.map(finish)
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)))

@@ -149,7 +149,7 @@ def make_catalogue(items: pl.DataFrame, config: DataConfig, cache: Path, given: 
         texts = [texts[i] for i in np.random.default_rng(0).permutation(len(texts))]
     loaded = tokens_lib.load_given(config.tokenizer, given)
     fixed = {field: getattr(config, field) for field in _FRAME}
-    size = given.size if config.tokenizer == "pretrained" else None
+    size = given.size if given is not None and config.tokenizer == "pretrained" else None
     identity = [_VERSION, config.vocabulary if loaded is None else loaded.to_str(), size, config.item_tokens, fixed]
     digest = hashlib.sha256(json.dumps([identity, texts]).encode()).hexdigest()
 

@@ -75,6 +75,7 @@ class Users:
 
     def pieces(self, most: int) -> Iterator["Users"]:
         """One after another, so many that their candidates, of all as many as of the one who has most, are at most `most`; or one user."""
+        assert self.candidates is not None
         begin = width = 0
         for end, length in enumerate(self.candidates.lengths.tolist()):
             width = max(width, length)

@@ -197,7 +197,8 @@ def parse_timestamps(text: pl.Series, name: str = "timestamps") -> pl.Series:
     neither = ~finite & time.is_null()
     if neither.any():
         refuse(name, text, neither, "not an integer, a finite number or an ISO-8601 time down to microseconds")
-    few, kinds = (finite, "numbers among ISO-8601 times") if finite.mean() <= 0.5 else (~finite, "ISO-8601 times among numbers")
+    numbers_are_few = finite.sum() <= 0.5 * len(finite)
+    few, kinds = (finite, "numbers among ISO-8601 times") if numbers_are_few else (~finite, "ISO-8601 times among numbers")
     refuse(name, text, few, kinds)
 
 
@@ -296,7 +297,9 @@ def _read_text(path: Path, required: Sequence[str], others: bool) -> pl.DataFram
     separator = "," if quoted else "\t"
     if not data:
         raise InputError(f"{path}: the file is empty")
-    head = re.match(rb'(?:[^"\n]++|"[^"]*+"?+)*+' if quoted else rb"[^\n]*+", data)[0].removesuffix(b"\r")
+    first = re.compile(rb'(?:[^"\n]++|"[^"]*+"?+)*+' if quoted else rb"[^\n]*+").match(data)
+    assert first is not None  # the patterns match the empty string too
+    head = first[0].removesuffix(b"\r")
     _check_utf8(path, head)
     try:
         names = next(csv.reader([head.decode()], strict=True)) if quoted else head.decode().split("\t")
@@ -309,7 +312,9 @@ def _read_text(path: Path, required: Sequence[str], others: bool) -> pl.DataFram
     # polars fills short lines with nulls, and a stray quote can join two lines: so each line's shape is checked here first.
     field = rb'(?:"(?:[^"]++|"")*+"|[^",\n]*+)' if quoted else rb"[^\t\n]*+"
     line = separator.encode().join([field] * len(names)) + rb"\r?+(?:\n|\Z)"
-    end = re.match(rb"(?:%s)*+" % line, data).end()
+    lines = re.match(rb"(?:%s)*+" % line, data)
+    assert lines is not None
+    end = lines.end()
     if end < len(data):
         number, text = data.count(b"\n", 0, end) + 1, data[end:].partition(b"\n")[0]
         _check_utf8(path, data)  # more telling where both are wrong, as in a file of another encoding
@@ -372,7 +377,7 @@ def _timestamps(name: str, column: pl.Series) -> pl.Series:
         if not column.is_finite().all():
             refuse(name, column, ~column.is_finite(), "timestamps that are not finite")
         return column.cast(pl.Float64)
-    if dtype == pl.Datetime:
+    if isinstance(dtype, pl.Datetime):
         if dtype.time_unit == "ns" and (fine := column.to_physical() % 1000 != 0).any():
             refuse(name, column, fine, "times finer than a microsecond")
         column = column.dt.replace_time_zone("UTC") if dtype.time_zone is None else column.dt.convert_time_zone("UTC")

@@ -33,12 +33,12 @@ class Chip:
 
 
 def _tpu(name: str, teraflops: float, gib: int, hbm: float, link: float, dollars: float) -> Chip:
-    flops = {"bfloat16": teraflops * 1e12, "float32": teraflops * 1e12, "float32 highest": teraflops * 1e12 / 6}
+    flops: dict[str, float] = {"bfloat16": teraflops * 1e12, "float32": teraflops * 1e12, "float32 highest": teraflops * 1e12 / 6}
     return Chip(name, flops, gib * _GIB, hbm * 1e9, link * 1e9, dollars, "Google Cloud, on demand, 2025")
 
 
 def _gpu(name: str, teraflops: tuple[float, float, float], gib: int, hbm: float, link: float, dollars: float | None) -> Chip:
-    flops = dict(zip(("bfloat16", "float32", "float32 highest"), (1e12 * x for x in teraflops), strict=True))
+    flops: dict[str, float] = dict(zip(("bfloat16", "float32", "float32 highest"), (1e12 * x for x in teraflops), strict=True))
     return Chip(name, flops, gib * _GIB, hbm * 1e9, link * 1e9, dollars, "Google Cloud, on demand, an eighth of a machine, 2025")
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from iam_jax.config import MeshConfig
 from iam_jax.errors import InputError
@@ -33,11 +33,11 @@ def mesh_sizes(config: MeshConfig, devices: int) -> tuple[int, int, int]:
     """
     given = config.data, config.fsdp, config.tensor
     fixed = math.prod(size for size in given if size > 0)
-    sizes = tuple(size if size > 0 else devices // fixed for size in given)
+    data, fsdp, tensor = sizes = tuple(size if size > 0 else devices // fixed for size in given)
     if math.prod(sizes) != devices:
         product = f"data x fsdp x tensor = {' x '.join(map(str, sizes))}"
         raise InputError(f"config.mesh: {product}, but there are {devices} devices")
-    return sizes
+    return data, fsdp, tensor
 
 
 def axes_of(path: tuple) -> str:
@@ -49,7 +49,7 @@ def axes_of(path: tuple) -> str:
     return match[1] if match else ""
 
 
-def param_sharding(mesh: Mesh, tree):
+def param_sharding(mesh: Mesh | AbstractMesh, tree):
     """Returns a NamedSharding for every leaf of a tree of parameters or optimizer states, which have the names of their parameters.
 
     The letters in the name select the mesh axes (AXES). An axis is replicated if it has no letter in AXES, if the mesh axis is already
@@ -160,7 +160,7 @@ def shard_batch(mesh: Mesh, batch: dict, rows: int | None = None) -> dict:
     }
 
 
-def per_process(mesh: Mesh, values: np.ndarray) -> jax.Array:
+def per_process(mesh: Mesh, values: np.ndarray | np.generic) -> jax.Array:
     """Returns an array [devices, …] in which the row of each device is the `values` of its process."""
     sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
-    return jax.make_array_from_callback((mesh.size, *values.shape), sharding, lambda _: values[None])
+    return jax.make_array_from_callback((mesh.size, *values.shape), sharding, lambda _: np.asarray(values)[None])

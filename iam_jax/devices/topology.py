@@ -34,7 +34,9 @@ def devices(topology: str) -> list:
 
     if topology == LOCAL:
         return jax.devices()
-    chip, *sizes = _TPU.fullmatch(topology).groups()
+    matched = _TPU.fullmatch(topology)
+    assert matched is not None, "prepare checks the name"
+    chip, *sizes = matched.groups()
     sides = [int(size or 1) for size in sizes]
     # Hosts have four chips, or all chips of a smaller slice. JAX presents both cores of a v4 chip as one device.
     options = {"chips_per_host_bounds": (*(min(side, 2) for side in sides[:2]), 1)}

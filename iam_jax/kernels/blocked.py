@@ -16,7 +16,7 @@ from iam_jax.kernels.blocks import needed_blocks
 LOWEST = -1e30  # initial maximum; finite, so that queries without keys give no NaN
 
 
-def unsupported_reason(q: jax.Array, k: jax.Array, reach: tuple[int, int] | None) -> str:
+def unsupported_reason(q: jax.Array | jax.ShapeDtypeStruct, k: jax.Array | jax.ShapeDtypeStruct, reach: tuple[int, int] | None) -> str:
     """Returns why the backend does not support the inputs. This backend supports all, so the result is ""."""
     return ""
 

@@ -17,7 +17,7 @@ blocks, J key blocks, W positions per block. T, S and H are padded inside, since
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ from jax.experimental import pallas as pl
 try:
     from jax.experimental.pallas import triton as plgpu
 except ImportError:  # this version of JAX lacks the lowering
-    plgpu = None
+    plgpu: Any = None
 
 from iam_jax.kernels.blocks import needed_blocks
 
@@ -36,7 +36,7 @@ _MASKED = -1e30  # logit of a masked key; finite, so that the maximum over maske
 _LOG2E = math.log2(math.e)  # the kernels use powers of 2, which are one instruction
 
 
-def unsupported_reason(q: jax.Array, k: jax.Array, reach: tuple[int, int] | None) -> str:
+def unsupported_reason(q: jax.Array | jax.ShapeDtypeStruct, k: jax.Array | jax.ShapeDtypeStruct, reach: tuple[int, int] | None) -> str:
     """Returns why the backend does not support the inputs, or "" if it does."""
     if plgpu is None:
         return "needs a version of JAX that lowers Pallas through Triton"
@@ -64,7 +64,7 @@ def block_size(head_size: int, dtype: jnp.dtype, reach: tuple[int, int] | None) 
     return min(block, 32) if reach is not None and sum(reach) < 64 else block
 
 
-def _compiler_params(block: int, head_size: int, dtype: jnp.dtype) -> "plgpu.CompilerParams":
+def _compiler_params(block: int, head_size: int, dtype: jnp.dtype) -> Any:
     large = block * head_size * jnp.dtype(dtype).itemsize >= 2**14  # the sums do not fit into the registers of 4 warps
     return plgpu.CompilerParams(num_warps=8 if large else 4, num_stages=2)
 
@@ -226,7 +226,7 @@ def _forward_kernel(q_ref, k_ref, v_ref, start_ref, stop_ref, visits_ref, count_
     lse_ref[...] = jnp.where(empty, -jnp.inf, top / _LOG2E + jnp.log(jnp.where(empty, 1.0, total)))
 
 
-def _inside(start, stop, first, shape: tuple[int, int], axis: int) -> jax.Array:
+def _inside(start, stop, first, shape: tuple[int, ...], axis: int) -> jax.Array:
     """True for keys inside the ranges. Keys lie along `axis` of `shape`; the first one is key number `first`."""
     s = first + lax.broadcasted_iota(jnp.int32, shape, axis)
     return (s >= start) & (s < stop)
@@ -240,7 +240,7 @@ def _dq_kernel(q_ref, do_ref, lse_ref, delta_ref, k_ref, v_ref, start_ref, stop_
         first = visits_ref[n] * W
         k, v = k_ref[pl.ds(first, W), :], v_ref[pl.ds(first, W), :]
         logits, dp = _dot(q, k, 1, of_y=1), _dot(do, v, 1, of_y=1)
-        _, ds = _p_ds(logits, dp, *(x[:, None] for x in (lse, delta, start, stop)), first, 1, scale)
+        _, ds = _p_ds(logits, dp, lse[:, None], delta[:, None], start[:, None], stop[:, None], first, 1, scale)
         return dq + _dot(ds.astype(k.dtype), k, 1, of_y=0)
 
     dq_ref[...] = lax.fori_loop(0, count_ref[...], visit, jnp.zeros(q.shape, jnp.float32))
@@ -258,9 +258,9 @@ def _dkdv_kernel(
         dk, dv = carry
         queries, g = pl.ds(visits_ref[lax.div(n, G)] * W, W), lax.rem(n, G)
         q, do = q_ref[queries, g, :], do_ref[queries, g, :]
-        query_vectors = lse_ref[queries, g], delta_ref[queries, g], start_ref[queries], stop_ref[queries]
+        lse, delta, start, stop = lse_ref[queries, g], delta_ref[queries, g], start_ref[queries], stop_ref[queries]
         logits, dp = _dot(k, q, 1, of_y=1), _dot(v, do, 1, of_y=1)
-        p, ds = _p_ds(logits, dp, *(x[None, :] for x in query_vectors), first, 0, scale)
+        p, ds = _p_ds(logits, dp, lse[None, :], delta[None, :], start[None, :], stop[None, :], first, 0, scale)
         return dk + _dot(ds.astype(q.dtype), q, 1, of_y=0), dv + _dot(p.astype(do.dtype), do, 1, of_y=0)
 
     zeros = jnp.zeros(k.shape, jnp.float32)

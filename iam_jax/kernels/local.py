@@ -17,7 +17,7 @@ _MIN_BLOCK = 16  # positions
 _CHUNK = 2**12  # positions per chunk on a CPU, summed over rows and heads
 
 
-def unsupported_reason(q: jax.Array, k: jax.Array, reach: tuple[int, int] | None) -> str:
+def unsupported_reason(q: jax.Array | jax.ShapeDtypeStruct, k: jax.Array | jax.ShapeDtypeStruct, reach: tuple[int, int] | None) -> str:
     """Returns why the backend does not support the inputs, or "" if it does."""
     if reach is None:
         return "needs `reach`, the largest distance between a query and its keys"
@@ -124,7 +124,8 @@ class _Blocks:
         """[B, S, K, H]: the sum over blocks of their values for each key; the transpose of `windows`."""
         neighbours = self.before + self.after
         parts = jnp.split(x_BIYKH, neighbours + 1, axis=2)
-        total = sum(jnp.pad(part, ((0, 0), (i, neighbours - i), (0, 0), (0, 0), (0, 0))) for i, part in enumerate(parts))
+        padded = (jnp.pad(part, ((0, 0), (i, neighbours - i), (0, 0), (0, 0), (0, 0))) for i, part in enumerate(parts))
+        total = jnp.asarray(sum(padded))
         return total.reshape(total.shape[0], -1, *total.shape[3:])
 
     def logits(self, q_BPNH, k_BSKH, start_BP, stop_BP):

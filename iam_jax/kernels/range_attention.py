@@ -87,7 +87,8 @@ def range_attention(
     Raises:
       ValueError: if shapes or dtypes do not match, if the implementation is unknown, or if it does not support the inputs.
     """
-    ranges = ((key_start_BT, key_stop_BT),) if second is None else ((key_start_BT, key_stop_BT), tuple(second))
+    first: Range = key_start_BT, key_stop_BT
+    ranges: tuple[Range, ...] = (first,) if second is None else (first, (second[0], second[1]))
     _check(q_BTNH, k_BSKH, v_BSKH, ranges)
     name = choose_implementation(q_BTNH, k_BSKH, reach, implementation)
     with jax.named_scope("range_attention"):  # profiles and FLOP counters find attention by this name
@@ -98,7 +99,11 @@ def range_attention(
 
 
 def choose_implementation(
-    q: jax.Array, k: jax.Array, reach: Reach | None, implementation: str | None = None, platform: str | None = None
+    q: jax.Array | jax.ShapeDtypeStruct,
+    k: jax.Array | jax.ShapeDtypeStruct,
+    reach: Reach | None,
+    implementation: str | None = None,
+    platform: str | None = None,
 ) -> str:
     """Returns the name of the backend that `range_attention` uses; see the module docstring.
 
@@ -111,7 +116,9 @@ def choose_implementation(
         if implementation != "reference" and (reason := _BACKENDS[implementation].unsupported_reason(q, k, reach)):
             raise ValueError(f"range_attention: implementation {implementation!r} {reason}")
         return implementation
-    bounded = not local.unsupported_reason(q, k, reach) and sum(reach) < LOCAL_KEYS and 2 * (1 + sum(reach)) <= q.shape[1]
+    bounded = False
+    if reach is not None and not local.unsupported_reason(q, k, reach):
+        bounded = sum(reach) < LOCAL_KEYS and 2 * (1 + sum(reach)) <= q.shape[1]
     fallback = "local" if bounded else "reference"
     platform = platform or jax.default_backend()
     if platform == "cpu" and not bounded and max(q.shape[1], k.shape[1]) >= BLOCKED_KEYS:
@@ -199,7 +206,7 @@ def _merged_forward(static: _Static, q, k, v, ranges):
         top_BTN = jnp.maximum(lse_PBTN.max(0), -1e30)  # finite in empty rows
         lse_BTN = top_BTN + jnp.log(jnp.exp(lse_PBTN - top_BTN).sum(0))
         weight_PBTN = jnp.where(lse_BTN > -jnp.inf, jnp.exp(lse_PBTN - lse_BTN), 0)
-        o = sum(w[..., None] * o for w, (o, _) in zip(weight_PBTN, parts, strict=True)).astype(q.dtype)
+        o = jnp.asarray(sum(w[..., None] * o for w, (o, _) in zip(weight_PBTN, parts, strict=True))).astype(q.dtype)
     return o, (q, k, v, ranges, o, lse_BTN)
 
 
@@ -220,7 +227,7 @@ def _merged_backward(static: _Static, residuals, do):
             return jnp.pad(x_BTKH, ((0, 0), (0, k.shape[1] - x_BTKH.shape[1]), (0, 0), (0, 0)))
 
         grads.append((ds_BTN[..., None] * k_self, to_keys(ds_BTN[..., None] * q32), to_keys(p_BTN[..., None] * do)))
-    dq, dk, dv = (sum(parts).astype(q.dtype) for parts in zip(*grads, strict=True))
+    dq, dk, dv = (jnp.asarray(sum(parts)).astype(q.dtype) for parts in zip(*grads, strict=True))
     return dq, dk, dv, None
 
 

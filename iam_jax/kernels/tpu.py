@@ -26,7 +26,7 @@ MAX_HEAD = 256
 LOWEST, MASKED = -1e38, -2e38  # below all logits, and finite: exp(MASKED - LOWEST) is exactly 0, also for queries without keys
 
 
-def unsupported_reason(q: jax.Array, k: jax.Array, reach: tuple[int, int] | None) -> str:
+def unsupported_reason(q: jax.Array | jax.ShapeDtypeStruct, k: jax.Array | jax.ShapeDtypeStruct, reach: tuple[int, int] | None) -> str:
     """Returns why the backend does not support the inputs, or "" if it does."""
     if q.dtype not in (jnp.float32, jnp.bfloat16):
         return f"supports float32 and bfloat16, not {q.dtype}"
@@ -96,7 +96,8 @@ def _bits(n: int) -> int:
 
 def forward(q_BTNH, k_BSKH, v_BSKH, start_BT, stop_BT, *, reach: tuple[int, int] | None, dtype) -> tuple[jax.Array, jax.Array]:
     """Returns o_BTNH in `dtype` and the log-sum-exp lse_BTN in float32. Queries without keys get exactly 0 and -inf."""
-    return _in_parts(_forward, q_BTNH, k_BSKH, v_BSKH, start_BT, stop_BT, reach=reach, dtype=dtype)
+    o_BTNH, lse_BTN = _in_parts(_forward, q_BTNH, k_BSKH, v_BSKH, start_BT, stop_BT, reach=reach, dtype=dtype)
+    return o_BTNH, lse_BTN
 
 
 def backward(q_BTNH, k_BSKH, v_BSKH, start_BT, stop_BT, do_BTNH, lse_BTN, delta_BTN, *, reach: tuple[int, int] | None):
@@ -106,11 +107,11 @@ def backward(q_BTNH, k_BSKH, v_BSKH, start_BT, stop_BT, do_BTNH, lse_BTN, delta_
 
 def _in_parts(f, q, k, *others, reach, **options) -> tuple[jax.Array, ...]:
     """Calls f on as many rows at a time as have pairs that fit into scalar memory. Only large batches of long rows need several calls."""
-    B, T, S = *q.shape[:2], k.shape[1]
+    (B, T), S = q.shape[:2], k.shape[1]
     block = block_size(B, T, S, reach)
     step = max(1, MAX_PAIRS // _max_pairs(1, T, S, block))
     parts = [f(block, *(x[b : b + step] for x in (q, k, *others)), **options) for b in range(0, B, step)]
-    return tuple(jnp.concatenate(results) if len(results) > 1 else results[0] for results in zip(*parts, strict=True))
+    return parts[0] if len(parts) == 1 else tuple(jnp.concatenate(results) for results in zip(*parts, strict=True))
 
 
 def _forward(block: int, q, k, v, start, stop, *, dtype):
@@ -258,7 +259,7 @@ def _dq_kernel(pairs_P, bounds_2Q, q_HQ, k_HS, v_HS, do_HQ, lse_delta_2Q, dq_HQ,
     def _():
         dq_HQ[...] = jnp.zeros_like(dq_HQ)
 
-    _, ds_SQ = _weights(j, bounds_2Q, q_HQ, k_HS, v_HS, do_HQ, lse_delta_2Q, scale, precision)
+    ds_SQ = _weights(j, bounds_2Q, q_HQ, k_HS, v_HS, do_HQ, lse_delta_2Q, scale, precision)[1]
     dq_HQ[...] += _product(k_HS[...], ds_SQ.astype(k_HS.dtype), (1, 0), precision)
 
 

@@ -6,6 +6,7 @@ of a stage (always the first axis).
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,7 @@ from iam_jax.schedule import Schedule
 _ACTIVATIONS = {"silu": jax.nn.silu, "gelu": jax.nn.gelu, "relu": jax.nn.relu}
 
 # By a block's name: keys and values of earlier tokens, [R, B, S, K, H] each.
-Cache = dict[str, tuple[jax.Array, jax.Array]]
+Cache = dict[str, tuple[jax.Array, ...]]
 
 
 class Norm(nnx.Module):
@@ -39,7 +40,7 @@ class Norm(nnx.Module):
             y = y - y.mean(-1, keepdims=True)
         scale = self.scale[...] + self.offset if self.offset else self.scale[...]
         y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.epsilon) * scale
-        return (y + self.shift[...] if self.center else y).astype(x.dtype)
+        return (y if self.shift is None else y + self.shift[...]).astype(x.dtype)
 
 
 class Attention(nnx.Module):
@@ -191,7 +192,7 @@ class Decoder(nnx.Module):
         ranges = key_ranges(batch["user"], batch["group"], relations=self.schedule.relations) if ranges is None else ranges
         return self._layers(x_BTD, batch, ranges, cache=cache, slot_BT=slot_BT, self_keys=self_keys)
 
-    def _layers(self, x_BTD, batch, ranges, *, first=0, last=None, key=None, cache=None, slot_BT=None, self_keys=True):
+    def _layers(self, x_BTD, batch, ranges, *, first=0, last=None, key=None, cache=None, slot_BT=None, self_keys=True) -> tuple:
         config = self.config
         last = len(self.schedule.relations) if last is None else last
         for s, stage in enumerate(self.schedule.stages):
@@ -227,7 +228,7 @@ class Decoder(nnx.Module):
             begin, end = (min(max(n, 0), unit * stage.repeats) for n in (first, last))
             first, last = first - unit * stage.repeats, last - unit * stage.repeats
             whole = range(math.ceil(begin / unit), max(end // unit, math.ceil(begin / unit)))
-            made = []
+            made: Any = []
             if begin % unit:
                 r = begin // unit
                 x_BTD, _ = repeat(x_BTD, _take(stacked, r), places=range(begin % unit, min(end - r * unit, unit)))

@@ -45,6 +45,8 @@ def item_vectors(model: Network, config: Config, items: Items, boundary_ID: jax.
     leading intra layers, where they are known."""
     if not config.uses_text:
         return model.table(items.trained_I)
-    known = boundary_ID is not None and config.leading_vectors
-    text_IE = model.text_head(boundary_ID) if known else all_text_vectors(model, items)
+    if boundary_ID is not None and config.leading_vectors:
+        text_IE = model.text_head(boundary_ID)
+    else:
+        text_IE = all_text_vectors(model, items)
     return text_IE if config.objective.vectors == "text" else text_IE + model.table(items.trained_I)

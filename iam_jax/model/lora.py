@@ -6,6 +6,7 @@ one, is query_NH, and its adapter is query_lora_DL and query_lora_LNH (L: the ad
 
 import itertools
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +46,7 @@ def _maps(name: str) -> tuple[str, str, str, str]:
     return (stem, axes, "D", axes[1:]) if axes[0] == "D" else (stem, axes, axes[:-1], axes[-1])
 
 
-def linear(module: nnx.Module, name: str, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
+def linear(module: Any, name: str, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
     """x [B, T, …] times the module's matrix `name`, plus its bias and its adapter if there are any. key: for the adapter's dropout."""
     stem, axes, inputs, outputs = _maps(name)
     y = jnp.einsum(f"BT{inputs},{axes}->BT{outputs}", x, getattr(module, name)[...].astype(x.dtype))

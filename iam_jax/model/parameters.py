@@ -50,7 +50,7 @@ def frozen_names(config: Config, params: Params) -> set[str]:
     return frozen
 
 
-def abstract(mesh: jax.sharding.Mesh, tree, dtype: str | None = None):
+def abstract(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh, tree, dtype: str | None = None):
     """The shapes, types and shardings of a tree of parameters, or of states with the same names. dtype: replaces the types."""
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, sharding=s), tree, param_sharding(mesh, tree))
 

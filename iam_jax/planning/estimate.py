@@ -63,6 +63,7 @@ def record(plan: Plan, price: float | None) -> dict:
     }
     if "training" in plan.programs and (parts := seconds(plan, plan.step.hardware, plan.programs["training"][0])):
         bounds = max(parts.values()), sum(parts.values())
+        assert plan.chip is not None, "`seconds` gives nothing without one"
         dollars = price if price is not None else plan.chip.dollars_per_hour
         hours = [steps_epoch * bound / 3600 for bound in bounds]
         out["step"] = {

@@ -77,8 +77,9 @@ def make_trie(catalogue: Catalogue) -> Trie:
     by_node_I = np.argsort(node_I, kind="stable")
     first_item_N = np.searchsorted(node_I[by_node_I], np.arange(nodes + 1))
     arrays = (first_edge_N, np.concatenate(tokens), first_item_N, order_I[by_node_I])
+    first_edge, token, first_item, item = (jnp.asarray(x, jnp.int32) for x in arrays)
     meta = token_IT.shape[1], int(degree_N.max()), int((degree_N == 0).sum()), catalogue.vocabulary
-    return Trie(*(jnp.asarray(x, jnp.int32) for x in arrays), *meta)
+    return Trie(first_edge, token, first_item, item, *meta)
 
 
 def history_rows(catalogue: Catalogue, histories: Sequence[np.ndarray], max_tokens: int, row_tokens: int | None = None) -> Batch:

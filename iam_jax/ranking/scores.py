@@ -177,7 +177,7 @@ def top_program(
 
 def _best(k: int, *parts: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The first k by score of items and scores in parts: (items, scores, items, scores, …) or (items, scores)."""
-    item_XC, score_XC = (jnp.concatenate(part, axis=1) if len(part) > 1 else part[0] for part in (parts[::2], parts[1::2]))
+    item_XC, score_XC = parts if len(parts) == 2 else (jnp.concatenate(part, axis=1) for part in (parts[::2], parts[1::2]))
     score_XK, at_XK = jax.lax.top_k(score_XC, k)
     return jnp.take_along_axis(item_XC, at_XK, axis=1), score_XK
 

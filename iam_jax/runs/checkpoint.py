@@ -50,7 +50,7 @@ class Checkpoints:
         self._untold: list[str] = []  # of them
         self._metrics: dict[int, dict] = {}  # of the steps with a validation
         self._saving = -1  # the step whose save was begun last
-        self._manager = None
+        self._manager: Any = None  # an ocp.CheckpointManager; None where nothing is written
         with self._as_input_error("cannot be read"):
             self._look()
             if not read_only:
@@ -77,10 +77,11 @@ class Checkpoints:
             print(f"{self.folder}: a save was interrupted, its unfinished checkpoint of step {quote_first(left)} is removed", flush=True)
 
     def _make_manager(self, keep: int) -> ocp.CheckpointManager:
-        best = preservation_policy.BestN(get_metric_fn=self._quality, n=1, keep_checkpoints_without_metrics=False)
+        quality: Any = self._quality  # Orbax sorts by it, and declares a float
+        best = preservation_policy.BestN(get_metric_fn=quality, n=1, keep_checkpoints_without_metrics=False)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=preservation_policy.AnyPreservationPolicy([preservation_policy.LatestN(keep), best]),
-            best_fn=self._quality,
+            best_fn=quality,
             cleanup_tmp_directories=True,  # what an interrupted save left
             lightweight_initialize=bool(self._damaged),  # else it reads all metrics
         )
@@ -237,7 +238,8 @@ class Checkpoints:
 
     def _first_readable(self, step: str, read: Callable[[int], T]) -> tuple[int, T]:
         for candidate in self._named(step):
-            result, error = None, None
+            result: Any = None
+            error = None
             try:
                 result = read(candidate)
             except DamagedError as caught:
@@ -284,7 +286,7 @@ class Checkpoints:
             gc.collect()
         raise damage  # without the other, whose frames hold the reads that were under way
 
-    def _damage(self, step: int, name: str, error: Exception) -> DamagedError:
+    def _damage(self, step: int, name: str, error: BaseException) -> DamagedError:
         while type(error) is Exception and error.__cause__ is not None:
             error = error.__cause__  # Orbax's own says which array it was, its cause what is wrong
         reason = os_error_reason(error) or " ".join(str(error).partition(" [tensorstore_spec=")[0].split())

@@ -75,7 +75,7 @@ def read(folder: Path) -> Finished:
             raise InputError(f"{folder}: no {name} there: not the working folder of an evaluated run")
     try:
         evaluation = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
-        evaluation["split_sha256"], evaluation["protocol"]["ks"], evaluation["step"], evaluation["results"]["model"]
+        _ = evaluation["split_sha256"], evaluation["protocol"]["ks"], evaluation["step"], evaluation["results"]["model"]
         told = (folder / name for name in ("run.json", "data.json"))
         cost, data = (json.loads(path.read_text(encoding="utf-8")) if path.exists() else {} for path in told)
         ranks = pl.read_parquet(parquet_source(folder / "ranks.parquet"))
@@ -178,7 +178,8 @@ def over_seeds(one: Mapping[int, Finished], other: Mapping[int, Finished], split
     by_seed = {
         seed: {name: float(np.mean(a[name] - b[name])) for name in a} for seed, a, b in zip(seeds, *values, strict=True) if len(users[0])
     }
-    difference = metrics.paired_difference(np.concatenate(users), *joined, **one[seeds[0]].bootstrap)
+    here, there = joined
+    difference = metrics.paired_difference(np.concatenate(users), here, there, **one[seeds[0]].bootstrap)
     return {"seeds": seeds, "by_seed": by_seed, **difference}
 
 

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -91,10 +92,11 @@ class _Events:
         from tensorboardX import event_file_writer, summary
         from tensorboardX.proto import event_pb2
 
-        self._event, self._scalar = event_pb2.Event, summary.scalar
+        messages: Any = event_pb2  # protobuf makes its classes when it is imported
+        self._event, self._scalar = messages.Event, summary.scalar
         folder.mkdir(parents=True, exist_ok=True)
         self._writer = event_file_writer.EventsWriter(str(folder / "events"))
-        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        start = messages.SessionLog(status=messages.SessionLog.START)
         self._write(step + 1, session_log=start)  # hides what an interrupted run told of later steps
         self._flushed = time.monotonic()
 

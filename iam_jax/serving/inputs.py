@@ -117,7 +117,7 @@ def answer(table: pl.DataFrame, kind: str) -> Any:
     return pandas.DataFrame({column.name: column.to_numpy() if column.dtype.is_numeric() else column.to_list() for column in table})
 
 
-def to_lists(rows: Sequence[Sequence[int]]) -> Lists:
+def to_lists(rows: Sequence[Sequence[int] | np.ndarray]) -> Lists:
     return Lists(np.array([item for items in rows for item in items], np.int32), np.cumsum([0, *map(len, rows)], dtype=np.int64))
 
 

@@ -116,11 +116,10 @@ def score(workdir: Path, config: Config, request: ScoreRequest, saved: bool, sig
         return
     tokens = 0 if users is None else int(catalogue.lengths[users.events.item].sum())
     unit, begun = "item" if users is None else "user", time.monotonic()
-    interval = 0.2 if sys.stderr.isatty() else 10
-    interval = {"mininterval": interval, "maxinterval": interval}
+    interval = 0.2 if sys.stderr.isatty() else 10.0
     total, done, processes = rows, rows - sum(sizes[part] for part in missing), jax.process_count()
     shown = config.log.progress and distributed.is_first()
-    with tqdm(total=total, initial=done, desc="scoring", unit=unit, disable=not shown, **interval) as bar:
+    with tqdm(total=total, initial=done, desc="scoring", unit=unit, disable=not shown, mininterval=interval, maxinterval=interval) as bar:
         recommender = Recommender(config, stored, model, params, mesh, step)
 
         def report(users_done: int) -> None:

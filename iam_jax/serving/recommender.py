@@ -251,6 +251,7 @@ class Recommender:
     ) -> Found:
         """Each user's k best of the given candidates, whether seen or not; of equal scores the first of the catalogue is first. The
         keywords are those of `history_vectors`. Raises FloatingPointError for a score that is not finite."""
+        assert users.candidates is not None
         item = users.candidates.padded(power_of_two(int(users.candidates.lengths.max())))
         if self.config.eval.ranking == "likelihood":
             with jax.set_mesh(self._mesh):
@@ -317,7 +318,7 @@ class Recommender:
         if self.config.eval.ranking == "likelihood":
             raise InputError(f"{what}: a model with config.eval.ranking = 'likelihood' has no vectors")
 
-    def _check_finite(self, finite_n: np.ndarray, ids: pl.Series) -> None:
+    def _check_finite(self, finite_n: np.ndarray | np.bool, ids: pl.Series) -> None:
         if not finite_n.all():
             raise FloatingPointError(f"a score of user {ids[int(np.argmin(finite_n))]!r} is not finite")
 

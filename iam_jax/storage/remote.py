@@ -17,6 +17,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from iam_jax.errors import InputError
 
@@ -44,13 +45,13 @@ def remote_folder(name: str) -> Path:
     if importlib.util.find_spec(module) is None:
         raise InputError(f"{name}: {scheme}:// needs {module}, which the extra {extra!r} installs: pip install 'iam_jax[{extra}]'")
     os.environ.setdefault("EPATH_USE_TF", "false")  # epath prefers TensorFlow's client if it is installed
-    import fsspec
+    import fsspec.config
     from etils import epath
 
     # A cached listing would not show objects that TensorStore or another process has written since.
     fsspec.config.conf.setdefault(scheme, {}).setdefault("use_listings_cache", False)
     logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it warns at every request that it cannot determine the type of the bucket
-    folder = epath.Path(name)
+    folder: Any = epath.Path(name)  # its methods are pathlib's
 
     def probe() -> None:
         with contextlib.suppress(FileNotFoundError):

@@ -12,8 +12,10 @@ FlashAttention, arXiv 2205.14135).
 import dataclasses
 import math
 from collections import Counter
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, jaxpr_as_fun, jaxprs_in_params
 from jax.interpreters import partial_eval
@@ -43,6 +45,11 @@ class StepFlops:
 # ---- matrix products
 
 
+def _shape(x: Any) -> tuple[int, ...]:
+    """Of a variable of a jaxpr."""
+    return x.aval.shape
+
+
 def matmul_flops(jaxpr: Jaxpr, taken: float = 1.0) -> Flops:
     """Counts the FLOPs of a jaxpr's matrix products outside range attention.
 
@@ -56,8 +63,8 @@ def matmul_flops(jaxpr: Jaxpr, taken: float = 1.0) -> Flops:
         name, params = eqn.primitive.name, eqn.params
         if name == "dot_general":
             (contracted, _), _ = params["dimension_numbers"]
-            length = math.prod(eqn.invars[0].aval.shape[axis] for axis in contracted)
-            total[_kind(eqn)] += 2 * length * math.prod(eqn.outvars[0].aval.shape)
+            factor, product = (_shape(x) for x in (eqn.invars[0], eqn.outvars[0]))
+            total[_kind(eqn)] += 2 * math.prod(factor[axis] for axis in contracted) * math.prod(product)
             continue
         if name in ("conv_general_dilated", "ragged_dot_general", "pallas_call"):
             raise ValueError(f"flops: {name} is not counted")
@@ -117,7 +124,7 @@ def visible_pairs(batch: Batch, self_key: bool = False) -> dict[str, float]:
     """
     user_BT = np.asarray(batch["user"])
     pairs = {}
-    for name, ranges in key_ranges(user_BT, np.asarray(batch["group"])).items():
+    for name, ranges in key_ranges(jnp.asarray(user_BT), jnp.asarray(batch["group"])).items():
         bounds = [(np.asarray(start, np.int64), np.asarray(stop, np.int64)) for start, stop in filter(None, ranges)]
         count = sum(np.maximum(stop - start, 0).sum() for start, stop in bounds)
         count += (self_key and RELATIONS[name].other_items_only) * (user_BT > 0).sum()

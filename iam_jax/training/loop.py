@@ -184,7 +184,7 @@ def train(run: Run, workdir: Path, evaluator: Evaluator, signals: Signals) -> Ch
                             metrics = validate()
                         except Stop:  # saved without it; the resumed run validates first
                             validating = False
-                    if validating:
+                    if metrics is not None:
                         value, progress.validated = metrics[metric], step
                         better = progress.best is None or value > progress.best
                         progress.best, progress.best_step = (value, step) if better else (progress.best, progress.best_step)

@@ -55,7 +55,7 @@ class Meter:
     def take(self) -> dict[str, float | list[float]]:
         """The figures since the last call, of one step or more. With several processes all must call it at the same point."""
         seconds = max(self._seconds, 1e-9)
-        figures = {
+        figures: dict[str, float | list[float]] = {
             "step_seconds": seconds / self._steps,
             "tokens_per_second": self._tokens / seconds,
             "targets_per_second": self._targets / seconds,

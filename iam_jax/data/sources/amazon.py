@@ -259,13 +259,13 @@ def load(path: str = "", category: str = "", data_dir: str = "") -> Tables:
 
     year, name, files = find(path, category) if path else (*resolve(category), None)
     builder = prepared(Amazon(year, name, files), data_dir)
-    n = builder.info.metadata["counts"]
+    n = builder.facts["counts"]
     print(
         f"Amazon {year}/{name}: {n['interactions']:,} reviews, {n['items']:,} items, "
         f"{n['without_metadata']:,} of them without metadata, {n['without_title']:,} without a title "
         f"(in {n['script_titles']:,} it is a script); {n['repeated_metadata']:,} repeated metadata lines"
     )
-    for split, sha256 in builder.info.metadata["originals"].items():
+    for split, sha256 in builder.facts["originals"].items():
         print(f"  {builder.originals.called(split)}: SHA-256 {sha256}")
     return builder.tables()
 

@@ -109,7 +109,7 @@ def load(path: str = "", data_dir: str = "") -> Tables:
     from iam_jax.data.sources.tfds_tables import prepared
 
     builder = prepared(MovieLens1M(find(path) if path else None), data_dir)
-    counts = builder.info.metadata["counts"]
+    counts = builder.facts["counts"]
     print(f"MovieLens 1M: {counts['interactions']:,} ratings, {counts['items']:,} movies")
     return builder.tables()
 

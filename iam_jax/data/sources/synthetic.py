@@ -269,7 +269,7 @@ def _partners(value: dict[str, np.ndarray], follows: np.ndarray) -> np.ndarray:
     for category in range(CATEGORIES):
         own, other = (np.flatnonzero(value["category"] == c) for c in (category, follows[category]))
         if len(own) and len(other):
-            common = sum((value[f][own][:, None] == value[f][other]).astype(np.int8) for f in LIKED)
+            common = np.sum([value[f][own][:, None] == value[f][other] for f in LIKED], axis=0, dtype=np.int8)
             partner[own] = other[common.argmax(1)]
     return partner
 

@@ -5,11 +5,12 @@ import itertools
 import types
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
 import tensorflow_datasets as tfds
-from tensorflow_datasets.core import constants
+from tensorflow_datasets.core import constants, utils
 from tensorflow_datasets.core.download import downloader
 from tensorflow_datasets.core.download.checksums import UrlInfo
 
@@ -35,6 +36,12 @@ class TableBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     VERSION = tfds.core.Version("1.0.0")
     originals: Originals  # set by `prepared`
 
+    @property
+    def facts(self) -> dict:
+        """The metadata: see above."""
+        assert self.info.metadata is not None
+        return self.info.metadata
+
     def _info(self) -> tfds.core.DatasetInfo:
         features = {name: tfds.features.Text() for name in ("user", "item", *self.originals.text)}
         features |= {name: tfds.features.Tensor(shape=(None,), dtype=dtype) for name, dtype in NUMBERS.items()}
@@ -45,7 +52,7 @@ class TableBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         originals = self.originals
         files = originals.files or {split: _download(dl_manager, url) for split, url in originals.urls().items()}
         self._content = hashlib.sha256()
-        self.info.metadata["originals"] = {split: sha256(path) for split, path in files.items()}
+        self.facts["originals"] = {split: sha256(path) for split, path in files.items()}
         return {split: self._generate_examples(files, split) for split in ("interactions", "items")}
 
     def _generate_examples(self, files: Files, split: str) -> Iterator[tuple[int, dict]]:
@@ -54,7 +61,7 @@ class TableBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         rows = originals.events(files) if split == "interactions" else originals.items(files)
         count = 0
         while block := list(itertools.islice(rows, BLOCK)):
-            record = {name: "" for name in ("user", "item", *originals.text)}
+            record: dict[str, Any] = {name: "" for name in ("user", "item", *originals.text)}
             record |= {name: np.zeros(0, dtype) for name, dtype in NUMBERS.items()}
             for name, values in zip(columns, zip(*block, strict=True), strict=True):
                 record[name] = np.array(values, NUMBERS[name]) if name in NUMBERS else "\n".join(values)
@@ -65,7 +72,7 @@ class TableBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         if not count:
             raise InputError(f"{originals.called(split)}: no {split} in this file")
         originals.counts[split] = count
-        self.info.metadata.update(counts=originals.counts, fingerprint=self._content.hexdigest())
+        self.facts.update(counts=originals.counts, fingerprint=self._content.hexdigest())
 
     def tables(self) -> Tables:
         """The tables, once they are prepared."""
@@ -73,7 +80,8 @@ class TableBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         def read(split: str, *columns: str) -> pl.DataFrame:
             schema = {name: pl.Int64 if name in NUMBERS else pl.String for name in columns}
             blocks = []
-            for record in self.as_data_source(split=split):
+            builder: Any = self  # a decorator hides the method's arguments
+            for record in builder.as_data_source(split=split):
                 data = {name: record[name] if name in NUMBERS else record[name].decode().split("\n") for name in columns}
                 blocks.append(pl.DataFrame(data, schema=schema))
             return pl.concat(blocks)
@@ -83,7 +91,7 @@ class TableBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             items=read("items", "item", *self.originals.text),
             interactions_name=self.originals.called("interactions"),
             items_name=self.originals.called("items"),
-            fingerprint=self.info.metadata["fingerprint"],
+            fingerprint=self.facts["fingerprint"],
         )
 
 
@@ -102,9 +110,9 @@ def prepared(originals: Originals, data_dir: str | Path = "") -> TableBuilder:
         "name": originals.name,
         "originals": originals,
         "BUILDER_CONFIGS": [tfds.core.BuilderConfig(name=variant)] if variant else [],
-        "url_infos": {url: UrlInfo(*checksum) for url, checksum in originals.checksums.items()} or None,
+        "url_infos": {url: UrlInfo(utils.Size(size), *rest) for url, (size, *rest) in originals.checksums.items()} or None,
     }
-    cls = types.new_class(type(originals).__name__, (TableBuilder,), {"skip_registration": True}, lambda body: body.update(fields))
+    cls: Any = types.new_class(type(originals).__name__, (TableBuilder,), {"skip_registration": True}, lambda body: body.update(fields))
 
     def make() -> TableBuilder:
         return cls(data_dir=root, config=variant or None, file_format="array_record")
@@ -122,7 +130,7 @@ def prepared(originals: Originals, data_dir: str | Path = "") -> TableBuilder:
 def _download(dl_manager: tfds.download.DownloadManager, url: str) -> Path:
     retries, downloader.MAX_RETRIES = downloader.MAX_RETRIES, 3  # TFDS's ten leave a user without network waiting for 200 s
     try:
-        return dl_manager.download(url)
+        return Path(dl_manager.download(url))
     except Exception as error:  # the errors of requests, of TFDS and of its checksums have no base class in common
         reason = " ".join(str(error).split())
         by_hand = "download it by hand into a folder and name that folder with --config.data.path"

@@ -129,7 +129,8 @@ def _write_weights(folder: Path, shapes: dict[str, tuple[int, ...]], dtype: np.d
 
 def write_tensors(file: Path, tensors: dict[str, tuple[np.dtype, tuple[int, ...]]], arrays: Iterable[np.ndarray]) -> None:
     """Writes a safetensors file with one array in memory at a time (the library's writer needs all). tensors: name -> type, shape."""
-    header, at = {"__metadata__": {"format": "pt"}}, 0  # transformers expects this format
+    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}  # transformers expects this format
+    at = 0
     for name, (dtype, shape) in tensors.items():
         size = math.prod(shape) * dtype.itemsize
         header[name] = {"dtype": _TAGS[dtype.name], "shape": list(shape), "data_offsets": [at, at + size]}

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -85,7 +86,7 @@ class Pretrained(NamedTuple):
 def _names(model: ModelConfig) -> tuple[frozenset[str], frozenset[str]]:
     """The parameters that a pretrained model of this shape has: those outside the layers, and those of a layer."""
 
-    def names(make) -> set[str]:
+    def names(make) -> Iterable[str]:
         return flatten_dict(nnx.to_pure_dict(nnx.state(nnx.eval_shape(lambda: make(Keys(jax.random.key(0)))))), sep=".").keys()
 
     top = {f"decoder.{name}" for name in names(lambda keys: Decoder(model, Schedule(()), 2, 1, None, keys))}
@@ -227,7 +228,7 @@ def _place(tensors: Tensors, name: str, source: Source, sizes: dict[str, int], d
     view = tensors.view(source.tensor)
     shape = param_shape(name, source, sizes)
     return jax.make_array_from_callback(
-        shape, sharding, lambda index: read_part(view, source, axes, sizes, index, dtype)
+        shape, sharding, lambda index: read_part(view, source, axes, sizes, index or (), dtype)
     ).block_until_ready()
 
 

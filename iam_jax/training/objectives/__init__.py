@@ -49,8 +49,8 @@ def losses(network: Network, config: Config, items: TrainingItems, batch: dict, 
     states_key, *first_keys = (None,) * 3 if key is None else jax.random.split(key, 3)
     leading_XD = target_XE = None
     if "leading" in batch:
-        leading_XD = network.leading_states(batch["leading"], CHUNKS, None if key is None else jax.random.fold_in(states_key, 0))
-    if "target_slot" in batch and config.leading_vectors:
+        leading_XD = network.leading_states(batch["leading"], CHUNKS, None if states_key is None else jax.random.fold_in(states_key, 0))
+    if leading_XD is not None and "target_slot" in batch and config.leading_vectors:
         target_XE = network.text_head(network.taken(leading_XD, batch["target_slot"].reshape(-1)))
     states = States(network.states(batch, states_key, leading_XD), target_XE)
     sums = {}

@@ -5,6 +5,7 @@ Axes: X targets, M targets of a row, C candidates, I items, E item vectors, D mo
 
 import dataclasses
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -70,6 +71,7 @@ def _loss(network: Network, config: Config, items: TrainingItems, batch: dict, s
     if config.objective.vectors != "text":
         table_IE = network.table(items.catalogue.trained_I)
         v_IE = table_IE if v_IE is None else v_IE + table_IE
+    assert v_IE is not None  # from text, or from the table
     return cross_entropy(h_XE, v_IE, target_X, allowed_C=items.catalogue.trained_I, chunk=config.objective.chunk)
 
 
@@ -88,7 +90,7 @@ def _sampled(network: Network, config: Config, items: TrainingItems, h_XE, targe
     drawn_C = draw(draw_key, items.drawn_until_I, objective.negatives)
     candidate_C = jnp.concatenate([target_X, drawn_C])
     safe_C = jnp.maximum(candidate_C, 0)
-    v_CE = 0
+    v_CE: Any = 0
     if config.uses_text:
         fresh_C = safe_C if vt_XE is None else safe_C[len(target_X) :]
         v_CE = network.text_vectors(catalogue.token_IT[fresh_C], catalogue.length_I[fresh_C], text_key)

@@ -16,6 +16,7 @@ from iam_jax.config import default_config, resolve
 from iam_jax.data.prepare import prepare
 from iam_jax.devices.signals import Signals, Stop
 from iam_jax.errors import InputError, NonFiniteError
+from iam_jax.model.parameters import name_of
 from iam_jax.ranking.evaluate import Evaluator
 from iam_jax.runs.checkpoint import Checkpoints
 from iam_jax.training import loop as train_lib
@@ -321,6 +322,11 @@ def users_of(run, number):
     return [str(user) for k, user in enumerate(events.user_ids) if first & set(range(events.offsets[k], events.offsets[k + 1]))]
 
 
+def test_the_state_is_strongly_typed(make):
+    """A weakly typed leaf, such as a norm scale made from a Python number, would have the second step compiled anew."""
+    assert [name_of(path) for path, x in jax.tree_util.tree_leaves_with_path(INITIAL(make(**OBJECTIVES["full"]))) if x.weak_type] == []
+
+
 @pytest.mark.parametrize(("poison", "named"), [(with_nan_loss, "item_sum"), (with_nan_gradient, "gradient_norm")])
 def test_a_step_that_is_not_finite_leaves_the_state_bitwise_as_it_was(make, poison, named):
     run = make(**OBJECTIVES["full"])
@@ -369,6 +375,11 @@ def test_skipped_steps_are_counted_and_named_and_resumed_bitwise(make, monkeypat
     assert Checkpoints(tmp_path / "limited", 2, "ndcg@10", read_only=True).steps() == [3]
     assert go(monkeypatch, run, tmp_path / "limited") == [3, 4, 5, 6, 7]  # with what made it not finite gone
     assert saved(run, tmp_path / "limited", 8)[1]["skipped"] == 1
+
+
+def test_the_state_is_strongly_typed(make):
+    """A weakly typed leaf, such as a norm scale made from a Python number, would have the second step compiled anew."""
+    assert [name_of(path) for path, x in jax.tree_util.tree_leaves_with_path(INITIAL(make(**OBJECTIVES["full"]))) if x.weak_type] == []
 
 
 @pytest.mark.parametrize(("poison", "named"), [(with_nan_loss, "item_sum"), (with_nan_gradient, "gradient_norm")])

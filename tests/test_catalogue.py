@@ -71,11 +71,11 @@ def test_template(template, columns, text):
         ("no column", "uses no column; the items table has item, title"),
         ("", "uses no column"),
         ("{{title}}", "uses no column"),
-        ("{title", "is no template"),
-        ("title}", "is no template"),
-        ("{}", "is no template"),
-        ("{title!r}", "is no template"),
-        ("{title:>9}", "is no template"),
+        ("{title", "is not a template"),
+        ("title}", "is not a template"),
+        ("{}", "is not a template"),
+        ("{title!r}", "is not a template"),
+        ("{title:>9}", "is not a template"),
     ],
 )
 def test_wrong_template(template, what):
@@ -271,10 +271,10 @@ def test_wrong_tokenizers(tmp_path):
         make_catalogue(items, DataConfig(tokenizer=path), cache)
     path = str(tmp_path / "letters.json")
     Tokenizer(models.BPE({"r": 0, "e": 1, "d": 2}, [])).save(path)  # drops what it does not know
-    with pytest.raises(InputError, match=r"makes no token of the text of 1 items \(item 'b'\)"):
+    with pytest.raises(InputError, match=r"produces no token for the text of 1 items \(item 'b'\)"):
         make_catalogue(items, DataConfig(tokenizer=path), cache)
     for field in ("prompt", "separator", "suffix"):
-        with pytest.raises(InputError, match=rf"makes no token of config\.data\.{field} = '木'"):
+        with pytest.raises(InputError, match=rf"produces no token for config\.data\.{field} = '木'"):
             make_catalogue(items[:1], DataConfig(tokenizer=path, **{field: "木"}), cache)
     assert not cache.exists()
 

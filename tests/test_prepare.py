@@ -133,7 +133,7 @@ BAD = {  # what is wrong -> changes of the config, tables that replace the good 
     "untitled item": ({}, {"items": [*ITEMS, ("z", "", "Orlo")]}, "untitled"),
     "no such column": ({"text": "{name}"}, {}, "{name}"),
     "no such column, ids as text": ({"text": "{name}", "untitled": "id"}, {}, "{name}"),
-    "no template": ({"text": "{title", "untitled": "id"}, {}, "is no template"),
+    "no template": ({"text": "{title", "untitled": "id"}, {}, "is not a template"),
     "no such folder": ({"path": "/nowhere"}, {}, "/nowhere: no such folder"),
     "no such tokenizer": ({"tokenizer": "/nowhere.json"}, {}, "/nowhere.json"),
     "k-core": ({"k_core": 9}, {}, "config.data.k_core = 9"),

@@ -223,9 +223,9 @@ def test_bounds_are_compared_exactly():
     [
         ("integer", "soon", "20", "t1", "soon"),
         ("integer", "10", "later", "t2", "later"),
-        ("integer", "2014-07-23", "20", "t1", "not written like"),
-        ("iso", "10", "2014-07-23", "t1", "not written like"),
-        ("iso", "2014-07-23", "20", "t2", "not written like"),
+        ("integer", "2014-07-23", "20", "t1", "not in the format of"),
+        ("iso", "10", "2014-07-23", "t1", "not in the format of"),
+        ("iso", "2014-07-23", "20", "t2", "not in the format of"),
         ("integer", "20", "10", "t1", "must be before"),
         ("integer", "10", "10", "t2", "must be before"),
         ("iso", "2014-07-24", "2014-07-23", "t1", "must be before"),

@@ -377,11 +377,6 @@ def test_skipped_steps_are_counted_and_named_and_resumed_bitwise(make, monkeypat
     assert saved(run, tmp_path / "limited", 8)[1]["skipped"] == 1
 
 
-def test_the_state_is_strongly_typed(make):
-    """A weakly typed leaf, such as a norm scale made from a Python number, would have the second step compiled anew."""
-    assert [name_of(path) for path, x in jax.tree_util.tree_leaves_with_path(INITIAL(make(**OBJECTIVES["full"]))) if x.weak_type] == []
-
-
 @pytest.mark.parametrize(("poison", "named"), [(with_nan_loss, "item_sum"), (with_nan_gradient, "gradient_norm")])
 def test_training_stops_on_what_is_not_finite(make, monkeypatch, tmp_path, poison, named):
     run = make(**OBJECTIVES["full"], train__steps=8, train__skip_limit=0)

@@ -1,4 +1,4 @@
-"""Data that are only assumed: so many users with so many events each, items of so many tokens. For plans (plan.py); all token ids are 0."""
+"""Assumed data for plans (plan.py): users, events, items and lengths as given. All token ids are 0."""
 
 import dataclasses
 import math
@@ -12,7 +12,7 @@ from iam_jax.data.prepare import Prepared
 from iam_jax.data.splits import TEST, TRAIN, VALIDATION, Events, Split
 from iam_jax.errors import InputError
 
-_USERS = 2000  # as many stand for all
+_USERS = 2000  # a larger number of users is represented by so many
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Assumption:
     items: int
     item_length: int  # tokens, separator and boundary included
     users: int
-    events: int  # of a user: the last two are for validation and test
+    events: int  # of a user, the last two of them for validation and test
 
     def check(self) -> None:
         for name, flag, least in (
@@ -34,14 +34,17 @@ class Assumption:
 
 
 def assume(config: DataConfig, assumption: Assumption, vocabulary: int) -> tuple[Prepared, float]:
-    """The data, with fewer users where they are many, and how many users each of them stands for. vocabulary: token ids, boundary included.
-    Prompt and suffix: a token every four letters. Raises InputError where the items do not fit a row."""
+    """The data, and how many assumed users each of their users represents (more than 1 if there are many).
+
+    Prompt and suffix are assumed to have a token for every four letters. vocabulary: the number of token ids, boundary token included.
+    Raises InputError where the items do not fit in a row.
+    """
     assumption.check()
     users = min(assumption.users, _USERS)
     label = np.full(assumption.events, TRAIN, np.uint8)
     label[-2:] = VALIDATION, TEST
     item = (np.arange(users * assumption.events) % assumption.items).astype(np.int32)
-    user_ids, item_ids = (np.full(count, "", object) for count in (users, assumption.items))  # nothing reads them
+    user_ids, item_ids = (np.full(count, "", object) for count in (users, assumption.items))  # they are not read
     offsets = np.arange(users + 1, dtype=np.int64) * assumption.events
     events = Events(user_ids, item_ids, item, offsets, np.arange(len(item)), np.tile(label, users))
 

@@ -1,4 +1,4 @@
-"""Histories packed into rows, rows into batches: batch k is a pure function of (seed, k), so a data position is one integer."""
+"""Packs histories into rows and rows into batches. Batch k is a pure function of (seed, k), so a data position is one integer."""
 
 import bisect
 import dataclasses
@@ -11,20 +11,26 @@ import numpy as np
 from iam_jax.data.catalogue import Catalogue
 from iam_jax.data.splits import Events
 
-# Every batch is a dict of int32 arrays. B rows, T token slots, M targets a row at most.
-#   token_BT, user_BT (1, 2, … in the row; 0 is padding), group_BT (item number inside the user; 0 is the prompt, and the suffix
-#   counts as an item), position_BT (inside the user); label_BT: the next token where it is a target's, else -1
-#   item_BT: the item a token belongs to, and within_BT its place in it; the prompt and padding are entry I, the number of items,
-#   and the suffix is entry I + 1
-#   target_at_BM: slot of the state that predicts the target, the last of the group before it; target_BM: the item, -1 for none;
-#   segment_BM: which segment of the plan the target belongs to
-Batch = dict[str, Any]  # an array each; `leading`, where item_rows.py adds it, is a batch
+# Every batch is a dict of int32 arrays. B rows, T token slots, M targets of a row at most, I items of the catalogue.
+#   token_BT: token ids
+#   user_BT: the token's user, numbered 1, 2, … in the row; 0 is padding
+#   group_BT: the number of the token's item inside its user; 0 is the prompt; the suffix counts as an item
+#   position_BT: the token's position inside its user
+#   label_BT: the next token, if it belongs to a target; else -1
+#   item_BT: the token's item in the catalogue; I for the prompt and padding, I + 1 for the suffix
+#   within_BT: the token's position inside its item
+#   target_at_BM: the slot of the state that predicts the target: the last one of the group before it
+#   target_BM: the target item; -1 for none
+#   segment_BM: the index of the target's segment
+Batch = dict[str, Any]  # an array each; `leading`, which item_rows.py adds, is a batch
 
 
 @dataclasses.dataclass(frozen=True)
 class Segments:
-    """Stretches of users' histories, each packed whole into one row: the input is events start:stop, the targets first:last. The prompt
-    comes before the input, the suffix before event last - 1: the last target is predicted from its end."""
+    """Parts of users' histories. Each is packed whole into one row. Its input is events start:stop, its targets are events first:last.
+
+    The prompt precedes the input. The suffix precedes the last target, event last - 1, which is predicted from the end of the suffix.
+    """
 
     start: np.ndarray  # [n] int64, first event of the input
     stop: np.ndarray  # [n] int64, one after its last
@@ -36,9 +42,12 @@ class Segments:
 
 
 def training_segments(events: Events, catalogue: Catalogue, row_tokens: int, context_items: int, whole_text: bool) -> Segments:
-    """Every training event is a target once, except a user's first (that one too if a prompt precedes it). A history longer
-    than a row is cut between items into windows whose first target has at least `context_items` items to its left. With
-    `whole_text` (the token objective) the targets' own tokens are input too. Raises ValueError where a row is too small."""
+    """Segments in which every training event is a target once, except a user's first (unless a prompt precedes it).
+
+    A history that does not fit in a row is cut between items into windows. The first target of a window has at least `context_items`
+    items to its left. With `whole_text` (the token objective) the targets' own tokens are input too. Raises ValueError where a row is
+    too small.
+    """
     capacity = row_tokens - catalogue.frame_tokens
     before = _tokens_before(events, catalogue)
     begin, end = events.offsets[:-1], events.train_ends
@@ -66,8 +75,11 @@ def training_segments(events: Events, catalogue: Catalogue, row_tokens: int, con
 
 
 def evaluation_segments(events: Events, catalogue: Catalogue, row_tokens: int, targets: np.ndarray, whole_text: bool = False) -> Segments:
-    """One segment per target [n]: as many of the most recent items before it as fit in a row; with `whole_text` (the loss of its tokens)
-    beside the target itself, which is input too. Raises ValueError where neither an item nor a prompt precedes a target in its row."""
+    """One segment for each target event [n]: its input is as many of the most recent items before the target as fit in a row.
+
+    With `whole_text` (for the loss of the target's tokens) the target itself is input too and has to fit. Raises ValueError where neither
+    an item nor a prompt precedes a target in its row.
+    """
     before = _tokens_before(events, catalogue)
     begin = events.offsets[np.searchsorted(events.offsets, targets, side="right") - 1]
     stop = targets + 1 if whole_text else targets
@@ -80,13 +92,15 @@ def evaluation_segments(events: Events, catalogue: Catalogue, row_tokens: int, t
 
 
 def _tokens_before(events: Events, catalogue: Catalogue) -> np.ndarray:
-    """[events + 1] int64: tokens of the items before each event."""
+    """[events + 1] int64: the number of item tokens before each event."""
     return np.concatenate([[0], np.cumsum(catalogue.item_lengths[events.item])])
 
 
 def pack(sizes: np.ndarray, capacity: int, rng: np.random.Generator | None = None, open_rows: int = 256) -> list[np.ndarray]:
-    """Best fit over a bounded number of open rows, in random order (or, without `rng`, in the order given). Returns the indices
-    in each row; every index once, and no row above `capacity`."""
+    """Packs by best fit over a bounded number of open rows, in random order (without `rng`: in the given order).
+
+    Returns the indices in each row. Every index occurs once, and no row holds more than `capacity`.
+    """
     order = rng.permutation(len(sizes)) if rng is not None else np.arange(len(sizes))
     rows: list[list[int]] = []
     space: list[tuple[int, int]] = []  # (free slots, row), sorted
@@ -107,7 +121,7 @@ def pack(sizes: np.ndarray, capacity: int, rng: np.random.Generator | None = Non
 
 
 class Rows:
-    """Random access to packed rows: what Grain reads."""
+    """Random access to packed rows, for Grain."""
 
     def __init__(
         self,
@@ -125,7 +139,7 @@ class Rows:
         counts = segments.last - segments.first
         per_row = np.array([counts[row].sum() for row in self.rows])
         self.targets_per_row = int(per_row.max(initial=1))
-        # Tokens of a row's items and of those targets that are no input, at most.
+        # At most so many tokens are in a row's items and in its targets that are not input.
         beyond = np.where(segments.last > segments.stop, self._lengths[events.item[segments.last - 1]], 0)
         self.most_item_tokens = max((int((self.sizes + beyond)[row].sum()) for row in self.rows), default=0)
 
@@ -134,7 +148,7 @@ class Rows:
 
     @property
     def fill(self) -> float:
-        """Real tokens per row slot."""
+        """Real tokens per slot."""
         return float(self.sizes.sum() / (max(len(self.rows), 1) * self.row_tokens))
 
     @property
@@ -146,7 +160,7 @@ class Rows:
         index = self.rows[row]
         start, stop, first, last = segments.start[index], segments.stop[index], segments.first[index], segments.last[index]
         prompt, suffix = int(catalogue.prompt), int(catalogue.suffix)
-        # One entry per group: each segment's prompt, if there is one, then its items, and before the last target the suffix.
+        # One entry per group: each segment's prompt, if there is one, then its items, with the suffix before the last target.
         groups = stop - start + prompt + suffix
         segment_of = np.repeat(np.arange(len(index)), groups)
         number = count_up(groups)
@@ -171,7 +185,7 @@ class Rows:
         out["item"] = np.full(T, catalogue.items, np.int32)
         out["item"][:slots], out["within"][:slots] = item[group_of], within
 
-        # The state that predicts event e is the last of the group before it.
+        # An event is predicted from the last state of the group before it.
         counts = last - first
         target_segment = np.repeat(np.arange(len(index)), counts)
         target = first[target_segment] + count_up(counts)
@@ -184,7 +198,7 @@ class Rows:
         out["segment"][: len(target)] = index[target_segment]
         out["target_at"] = np.maximum(out["target_at"], 0)
 
-        # Token labels: slot t predicts token t + 1 where that token belongs to a target event of the same user.
+        # Slot t predicts token t + 1 if that token belongs to a target event of the same user.
         out["label"] = np.full(T, -1, np.int32)
         is_target = ~is_prompt & ~is_suffix & (event >= first[segment_of]) & (event < last[segment_of])
         labelled = is_target[group_of][1:] & (segment_of[group_of][1:] == segment_of[group_of][:-1])
@@ -192,8 +206,7 @@ class Rows:
         return out
 
     def entries(self, chosen: np.ndarray, targets: bool) -> np.ndarray:
-        """The different entries of the catalogue in the rows `chosen`, and with `targets` those of their targets: known without the rows'
-        tokens."""
+        """The distinct catalogue entries in the rows `chosen` and, with `targets`, of their targets. The rows are not assembled for it."""
         index, segments, catalogue = np.concatenate([self.rows[row] for row in chosen]), self.segments, self.catalogue
         spans = [(segments.start[index], segments.stop[index])]
         spans += [(segments.first[index], segments.last[index])] if targets else []
@@ -215,16 +228,18 @@ def training_rows(events: Events, catalogue: Catalogue, row_tokens: int, context
 def training_batches(
     rows: Rows, batch_rows: int, seed: int, start: int = 0, finish: Callable[..., Batch] | None = None, here: np.ndarray | None = None
 ) -> "grain.DatasetIterator[Batch]":
-    """An endless iterator over batches start, start + 1, …: rows newly shuffled every epoch, each row once an epoch. `here`: only these
-    rows of every batch are assembled, as a process among several needs them; None: all. `finish` makes a batch into what the model reads
-    (item_rows.py)."""
+    """An endless iterator over batches start, start + 1, …. Rows are shuffled anew every epoch, and each occurs once in an epoch.
+
+    `here`: the rows of a batch that this process needs, by place; only they are assembled. None: all. `finish`: turns a batch into the
+    model's input (item_rows.py).
+    """
     source: Any = _Batches(rows, batch_rows, seed, finish, here)  # grain's protocol names the argument of __getitem__
     dataset = grain.MapDataset.source(source)
     return iter(dataset[start:].to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)))
 
 
 class _Batches:
-    """Random access to batches: which rows a batch has is known without assembling them."""
+    """Random access to batches. The numbers of a batch's rows are known without assembling the rows."""
 
     def __init__(self, rows: Rows, batch_rows: int, seed: int, finish: Callable[..., Batch] | None, here: np.ndarray | None):
         self.rows, self.batch_rows, self.finish = rows, batch_rows, finish
@@ -236,13 +251,13 @@ class _Batches:
 
     def __getitem__(self, number: int) -> Batch:
         chosen = np.array([self.order[at] for at in range(number * self.batch_rows, (number + 1) * self.batch_rows)])
-        some = [self.rows[row] for row in chosen[self.here]]
-        batch = {name: np.stack([row[name] for row in some]) for name in some[0]}
+        rows = [self.rows[row] for row in chosen[self.here]]
+        batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
         return batch if self.finish is None else self.finish(batch, chosen, self.here)
 
 
 def users_of_batch(rows: Rows, batch_rows: int, seed: int, number: int) -> list[str]:
-    """The users whose histories training batch `number` holds, in the order of the data."""
+    """The ids of the users in training batch `number`, in the order of the data."""
     segment = next(training_batches(rows, batch_rows, seed, number))["segment"]
     first = rows.segments.start[np.unique(segment[segment >= 0])]
     users = np.unique(np.searchsorted(rows.events.offsets, first, side="right") - 1)
@@ -250,7 +265,7 @@ def users_of_batch(rows: Rows, batch_rows: int, seed: int, number: int) -> list[
 
 
 def evaluation_batches(rows: Rows, batch_rows: int, finish: Callable[[Batch], Batch] | None = None) -> "grain.DatasetIterator[Batch]":
-    """All rows once, in order; the last batch is filled up with empty rows so that every batch has the same shape."""
+    """All rows once, in order. Empty rows fill up the last batch, so that every batch has the same shape."""
     source: Any = _Padded(rows, -len(rows) % batch_rows)
     dataset = grain.MapDataset.source(source).batch(batch_rows)
     if finish is not None:

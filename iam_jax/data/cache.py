@@ -1,4 +1,4 @@
-"""Folders of prepared data: complete or absent, never half-written."""
+"""Folders of prepared data. A folder is complete or absent, never half-written."""
 
 import os
 import shutil
@@ -17,15 +17,16 @@ def cache_root(configured: str) -> Path:
 
 
 def cached_folder(folder: Path, make: Callable[[], Callable[[Path], None]]) -> Path:
-    """`folder`, made first if it is not there.
+    """Returns `folder`, and makes it first if it does not exist.
 
-    `make` computes (bad input is found out before anything is written) and returns a writer, which fills a temporary neighbour
-    that is then renamed. When two processes make the same, the first one's result stays.
+    `make` computes and returns a writer. So bad input is found before anything is written. The writer fills a temporary folder beside it,
+    which is then renamed. If two processes make the same folder, the result of the first one stays. Raises InputError if it cannot be
+    written.
     """
     if folder.is_dir():
         return folder
     write = make()
-    temporary = folder.with_name(f".{folder.name}-{uuid.uuid4().hex}")  # not tempfile's: others may not read those
+    temporary = folder.with_name(f".{folder.name}-{uuid.uuid4().hex}")  # not tempfile.mkdtemp, whose folders other users cannot read
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary.mkdir()

@@ -1,4 +1,4 @@
-"""Candidates behind a history, all in one row: each is scored as if it stood there alone."""
+"""A history with many candidates in one row. Each candidate is scored as if it were the only one."""
 
 from collections.abc import Sequence
 
@@ -17,12 +17,21 @@ def candidate_rows(
 ) -> Batch:
     """One row per user: the prompt, the items of the history, the suffix, then every candidate as an item of its own.
 
-    histories, candidates: per user, rows of the catalogue, [n] and [C] (users may have different C). max_tokens: prompt, history, suffix
-    and the longest candidate together, what the model was trained on; of a longer history the most recent items are kept. row_tokens: T;
-    None: the least. Returns int32 [B, T] `token`, `user`, `group`, `position` and `candidate` (1, 2, … in the order given, 0 before
-    them). Whatever its place in the row, a candidate's positions begin where the history ends, and its group follows the history's last;
-    a suffix counts as the last of the history. Raises ValueError where neither a prompt nor an item precedes the candidates, or they do
-    not fit.
+    The positions of every candidate begin where the history ends, and its group is the one after the history's last, wherever it is in the
+    row. The suffix counts as the history's last group.
+
+    Args:
+      histories: for each user, catalogue rows [n].
+      candidates: for each user, catalogue rows [C]; C may differ between users.
+      max_tokens: the most tokens of prompt, history, suffix and the longest candidate together, as in training. Of a longer history the
+        most recent items are kept.
+      row_tokens: T; None: as few as possible.
+
+    Returns:
+      int32 arrays [B, T]: `token`, `user`, `group`, `position` and `candidate` (1, 2, … in the given order; 0 before the candidates).
+
+    Raises:
+      ValueError: neither a prompt nor an item precedes the candidates, or the row does not fit.
     """
     lengths = catalogue.lengths
     rows = []
@@ -39,7 +48,7 @@ def candidate_rows(
         suffix = [catalogue.items + 1] * catalogue.suffix
         entry = np.concatenate([prompt, history, suffix, items]).astype(np.int64)
         length = lengths[entry]
-        place = np.repeat(np.arange(len(entry)), length)  # of a token's group in the row
+        place = np.repeat(np.arange(len(entry)), length)  # the place of a token's group in the row
         within = count_up(length)
         last = len(prompt) + len(history) + len(suffix)  # groups before the candidates
         group = np.minimum(place, last) + (0 if prompt else 1)

@@ -1,8 +1,8 @@
 """The catalogue: every item's text and tokens.
 
-An item is the separator's tokens, if there is one, its text's, and one boundary token, whose final state is the item's state: the same
-tokens wherever it stands. With one id token per item (`data.tokenizer = "id"`) the id is the boundary token. With a pretrained model's
-tokenizer the boundary token is the first id beyond the model's embedding.
+An item consists of the tokens of the separator, if there is one, those of its text, and one boundary token. The final state of the boundary
+token is the item's state. An item has the same tokens in every history. With one id token per item (`data.tokenizer = "id"`) the id is the
+boundary token. With a pretrained model's tokenizer the boundary token is the first id beyond the model's embedding.
 """
 
 import dataclasses
@@ -28,9 +28,9 @@ _FRAME = ("prompt", "separator", "suffix")  # of DataConfig
 class Catalogue:
     """Tokens of I items, of the prompt as entry I, and of the suffix as entry I + 1."""
 
-    tokens: np.ndarray  # [sum of lengths] int32; each item's end with its boundary token, prompt and suffix do not
+    tokens: np.ndarray  # [sum of lengths] int32; an item ends with its boundary token, prompt and suffix do not
     offsets: np.ndarray  # [I + 3] int64: entry i's tokens are offsets[i]:offsets[i + 1]
-    vocabulary: int  # token ids are below it
+    vocabulary: int  # all token ids are smaller
     truncated: int  # items whose text was longer than data.item_tokens
     tokenizer_json: str  # "" for id tokens
 
@@ -40,17 +40,17 @@ class Catalogue:
 
     @property
     def sha256(self) -> str:
-        """Of what the model reads: two catalogues with the same hash are the same to it."""
+        """Hash of what the model reads: two catalogues with the same hash are the same for the model."""
         return hashlib.sha256(self.tokens.tobytes() + self.offsets.tobytes()).hexdigest()
 
     @property
     def lengths(self) -> np.ndarray:
-        """[I + 2] int64: of every entry, 0 for a prompt or a suffix that there is not."""
+        """[I + 2] int64: tokens of every entry; 0 for a missing prompt or suffix."""
         return np.diff(self.offsets)
 
     @property
     def item_lengths(self) -> np.ndarray:
-        """[I] int64, separator and boundary token included."""
+        """[I] int64: tokens of every item, separator and boundary token included."""
         return self.lengths[:-2]
 
     @property
@@ -71,18 +71,18 @@ class Catalogue:
 
     @property
     def frame_tokens(self) -> int:
-        """Of prompt and suffix together: what every history has besides its items."""
+        """Tokens of prompt and suffix together, which every history has besides its items."""
         return self.prompt_tokens + self.suffix_tokens
 
     def padded(self) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids [I, longest item] int32 (zeros behind the boundary token) and lengths [I] int32."""
+        """Token ids [I, longest item] int32 (zeros after the boundary token) and lengths [I] int32."""
         lengths = self.item_lengths
         padded = np.zeros((self.items, int(lengths.max())), np.int32)
         padded[np.arange(padded.shape[1]) < lengths[:, None]] = self.tokens[: self.offsets[self.items]]
         return padded, lengths.astype(np.int32)
 
     def extended(self, entries: list[list[int]]) -> "Catalogue":
-        """The catalogue with more items behind its own, each given by its tokens."""
+        """The catalogue with more items after its own, each given by its tokens."""
         end = self.offsets[self.items]
         new = np.fromiter((token for entry in entries for token in entry), np.int32)
         lengths = np.concatenate([self.item_lengths, np.array([len(entry) for entry in entries], np.int64), self.lengths[-2:]])
@@ -91,8 +91,10 @@ class Catalogue:
 
 
 def item_texts(items: pl.DataFrame, config: DataConfig) -> list[str]:
-    """The template filled in: HTML entities unescaped, white space collapsed; "" where all of its columns are empty. Raises
-    InputError for a template that names a column the table lacks."""
+    """Each item's text: the template filled in, HTML entities unescaped, white space collapsed. "" if all its columns are empty.
+
+    Raises InputError for a template that names a column that is not in the table.
+    """
     parts = list(_parse(config.text))
     there = f"the items table has {', '.join(items.columns)}"
     columns = [name for _, name in parts if name is not None]
@@ -109,7 +111,7 @@ def item_texts(items: pl.DataFrame, config: DataConfig) -> list[str]:
             for place, (literal, name) in enumerate(parts):
                 if name is None:
                     text += literal
-                elif clean[name][row]:  # an empty column takes the separator before it along
+                elif clean[name][row]:  # an empty column is left out, with the separator before it
                     text += (literal if text or place == 0 else "") + clean[name][row]
             texts.append(text.strip())
         else:
@@ -124,21 +126,23 @@ def _parse(template: str):
                 raise ValueError("fields are written {column}")
             yield literal, name
     except ValueError as error:
-        raise InputError(f"config.data.text = {template!r} is no template: {error}") from error
+        raise InputError(f"config.data.text = {template!r} is not a template: {error}") from error
 
 
 def has_text(items: pl.DataFrame, config: DataConfig) -> np.ndarray:
-    """[rows] bool: which items have text by the template; all of them where ids stand in, or are the tokens."""
-    if config.tokenizer == "id" and config.untitled != "drop":  # with drop, id models get the candidates of the others
+    """[rows] bool: whether each item has text. All have if ids replace missing texts or are the tokens themselves."""
+    if config.tokenizer == "id" and config.untitled != "drop":  # with drop, models of ids have the same candidates as models of text
         return np.ones(items.height, bool)
-    texts = item_texts(items, config)  # also where any item counts: a wrong template is found out before anything is written
+    texts = item_texts(items, config)  # even if all items count: a wrong template is found before anything is written
     return np.array([bool(text) or config.untitled == "id" for text in texts], bool)
 
 
 def make_catalogue(items: pl.DataFrame, config: DataConfig, cache: Path, given: tokens_lib.Vocabulary | None = None) -> Catalogue:
-    """Tokenises the items, in the order given; kept in `cache` under the hash of the texts and the tokenizer's settings. `given`: the
-    pretrained model's, with config.tokenizer = "pretrained". Raises InputError for a tokenizer that is not the model's, or that makes no
-    token of a text."""
+    """Tokenises the items, in the given order. The result is cached under the hash of the texts and of the tokenizer's settings.
+
+    `given`: the pretrained model's vocabulary, with config.tokenizer = "pretrained". Raises InputError for a tokenizer of another model,
+    and for a text that the tokenizer turns into no token.
+    """
     if config.tokenizer == "id":
         ids = np.arange(items.height, dtype=np.int32)
         return Catalogue(ids, np.append(np.arange(items.height + 1), [items.height] * 2), items.height, 0, "")
@@ -154,12 +158,12 @@ def make_catalogue(items: pl.DataFrame, config: DataConfig, cache: Path, given: 
     digest = hashlib.sha256(json.dumps([identity, texts]).encode()).hexdigest()
 
     def make():
-        tokenizer = loaded or tokens_lib.train_bpe(sorted(texts), config.vocabulary)  # sorted: whatever the order of the items
+        tokenizer = loaded or tokens_lib.train_bpe(sorted(texts), config.vocabulary)  # sorted: the order of the items does not matter
         ids = tokens_lib.encode(tokenizer, texts)
         empty = [item for item, tokens in zip(items["item"], ids, strict=True) if not tokens]
         if empty:
             which = f"the text of {len(empty):,} items (item {empty[0]!r})"
-            raise InputError(f"config.data.tokenizer = {config.tokenizer!r} makes no token of {which}")
+            raise InputError(f"config.data.tokenizer = {config.tokenizer!r} produces no token for {which}")
         boundary = tokens_lib.highest_id(tokenizer) + 1 if size is None else size
         around = frame_entries(tokenizer, config)
         entries = [*item_entries(ids, around["separator"], boundary, config.item_tokens), around["prompt"], around["suffix"]]
@@ -184,16 +188,16 @@ def make_catalogue(items: pl.DataFrame, config: DataConfig, cache: Path, given: 
 
 
 def item_entries(tokens: list[list[int]], separator: list[int], boundary: int, most: int) -> list[list[int]]:
-    """Each item's entry from the tokens of its text, of which the first `most` are kept."""
+    """Each item's tokens, given those of its text, of which the first `most` are kept."""
     return [[*separator, *text[:most], boundary] for text in tokens]
 
 
 def frame_entries(tokenizer: tokens_lib.Tokenizer, config: DataConfig) -> dict[str, list[int]]:
-    """Tokens of config's prompt, separator and suffix. Raises InputError for one that has none."""
+    """Tokens of prompt, separator and suffix, by name. Raises InputError for a text that the tokenizer turns into no token."""
     found = {}
     for field in _FRAME:
         text = getattr(config, field)
         found[field] = tokens_lib.encode(tokenizer, [text], special=True)[0] if text else []
         if text and not found[field]:
-            raise InputError(f"config.data.tokenizer = {config.tokenizer!r} makes no token of config.data.{field} = {text!r}")
+            raise InputError(f"config.data.tokenizer = {config.tokenizer!r} produces no token for config.data.{field} = {text!r}")
     return found

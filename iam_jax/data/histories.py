@@ -1,5 +1,4 @@
-"""The users that are to be scored: their events in order, and, where they are given, their candidates. Ids become integers; what is kept
-takes eight bytes an event."""
+"""The users to score: their events in order and, where given, their candidates. Ids become integers; an event takes eight bytes."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ from iam_jax.errors import InputError
 
 @dataclasses.dataclass(frozen=True)
 class Lists:
-    """Items of users: user u's are item[offsets[u]:offsets[u + 1]]."""
+    """A list of items for each user. User u's items are item[offsets[u]:offsets[u + 1]]."""
 
     item: np.ndarray  # int32, rows of the catalogue
     offsets: np.ndarray  # [U + 1] int64
@@ -35,7 +34,7 @@ class Lists:
         return Lists(self.item[offsets[0] : offsets[-1]], offsets - offsets[0])
 
     def of(self, users: np.ndarray) -> "Lists":
-        """Of those users only."""
+        """The lists of the given users."""
         lengths = self.lengths[users]
         item = self.item[np.repeat(self.offsets[:-1][users], lengths) + count_up(lengths)]
         return Lists(item, np.concatenate([[0], np.cumsum(lengths)]))
@@ -52,7 +51,7 @@ class Lists:
         return np.split(self.item, self.offsets[1:-1])
 
     def padded(self, width: int) -> np.ndarray:
-        """[U, width] int32, -1 behind a user's items."""
+        """[U, width] int32, filled up with -1."""
         out = np.full((len(self.offsets) - 1, width), -1, np.int32)
         out[np.arange(width) < self.lengths[:, None]] = self.item
         return out
@@ -60,21 +59,21 @@ class Lists:
 
 @dataclasses.dataclass(frozen=True)
 class Users:
-    """The users of a request, sorted by id."""
+    """The users to score, sorted by id."""
 
     ids: pl.Series
-    events: Lists  # in the order of time, ties by hash (splits.py)
+    events: Lists  # in order of time, ties by hash (splits.py)
     candidates: Lists | None  # sorted by catalogue row
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def part(self, begin: int, end: int) -> "Users":
-        some = slice(begin, end)
-        return Users(self.ids[some], self.events[some], None if self.candidates is None else self.candidates[some])
+        part = slice(begin, end)
+        return Users(self.ids[part], self.events[part], None if self.candidates is None else self.candidates[part])
 
     def pieces(self, most: int) -> Iterator["Users"]:
-        """One after another, so many that their candidates, of all as many as of the one who has most, are at most `most`; or one user."""
+        """Parts of the users, in order. In each, users x the longest list of candidates is at most `most`, or there is one user."""
         assert self.candidates is not None
         begin = width = 0
         for end, length in enumerate(self.candidates.lengths.tolist()):
@@ -86,14 +85,16 @@ class Users:
 
 
 def read_users(path: str | Path, item_ids: pl.Series, drop: bool) -> tuple[Users, list[str]]:
-    """The users of an interactions table, and notes to print: see `users_of_table`. Raises what `read_table` does, too."""
+    """The users of an interactions table and notes to print (`users_of_table`). Also raises the errors of `read_table`."""
     return users_of_table(read_table(path, INTERACTIONS), str(path), item_ids, drop)
 
 
 def users_of_table(table: pl.DataFrame, name: str, item_ids: pl.Series, drop: bool) -> tuple[Users, list[str]]:
-    """The users of a checked table (`user`, `item`, `timestamp`) that errors call `name`, and notes on what was left out. drop: events with
-    items that the catalogue does not have are removed and counted, as in the preparation of the training data. Raises InputError for
-    unknown items."""
+    """The users of a checked table (`user`, `item`, `timestamp`), and notes on what was left out.
+
+    name: of the table, in errors. drop: events with items that are not in the catalogue are removed and counted, as in the preparation of
+    the training data; otherwise they raise InputError.
+    """
     item, notes = codes(table["item"], item_ids), []
     unknown = item < 0
     if unknown.all() or (unknown.any() and not drop):
@@ -113,13 +114,15 @@ def users_of_table(table: pl.DataFrame, name: str, item_ids: pl.Series, drop: bo
 
 
 def read_candidates(path: str | Path, users: Users, item_ids: pl.Series) -> Users:
-    """The users that a table (`user`, `item`) names, with their candidates: see `candidates_of_table`."""
+    """The users of a table (`user`, `item`) with their candidates (`candidates_of_table`)."""
     return candidates_of_table(read_table(path, ("user", "item")), str(path), users, item_ids)
 
 
 def candidates_of_table(table: pl.DataFrame, name: str, users: Users, item_ids: pl.Series) -> Users:
-    """The users that a checked table (`user`, `item`), called `name`, has pairs of, with their candidates. Raises InputError for unknown
-    users and items, and for pairs that come twice."""
+    """The users that occur in a checked table (`user`, `item`), with their candidates. name: of the table, in errors.
+
+    Raises InputError for unknown users and items, and for repeated pairs.
+    """
     user, item = codes(table["user"], users.ids), codes(table["item"], item_ids)
     for column, place, where in (("user", user, "--users"), ("item", item, "the catalogue (--items=TABLE adds items)")):
         if (place < 0).any():
@@ -133,8 +136,10 @@ def candidates_of_table(table: pl.DataFrame, name: str, users: Users, item_ids: 
 
 
 def with_targets(histories: Lists) -> tuple[Events, np.ndarray]:
-    """The histories as events, each followed by one that stands for what comes next (item 0, which nobody reads), and the indices of
-    these: what `evaluation_segments` takes for targets."""
+    """The histories as events, each followed by a placeholder for the next event, and the indices of the placeholders.
+
+    The placeholders are targets for `evaluation_segments`. Their item is 0 and is not read.
+    """
     lengths = histories.lengths
     offsets = np.concatenate([[0], np.cumsum(lengths + 1)])
     item = np.zeros(offsets[-1], np.int32)

@@ -1,8 +1,8 @@
-"""Each item once: distinct items packed into rows of their own, for the layers whose states depend on the item alone.
+"""Packs distinct items into rows of their own, for the layers whose states depend on the item alone.
 
-The states after the leading intra layers are computed for these rows, and every occurrence of an item takes them over
-(`Network.leading_states`). Axes as in batches.py, and R rows of items; prompt and suffix, entries I and I + 1 of the catalogue,
-are items here like the others.
+The states after the leading intra layers are computed once per item in these rows and copied to every occurrence of the item
+(`Network.leading_states`). Axes as in batches.py; R: rows of items. Prompt and suffix (entries I and I + 1 of the catalogue) are treated
+as items.
 """
 
 import math
@@ -12,17 +12,20 @@ import numpy as np
 from iam_jax.data.batches import Batch, Rows, count_up
 from iam_jax.data.catalogue import Catalogue
 
-CHUNKS = 8  # parts of the rows that are computed one after another; parts without a token are skipped
+CHUNKS = 8  # the rows are computed in so many parts, one after another; parts without a token are skipped
 
 
 def pack_items(catalogue: Catalogue, items: np.ndarray, row_tokens: int, rows: int | None = None) -> tuple[Batch, np.ndarray]:
-    """The items [n], one after another, none across the end of a row: `token`, `user` (each item one of its own), `group` and
-    `position` [R, T], and the slot [n] where each begins, counted through all rows. `rows`: R, if it is not to be the least."""
+    """Packs the items [n] one after another; no item crosses the end of a row. `rows`: R; None: as few as possible.
+
+    Returns `token`, `user` (every item is its own user), `group` and `position` [R, T], and the first slot [n] of each item, counted
+    through all rows. Raises ValueError if the rows are too short or too few.
+    """
     length = catalogue.lengths[items]
     if length.max(initial=0) > row_tokens:
-        raise ValueError(f"row_tokens = {row_tokens}: the longest item has {length.max()}")
+        raise ValueError(f"row_tokens = {row_tokens}: the longest item has {length.max()} tokens")
     ends = np.cumsum(length)
-    first = [0]  # of each row
+    first = [0]  # the first item of each row
     while first[-1] < len(items):
         begin = ends[first[-1]] - length[first[-1]]
         first.append(int(np.searchsorted(ends, begin + row_tokens, side="right")))
@@ -44,7 +47,7 @@ def pack_items(catalogue: Catalogue, items: np.ndarray, row_tokens: int, rows: i
 
 
 class CatalogueItems:
-    """All of the catalogue: takes a batch's `item` and `within` for the `slot` of every token."""
+    """The whole catalogue in rows. Replaces a batch's `item` and `within` by the `slot` of every token."""
 
     def __init__(self, catalogue: Catalogue, row_tokens: int, rows_at_once: int):
         entries = np.flatnonzero(catalogue.lengths)
@@ -52,7 +55,7 @@ class CatalogueItems:
         self.chunks = math.ceil(len(rows["token"]) / rows_at_once)
         more = self.chunks * rows_at_once - len(rows["token"])
         self.rows = {name: np.pad(x, ((0, more), (0, 0))) for name, x in rows.items()}
-        self.start = np.zeros(catalogue.items + 2, np.int64)  # without a prompt, padding still is entry I
+        self.start = np.zeros(catalogue.items + 2, np.int64)  # padding is entry I, even without a prompt
         self.start[entries] = start
         self.boundary_slots = start[: catalogue.items] + catalogue.item_lengths - 1
 
@@ -62,23 +65,28 @@ class CatalogueItems:
 
 
 class DistinctItems:
-    """The items of each micro-batch of training, targets included: adds `leading`, the rows of items, and in them the slot of every
-    token, `slot` [B, T], and of every target's boundary token, `target_slot` [B, M]. Shapes do not depend on the batch."""
+    """The distinct items of each micro-batch of training, targets included.
 
-    saving = ""  # what it is worth, in words
+    Adds to a batch `leading`, the rows of items; `slot` [B, T], the slot of every token in them; and `target_slot` [B, M], the slot of every
+    target's boundary token. Shapes do not depend on the batch.
+    """
+
+    saving = ""  # how much work it saves, in words
 
     def __init__(self, rows: Rows, batch_rows: int, parts: int = 1, multiple: int = 1, targets: bool = True):
-        """batch_rows in `parts` micro-batches; `multiple`: the rows of items are a multiple of so many in every chunk. Without `targets`
-        only the items that are input, and no `target_slot`."""
+        """batch_rows: rows of a batch, in `parts` micro-batches. multiple: the number of rows of items in a chunk is a multiple of it.
+        targets: whether the targets are included; without them there is no `target_slot`."""
         self.rows, self.catalogue, self.row_tokens, self.parts, self.targets = rows, rows.catalogue, rows.row_tokens, parts, targets
-        # A row of items has fewer free slots than the longest item; more tokens than all occurrences, or all items, there cannot be.
+        # There are at most as many tokens as in all occurrences, or in all items. A row has fewer free slots than the longest item.
         tokens = min(rows.most_item_tokens * batch_rows // parts, int(self.catalogue.lengths.sum()))
         least = math.ceil(tokens / (self.row_tokens - int(self.catalogue.lengths.max()) + 1)) + 1
         self.item_rows = math.ceil(least / (CHUNKS * multiple)) * CHUNKS * multiple
 
     def __call__(self, batch: Batch, chosen: np.ndarray | None = None, here: np.ndarray | None = None) -> Batch:
-        """chosen, here: the whole batch's rows by number, of which `batch` has those at the places `here`; None: it has all. The rows of
-        items are those of whole micro-batches in any case: a process among several needs to know what items the others' rows hold."""
+        """chosen: the numbers of the whole batch's rows. here: the places of those rows that `batch` has. None: it has all.
+
+        The rows of items are always those of whole micro-batches: with several processes each also needs the items of the others' rows.
+        """
         places = np.arange(len(batch["token"])) if here is None else here
         size = (len(places) if chosen is None else len(chosen)) // self.parts
         catalogue, packed = self.catalogue, []
@@ -99,7 +107,7 @@ class DistinctItems:
         return batch | {"target_slot": target_slot.astype(np.int32)} if self.targets else batch
 
     def distinct(self, batch: Batch) -> np.ndarray:
-        """The different items of a batch and, with `targets`, of its targets; prompt and suffix are among them."""
+        """The distinct items of a batch and, with `targets`, of its targets; prompt and suffix included."""
         there = [batch["item"][batch["user"] > 0], batch["target"][batch["target"] >= 0]]
         return np.unique(np.concatenate(there if self.targets else there[:1]))
 

@@ -1,5 +1,7 @@
-"""From a source to what training and evaluation read: events, catalogue, split hash. Prepared data is kept, keyed by the
-content of the source and by every setting that shapes it."""
+"""Prepares the data of a source for training and evaluation: events, catalogue, split hash.
+
+Prepared data is cached under the content of the source and every setting that it depends on.
+"""
 
 import dataclasses
 import hashlib
@@ -20,7 +22,7 @@ from iam_jax.errors import InputError
 
 _VERSION = 2  # of the cached files
 _ARRAYS = ("item", "offsets", "timestamp", "label")  # of Events
-_SPLIT_FIELDS = ("untitled", "k_core", "last_n", "split", "t1", "t2", "text", "unseen_items")  # of DataConfig: what shapes a split
+_SPLIT_FIELDS = ("untitled", "k_core", "last_n", "split", "t1", "t2", "text", "unseen_items")  # of DataConfig: a split depends on them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,12 +36,14 @@ class Prepared:
 
 
 def prepare(config: DataConfig, given: Vocabulary | None = None) -> Prepared:
-    """Reads, checks, filters, orders, splits and tokenises; `given`: a pretrained model's tokenizer, with config.tokenizer =
-    "pretrained". Raises InputError for whatever is wrong with the data."""
+    """Reads, checks, filters, orders, splits and tokenises the data.
+
+    `given`: the pretrained model's vocabulary, with config.tokenizer = "pretrained". Raises InputError for bad data.
+    """
     cache = cache_root(config.cache)
     if config.path.startswith("~"):
         config = dataclasses.replace(config, path=str(Path(config.path).expanduser()))
-    load_given(config.tokenizer, given)  # a wrong path is found out before the data is read, and anything written
+    load_given(config.tokenizer, given)  # a wrong path is found before the data is read and anything is written
     split = _cached_split(config, cache)
     if config.shuffled_order:
         split = shuffle_training(split)
@@ -55,7 +59,7 @@ def prepare(config: DataConfig, given: Vocabulary | None = None) -> Prepared:
 
 
 def _source(config: DataConfig) -> Source:
-    """The source that reads the data: data.source, or `table` where data.path holds tables that stand in for its files."""
+    """The source to read: data.source, or `table` if data.path holds tables that replace the source's own files."""
     source = SOURCES[config.source]
     if source.accepts_tables and config.path and tables_lib.table_files(config.path, "interactions"):
         return SOURCES["table"]

@@ -1,6 +1,6 @@
-"""Events in order, filtered and split: what every model is trained and evaluated on.
+"""Orders, filters and splits the events that every model is trained and evaluated on.
 
-Order within a user: timestamp, then the hex SHA-256 of "{user}\\t{item}". An order taken from the file would leak: in the
+A user's events are ordered by timestamp, then by the hex SHA-256 of "{user}\\t{item}". The order of the file would leak: in the
 Amazon sets a third to a half of consecutive events tie, and files list ties by item.
 """
 
@@ -22,7 +22,7 @@ LABELS = ("train", "validation", "test")
 
 @dataclasses.dataclass(frozen=True)
 class Events:
-    """All events, sorted by (user, time, tie hash). A target is an event's index, its history the user's events before it."""
+    """All events, sorted by (user, time, tie hash). A target is the index of an event; its history is the user's events before it."""
 
     user_ids: np.ndarray  # [U] str, sorted
     item_ids: np.ndarray  # [I] str, sorted: the candidates
@@ -38,7 +38,7 @@ class Events:
 
     @property
     def train_ends(self) -> np.ndarray:
-        """[U] int64, the event after each user's last training event."""
+        """[U] int64, the index after each user's last training event."""
         begin, lengths = self.offsets[:-1], np.diff(self.offsets)
         return begin + np.add.reduceat(np.append(self.label == TRAIN, False), begin) * (lengths > 0)
 
@@ -48,7 +48,7 @@ class Events:
         return np.bincount(self.item[self.label == TRAIN], minlength=len(self.item_ids))
 
     def targets(self, label: int) -> np.ndarray:
-        """[n] int64, the events with that label that have a history."""
+        """[n] int64, the events with this label that have a history."""
         has_history = np.ones(len(self.item), bool)
         has_history[self.offsets[:-1][np.diff(self.offsets) > 0]] = False
         return np.flatnonzero((self.label == label) & has_history)
@@ -56,12 +56,12 @@ class Events:
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """The events, the table of the items that survived (in the order of events.item_ids), and what was done to them."""
+    """The events, the table of the items that passed the filters (in the order of events.item_ids), and notes."""
 
     events: Events
     items: pl.DataFrame
     sha256: str
-    notes: tuple[str, ...]  # printed: what was read, and what each filter removed
+    notes: tuple[str, ...]  # printed lines: what was read, and what each filter removed
 
 
 def users_of(events: Events, targets: np.ndarray) -> np.ndarray:
@@ -70,13 +70,16 @@ def users_of(events: Events, targets: np.ndarray) -> np.ndarray:
 
 
 def make_split(tables: Tables, config: DataConfig, has_text: Callable[[pl.DataFrame], np.ndarray]) -> Split:
-    """Filters, orders and splits. `has_text` says of each row of the items table whether its text is not empty (item ids as
-    text count as text). Raises InputError naming the file, the column and the first offending rows."""
+    """Filters, orders and splits the events.
+
+    `has_text` returns for each row of the items table whether the item has text (ids that replace missing texts count). Raises InputError
+    that names the file, the column and the first bad rows.
+    """
     interactions, items = tables.interactions, tables.items.sort("item")
     notes = [f"read {interactions.height:,} interactions and {items.height:,} items"]
     user_ids = interactions["user"].unique().sort()
     user = codes(interactions["user"], user_ids)
-    item = codes(interactions["item"], items["item"])  # -1: not in the items table (sources with `drop` only)
+    item = codes(interactions["item"], items["item"])  # -1: not in the items table (only with data.untitled = drop)
     keep = item >= 0
     if not keep.all():
         notes.append(f"removed {np.count_nonzero(~keep):,} interactions with items that are not in the items table")
@@ -159,9 +162,11 @@ def make_split(tables: Tables, config: DataConfig, has_text: Callable[[pl.DataFr
 
 
 def shuffle_training(split: Split) -> Split:
-    """The control data.shuffled_order: the items of each user's training events in a random order (the same in every run), everything
-    else where it was. Targets keep their events, so the split's hash stays; their histories have the random order too, a validation
-    event after it. Timestamps stay in place, ascending: nothing reads those of training events after the split."""
+    """The control data.shuffled_order: the items of each user's training events in a random order, the same in every run.
+
+    Nothing else changes. Targets keep their events, so the split's hash stays. Histories have the random order too; a validation event
+    still comes last. Timestamps stay in place: those of training events are not read after the split.
+    """
     events = split.events
     train = np.flatnonzero(events.label == TRAIN)
     drawn = np.random.default_rng(0).random(len(train))
@@ -173,7 +178,7 @@ def shuffle_training(split: Split) -> Split:
 
 
 def _drawn(ids: pl.Series, share: float) -> np.ndarray:
-    """[n] bool: the ids whose SHA-256, as a fraction, is below `share`, whatever other ids there are."""
+    """[n] bool: whether an id's SHA-256, as a fraction, is below `share`. It does not depend on the other ids."""
     heads = b"".join(hashlib.sha256(text.encode()).digest()[:8] for text in ids)
     return np.frombuffer(heads, ">u8") < share * 2.0**64
 
@@ -184,14 +189,14 @@ def as_strings(series: pl.Series) -> np.ndarray:
 
 
 def codes(values: pl.Series, ids: pl.Series) -> np.ndarray:
-    """[n] int32: where each value stands in `ids`, -1 for nowhere."""
+    """[n] int32: the index of each value in `ids`; -1 if it is not there."""
     lookup = pl.DataFrame({"id": ids, "code": np.arange(len(ids), dtype=np.int32)})
     joined = values.to_frame("id").join(lookup, on="id", how="left", maintain_order="left")
     return joined["code"].fill_null(-1).to_numpy()
 
 
 def _k_core(user: np.ndarray, item: np.ndarray, k: int, users: int, items: int) -> np.ndarray:
-    """[n] bool: the events left when users and items with fewer than k events are removed until none is."""
+    """[n] bool: the events left after users and items with fewer than k events are removed repeatedly, until there are none."""
     alive = np.ones(len(user), bool)
     while True:
         enough_user = np.bincount(user[alive], minlength=users) >= k
@@ -203,7 +208,7 @@ def _k_core(user: np.ndarray, item: np.ndarray, k: int, users: int, items: int) 
 
 
 def order_events(user: np.ndarray, item: np.ndarray, timestamp: np.ndarray, user_ids: pl.Series, item_ids: pl.Series) -> np.ndarray:
-    """[n] int64: the events by user, time and tie hash; user [n] and item [n] are places in user_ids and item_ids."""
+    """[n] int64: the indices of the events sorted by user, time and tie hash. user [n] and item [n] index user_ids and item_ids."""
     events = pl.DataFrame({"user": user, "time": timestamp})
     order = events.select(pl.arg_sort_by("user", "time", maintain_order=True)).to_series().to_numpy()
     sorted_user, sorted_time = user[order], timestamp[order]
@@ -235,7 +240,7 @@ def _temporal(timestamp: np.ndarray, time_kind: pl.DataType, config: DataConfig)
     for field, text in (("t1", config.t1), ("t2", config.t2)):
         bound = parse_timestamps(pl.Series("timestamp", [text]), f"config.data.{field}")
         if (bound.dtype == pl.Datetime) != (time_kind == pl.Datetime):
-            raise InputError(f"config.data.{field} = {text!r} is not written like the table's timestamps ({time_kind})")
+            raise InputError(f"config.data.{field} = {text!r} is not in the format of the table's timestamps ({time_kind})")
         value = (bound.dt.epoch("us") if time_kind == pl.Datetime else bound)[0]
         # An integer is at or after 1.5 where it is at or after 2; compared as floats, large integers would be rounded.
         bounds.append(math.ceil(value) if time_kind == pl.Int64 else value)

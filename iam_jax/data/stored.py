@@ -1,5 +1,7 @@
-"""What a working folder keeps of its catalogue, so that scoring needs no other file: every item's id and tokens, and whether it has a
-training event. Items that came later are added from their text."""
+"""The catalogue as a working folder stores it: every item's id and tokens, and whether it has a training event.
+
+Scoring needs no other data. New items are added from their text.
+"""
 
 import dataclasses
 import hashlib
@@ -22,21 +24,21 @@ ITEMS_FILE = "items.parquet"
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """The catalogue of a working folder, and what was added to it."""
+    """The catalogue of a working folder, and the items that were added to it."""
 
-    item_ids: pl.Series  # [I] String: the training catalogue's in its order, then the added ones, sorted
+    item_ids: pl.Series  # [I] String: those of the training catalogue in its order, then the added ones, sorted
     catalogue: Catalogue
-    trained: np.ndarray  # [I] bool: has a training event
-    known: int  # items of the training catalogue
+    trained: np.ndarray  # [I] bool: whether the item has a training event
+    known: int  # number of items of the training catalogue
 
 
 def identity(item_ids: list[str], catalogue: Catalogue) -> dict[str, str]:
-    """What data.json says of a catalogue."""
+    """The hashes of a catalogue in data.json."""
     return {"catalogue_sha256": catalogue.sha256, "items_sha256": hashlib.sha256("\n".join(item_ids).encode()).hexdigest()}
 
 
 def items_frame(prepared: Prepared) -> pl.DataFrame:
-    """The table ITEMS_FILE: `item`, `tokens` (its boundary token included) and `trained`, in the catalogue's order."""
+    """The table that ITEMS_FILE holds: `item`, `tokens` (boundary token included) and `trained`, in the catalogue's order."""
     catalogue, events = prepared.catalogue, prepared.events
     tokens = pl.Series("tokens", catalogue.tokens[: catalogue.offsets[catalogue.items]], dtype=pl.Int32)
     of_item = pl.Series("of", np.repeat(np.arange(catalogue.items), catalogue.item_lengths))
@@ -46,12 +48,12 @@ def items_frame(prepared: Prepared) -> pl.DataFrame:
 
 
 def read_stored(workdir: Path, config: DataConfig) -> Stored:
-    """Raises InputError where the files of the working folder are missing, unreadable, or do not belong together."""
+    """Reads the catalogue of a working folder. Raises InputError if its files are missing, unreadable, or not from the same catalogue."""
     path = workdir / ITEMS_FILE
     try:
         saved = json.loads((workdir / "data.json").read_text(encoding="utf-8"))
         if not path.exists():
-            raise InputError(f"{path} is missing: an older version trained there; the same training command again adds it")
+            raise InputError(f"{path} is missing: an older version trained this folder; run the same training command again to add it")
         frame = pl.read_parquet(parquet_source(path), glob=False, hive_partitioning=False)
         ids, trained, lengths = frame["item"], frame["trained"].to_numpy(), frame["tokens"].list.len().to_numpy()
         tokens = frame["tokens"].explode().to_numpy().astype(np.int32)
@@ -70,20 +72,22 @@ def read_stored(workdir: Path, config: DataConfig) -> Stored:
     catalogue = Catalogue(every, offsets, vocabulary, 0, tokenizer_json)
     for name, value in identity(ids.to_list(), catalogue).items():
         if not isinstance(saved, dict) or saved.get(name) != value:
-            raise InputError(f"{workdir}: {ITEMS_FILE} and tokenizer.json are not those of data.json: their {name} is {value}")
+            raise InputError(f"{workdir}: {ITEMS_FILE} and tokenizer.json do not match data.json: their {name} is {value}")
     return Stored(ids, catalogue, trained, len(ids))
 
 
 def add_items(stored: Stored, config: DataConfig, path: str | Path) -> tuple[Stored, list[str]]:
-    """The catalogue with the items of a table (`item`, then text columns) behind its own, and notes to print. Raises InputError for items
-    that are there already, that come twice, or that have no text (data.untitled)."""
+    """The catalogue with the items of a table (`item`, then text columns) added, and notes to print.
+
+    Raises InputError for items that are in the catalogue already, for repeated items, and for items without text (data.untitled).
+    """
     table, notes = read_table(path, ("item",), others=True), []
     ids = table["item"]
     if ids.n_unique() < len(ids):
         refuse(str(path), ids, ids.is_duplicated(), "item ids that occur more than once", together=True)
     there = ids.is_in(stored.item_ids.to_list())
     if there.any():
-        refuse(str(path), ids, there, "items that the working folder's catalogue has already (--items adds to it)")
+        refuse(str(path), ids, there, "items that are in the working folder's catalogue already (--items adds to it)")
     try:
         texts = item_texts(table, config)
     except InputError as error:
@@ -100,7 +104,7 @@ def add_items(stored: Stored, config: DataConfig, path: str | Path) -> tuple[Sto
     entries, truncated = text_entries(stored.catalogue, config, [texts[row] for row in chosen])
     nothing = np.isin(np.arange(len(ids)), [row for row, entry in zip(chosen, entries, strict=True) if not entry])
     if nothing.any():
-        refuse(str(path), ids, pl.Series(nothing), "items of whose text the tokenizer makes no token")
+        refuse(str(path), ids, pl.Series(nothing), "items whose text the tokenizer turns into no token")
     if truncated:
         notes.append(f"{truncated:,} added items have more than {config.item_tokens} text tokens and are truncated")
     item_ids = pl.concat([stored.item_ids, ids.gather(chosen)])
@@ -109,8 +113,10 @@ def add_items(stored: Stored, config: DataConfig, path: str | Path) -> tuple[Sto
 
 
 def text_entries(catalogue: Catalogue, config: DataConfig, texts: list[str]) -> tuple[list[list[int]], int]:
-    """The tokens of items of these texts as the catalogue has them, [] where the tokenizer makes no token of a text; and how many texts are
-    truncated. The catalogue must have a tokenizer."""
+    """The entries of items with these texts, and the number of texts that are truncated. The catalogue must have a tokenizer.
+
+    An entry is [] if the tokenizer turns the text into no token.
+    """
     tokenizer = tokens_lib.Tokenizer.from_str(catalogue.tokenizer_json)
     tokens = tokens_lib.encode(tokenizer, texts)
     separator = frame_entries(tokenizer, config)["separator"]
@@ -120,7 +126,7 @@ def text_entries(catalogue: Catalogue, config: DataConfig, texts: list[str]) -> 
 
 
 def decoded_texts(catalogue: Catalogue, config: DataConfig) -> list[str] | None:
-    """The text of every item, decoded from its tokens (so at most `data.item_tokens` of them); None without a tokenizer."""
+    """The text of every item, decoded from its tokens (at most `data.item_tokens`). None without a tokenizer."""
     if not catalogue.tokenizer_json:
         return None
     tokenizer = tokens_lib.Tokenizer.from_str(catalogue.tokenizer_json)

@@ -1,7 +1,7 @@
 """The user's own two tables, interactions and items, read from CSV, TSV or Parquet and checked.
 
-Nothing is guessed and nothing is repaired: a file is either read exactly or refused in one line that names it, the column and
-the first offending rows. Checks are whole-column operations; only a file that is refused pays for finding out where.
+Nothing is guessed and nothing is repaired: a file is either read exactly or refused, by an error of one line that names the file, the
+column and the first bad rows. Checks are whole-column operations. The places of bad rows are only computed for the error.
 """
 
 import csv
@@ -26,7 +26,7 @@ LAYOUT = (
 )
 _TIMESTAMPS = (pl.Int64, pl.Float64, pl.Datetime("us", "UTC"))
 _BAD_PARQUET = (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError)
-# Rust's \d is any script's digits, hence [0-9]. Zeros after the sixth decimal are harmless; other digits there do not match.
+# Rust's \d matches the digits of every script, hence [0-9]. Zeros after the sixth decimal are accepted, other digits do not match.
 _ISO = (
     r"^(?<date>[0-9]{4}-[0-9]{2}-[0-9]{2})(?:[T ](?<clock>[0-9]{2}:[0-9]{2})"
     r"(?::(?<second>[0-5][0-9])(?:[.,](?<fraction>[0-9]{1,6})0*)?)?"
@@ -36,22 +36,22 @@ _ISO = (
 
 @dataclasses.dataclass(frozen=True)
 class Tables:
-    """The two tables every source yields."""
+    """The two tables that every source returns."""
 
-    interactions: pl.DataFrame  # user, item: String; timestamp: Int64, Float64 or Datetime("us", "UTC"); in the file's order
+    interactions: pl.DataFrame  # user, item: String; timestamp: Int64, Float64 or Datetime("us", "UTC"); in the order of the file
     items: pl.DataFrame  # item, then the text columns: String, never null (an absent text is "")
-    interactions_name: str  # the file (or builder) the errors name
+    interactions_name: str  # of the file (or builder), for errors
     items_name: str
-    fingerprint: str  # hex SHA-256 of what was read, the key of caches
+    fingerprint: str  # hex SHA-256 of the content, part of the key of cached data
 
 
 def table_files(folder: str | Path, kind: str) -> list[Path]:
-    """The files of `folder` that can be read as its `kind` ("interactions" or "items") table."""
+    """The files of `folder` that can be read as the table `kind` ("interactions" or "items")."""
     return [path for ending in ENDINGS if (path := Path(folder) / f"{kind}{ending}").is_file()]
 
 
 def find_tables(folder: str | Path) -> tuple[Path, Path]:
-    """The paths of the interactions and of the items; InputError where one is absent or there is more than one choice."""
+    """The paths of the interactions and of the items. Raises InputError if one is absent or if there is more than one."""
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; it should hold {LAYOUT}")
@@ -68,7 +68,7 @@ def find_tables(folder: str | Path) -> tuple[Path, Path]:
 
 
 def fingerprint_tables(folder: str | Path) -> str:
-    """Hex SHA-256 of the bytes of both files (and of their endings, which say how they are read), without parsing them."""
+    """Hex SHA-256 of the bytes and names of both files (the ending determines how a file is read), without parsing them."""
     total = hashlib.sha256()
     for path in find_tables(folder):
         try:
@@ -82,8 +82,8 @@ def fingerprint_tables(folder: str | Path) -> str:
 def read_tables(folder: str | Path, *, check_unknown_items: bool = True) -> Tables:
     """Reads and checks the tables of `folder`.
 
-    `check_unknown_items=False` allows interactions with items that the items table does not have. Raises InputError for
-    whatever keeps the tables from being read exactly as they are: see `read_table` and `check_tables`.
+    `check_unknown_items=False` allows interactions with items that are not in the items table. Raises InputError if the tables cannot
+    be read exactly as they are: see `read_table` and `check_tables`.
     """
     tables = load_tables(folder)
     check_tables(tables, check_unknown_items=check_unknown_items)
@@ -103,8 +103,8 @@ def load_tables(folder: str | Path) -> Tables:
 
 
 def check_tables(tables: Tables, *, check_unknown_items: bool = True) -> None:
-    """Checks the tables of any source: the columns and types of `Tables`, rows in both, one row per item id, and in the interactions
-    only known items. Raises InputError."""
+    """Checks the tables of any source: columns and types as in `Tables`, at least one row in each, one row per item id, and only known
+    items in the interactions. Raises InputError."""
     for name, table, required in (
         (tables.interactions_name, tables.interactions, INTERACTIONS),
         (tables.items_name, tables.items, ("item", *tables.items.columns)),
@@ -137,20 +137,20 @@ def _check_columns(name: str, table: pl.DataFrame, required: Sequence[str]) -> N
 
 
 def read_table(path: str | Path, required: Sequence[str], *, others: bool = False) -> pl.DataFrame:
-    """Reads one table, its format told by its ending (`ENDINGS`).
+    """Reads one table, in the format of its ending (`ENDINGS`).
 
-    Of the `required` columns `timestamp` becomes Int64, Float64 or Datetime("us", "UTC"), and any other is an id: a String,
-    verbatim, never empty. With `others` the remaining columns follow as text, null as ""; otherwise they are not loaded.
+    Of the `required` columns `timestamp` becomes Int64, Float64 or Datetime("us", "UTC"). Any other is an id: a String, verbatim, never
+    empty. With `others` the remaining columns follow as text, null as ""; otherwise they are not loaded.
 
     - CSV is RFC 4180: quoted fields may hold commas, doubled quotes and newlines, and a quote elsewhere is an error.
-    - TSV has no quoting: a field is what lies between two tabs, so `24" ruler` and `"Hello"` come through with their quotes.
-    - Both are UTF-8 (a byte order mark is accepted), the first line names the columns, every line has as many fields.
+    - TSV has no quoting: a field is everything between two tabs, so `24" ruler` and `"Hello"` keep their quotes.
+    - Both are UTF-8 (a byte order mark is accepted). The first line names the columns, and every line has as many fields.
     - Parquet: ids may be text, categories or integers (taken as decimal text), never floats.
     - A text timestamp column is decided as a whole: all integers (exact, 64 bits), else all finite numbers, else all ISO-8601
       (`2014-07-23`, `2014-07-23T01:02:03.000004Z`, `2014-07-23 01:02+05:30`; without an offset it is UTC).
 
-    Raises InputError for all else: an unreadable file, a missing or repeated column, no rows, bytes that are not UTF-8, lines
-    of unequal length, empty ids, and timestamps that are missing, not finite, of mixed kinds or not held exactly.
+    Raises InputError for everything else: an unreadable file, a missing or repeated column, no rows, bytes that are not UTF-8, lines
+    of unequal length, empty ids, and timestamps that are missing, not finite, of mixed kinds or not exactly representable.
     """
     path = Path(path)
     if not path.name.endswith(ENDINGS):
@@ -175,9 +175,9 @@ def _checked(frame: pl.DataFrame, name: str, required: Sequence[str]) -> pl.Data
 
 
 def parse_timestamps(text: pl.Series, name: str = "timestamps") -> pl.Series:
-    """Text as Int64 if all of it is integers, else Float64 if all finite numbers, else Datetime("us", "UTC") if all ISO-8601.
+    """Text as Int64 if all values are integers, else Float64 if all are finite numbers, else Datetime("us", "UTC") if all are ISO-8601.
 
-    Raises InputError, which names the table `name`, for any other column.
+    Raises InputError for any other column. name: of the table, in the error.
     """
     whole = text.cast(pl.Int64, strict=False)
     if not whole.null_count():
@@ -185,7 +185,7 @@ def parse_timestamps(text: pl.Series, name: str = "timestamps") -> pl.Series:
     number = text.cast(pl.Float64, strict=False)
     finite = number.is_finite().fill_null(False)
     if finite.all():
-        # One fraction makes floats of all; an integer that a float (or 64 bits) cannot hold would then tie with its neighbour.
+        # One fraction turns all values into floats. An integer that is not exact as a float would then tie with its neighbours.
         exact = (whole == number.cast(pl.Int64, strict=False)).fill_null(False)
         rounded = text.str.contains(r"^[+-]?[0-9]+$") & ~exact
         if rounded.any():
@@ -203,7 +203,7 @@ def parse_timestamps(text: pl.Series, name: str = "timestamps") -> pl.Series:
 
 
 def canonical_timestamps(timestamps: pl.Series) -> pl.Series:
-    """The text of each timestamp, the same whatever file format it came from.
+    """The text of each timestamp, the same for all file formats.
 
     Int64 in decimal, Float64 as Python's repr, Datetime as YYYY-MM-DDTHH:MM:SS.ffffffZ.
     """
@@ -211,7 +211,7 @@ def canonical_timestamps(timestamps: pl.Series) -> pl.Series:
         return timestamps.dt.strftime("%Y-%m-%dT%H:%M:%S%.6fZ")
     text = timestamps.cast(pl.String)
     if timestamps.dtype == pl.Float64:
-        # In this range polars, like repr, writes the shortest digits that read back, without an exponent.
+        # In this range polars, like repr, writes the shortest digits that give the same number again, without an exponent.
         size = timestamps.abs()
         odd = ~(size.is_between(1e-4, 1e15) | (size == 0))
         if odd.any():
@@ -220,9 +220,9 @@ def canonical_timestamps(timestamps: pl.Series) -> pl.Series:
 
 
 def refuse(name: str, column: pl.Series, bad: pl.Series, what: str, *, together: bool = False) -> NoReturn:
-    """Raises the InputError for the rows of table `name` where `bad` holds: the first ones, their places, and the count.
+    """Raises the InputError for the rows of the table `name` where `bad` is true: the first values, their places, and the count.
 
-    `together`: repeats of the first bad value are shown first, side by side.
+    `together`: the repeats of the first bad value are shown first, next to each other.
     """
     rows = bad.arg_true()
     if together:
@@ -239,7 +239,7 @@ def _short(value: object) -> str:
 
 
 def _places(name: str, rows: list[int]) -> list[str]:
-    """Where rows 0, 1, … of a table are found: the line of a text file (the header is line 1), else the row counted from 1."""
+    """The places of rows of a table: the line in a text file (the header is line 1), else the row counted from 1."""
     path = Path(name)
     if path.suffix == ".parquet" or not (path.name.endswith(ENDINGS) and path.is_file()):
         return [f"row {row + 1:,}" for row in rows]
@@ -257,7 +257,7 @@ def _places(name: str, rows: list[int]) -> list[str]:
 
 
 def _choose(path: Path | str, names: list[str], required: Sequence[str], others: bool) -> list[str]:
-    """The columns to load, required ones first."""
+    """The columns to load, the required ones first."""
     found = ", ".join(map(_short, names[:20])) + ", ..." * (len(names) > 20)
     for name in required:
         if name not in names:
@@ -309,7 +309,7 @@ def _read_text(path: Path, required: Sequence[str], others: bool) -> pl.DataFram
         raise InputError(f"{path}: line 1 is empty, it should name the columns")
     chosen = _choose(path, names, required, others)
 
-    # polars fills short lines with nulls, and a stray quote can join two lines: so each line's shape is checked here first.
+    # polars fills short lines with nulls, and a stray quote can join two lines. So the shape of every line is checked first.
     field = rb'(?:"(?:[^"]++|"")*+"|[^",\n]*+)' if quoted else rb"[^\t\n]*+"
     line = separator.encode().join([field] * len(names)) + rb"\r?+(?:\n|\Z)"
     lines = re.match(rb"(?:%s)*+" % line, data)
@@ -317,7 +317,7 @@ def _read_text(path: Path, required: Sequence[str], others: bool) -> pl.DataFram
     end = lines.end()
     if end < len(data):
         number, text = data.count(b"\n", 0, end) + 1, data[end:].partition(b"\n")[0]
-        _check_utf8(path, data)  # more telling where both are wrong, as in a file of another encoding
+        _check_utf8(path, data)  # the better error where both are wrong, as in a file of another encoding
         if quoted and b'"' in text:
             what = "has a quote that RFC 4180 does not allow (or an unequal number of fields)"
         else:
@@ -388,7 +388,7 @@ def _timestamps(name: str, column: pl.Series) -> pl.Series:
 
 
 def _parse_iso(text: pl.Series) -> pl.Series:
-    """Datetime("us", "UTC") of each ISO-8601 text; null where it is none, or is finer than a microsecond."""
+    """Datetime("us", "UTC") of each ISO-8601 text; null for other text and for times finer than a microsecond."""
     part = pl.col("part").struct.field
     clock = pl.concat_str(
         [

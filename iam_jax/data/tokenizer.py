@@ -1,4 +1,4 @@
-"""Text to tokens: a byte-level BPE trained on the catalogue, any tokenizer.json, or a pretrained model's."""
+"""Tokenizers: a byte-level BPE trained on the catalogue, any tokenizer.json, or a pretrained model's."""
 
 import json
 from pathlib import Path
@@ -11,16 +11,16 @@ from iam_jax.storage.files import to_path
 
 
 class Vocabulary(NamedTuple):
-    """A pretrained model's tokenizer.json and how many token ids its embedding has."""
+    """The path of a pretrained model's tokenizer.json, and the number of token ids in the model's embedding."""
 
     path: Path
     size: int
 
 
 def train_bpe(texts: list[str], vocabulary: int) -> Tokenizer:
-    """A byte-level BPE of at most `vocabulary` tokens; any text can be encoded. The same texts give the same tokenizer."""
+    """A byte-level BPE of at most `vocabulary` tokens. It can encode any text. The same texts give the same tokenizer."""
     tokenizer = Tokenizer(models.BPE())
-    # With a space before it, a title's first word is the same token as inside.
+    # With a space in front, the first word of a title has the same token as elsewhere.
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -30,6 +30,7 @@ def train_bpe(texts: list[str], vocabulary: int) -> Tokenizer:
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
+    """Reads a tokenizer.json. Raises InputError if it is missing or not a tokenizer."""
     path = to_path(path)
     if not path.is_file():
         raise InputError(f"config.data.tokenizer = {str(path)!r}: no such file (bpe, id, or the path of a tokenizer.json)")
@@ -42,7 +43,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 
 def load_given(name: str, pretrained: Vocabulary | None) -> Tokenizer | None:
-    """What config.data.tokenizer names, if that is a file; None for "bpe" and "id". Raises InputError for a file that is none."""
+    """The tokenizer that config.data.tokenizer names, None for "bpe" and "id". Raises InputError for a file that is not a tokenizer."""
     if name == "pretrained":
         if pretrained is None:
             raise ValueError("config.data.tokenizer = 'pretrained' needs the pretrained model's Vocabulary")
@@ -51,8 +52,10 @@ def load_given(name: str, pretrained: Vocabulary | None) -> Tokenizer | None:
 
 
 def load_pretrained(vocabulary: Vocabulary) -> Tokenizer:
-    """Raises InputError where the file is missing or is not of this model. An embedding may have a few more rows than there are tokens:
-    Qwen2.5's has 151,936 for 151,665."""
+    """Reads a pretrained model's tokenizer. Raises InputError if the file is missing or belongs to another model.
+
+    An embedding may have a few more rows than there are tokens: Qwen2.5's has 151,936 for 151,665.
+    """
     path, size = vocabulary
     if not Path(path).is_file():
         raise InputError(f"{path}: no such file (the pretrained model's tokenizer: config.data.tokenizer = 'pretrained')")
@@ -66,13 +69,16 @@ def load_pretrained(vocabulary: Vocabulary) -> Tokenizer:
 
 
 def highest_id(tokenizer: Tokenizer) -> int:
-    """Not the vocabulary's size less one: a given one may have gaps."""
+    """The highest token id. It may be larger than the number of tokens: ids may have gaps."""
     return max(tokenizer.get_vocab().values(), default=-1)
 
 
 def encode(tokenizer: Tokenizer, texts: list[str], special: bool = False) -> list[list[int]]:
-    """Token ids of each text, without the special tokens a tokenizer may add around a whole input. `special`: "<s>" in a text is that
-    token, as templates may want it; otherwise plain text, as in a title. Raises InputError for texts that the tokenizer cannot express."""
+    """Token ids of each text, without the special tokens that a tokenizer may add around an input.
+
+    `special`: "<s>" in a text is encoded as the special token, as templates may need it. Otherwise it is plain text, as in a title.
+    Raises InputError for texts that the tokenizer cannot encode.
+    """
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = not special

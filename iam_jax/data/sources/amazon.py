@@ -3,8 +3,8 @@
     tables = amazon.load(category="2014/Toys_and_Games")          # or "toys"; downloads both files, once
     tables = amazon.load("~/Downloads", "2018/arts")              # from the files of a folder instead
 
-An item's text columns are `title`, `brand` and `category`, its path: "Toys & Games > Puzzles > Jigsaw Puzzles" (where the 2014
-release has several, the first of the longest). Text is unescaped once ("&amp;" is "&") and its white space collapsed. Prices
+An item's text columns are `title`, `brand` and `category`, which is a path: "Toys & Games > Puzzles > Jigsaw Puzzles" (the 2014 release
+may have several; then it is the first of the longest). Text is unescaped once ("&amp;" is "&") and its white space collapsed. Prices
 and descriptions are left out: many 2018 prices are page scripts, and descriptions would outweigh all other text.
 """
 
@@ -33,7 +33,7 @@ _ONLY_2018 = (
     "AMAZON_FASHION All_Beauty Appliances Arts_Crafts_and_Sewing Gift_Cards Industrial_and_Scientific Luxury_Beauty "
     "Magazine_Subscriptions Prime_Pantry Software"
 ).split()
-CATEGORIES = {  # release -> every category that it has a five-core file of
+CATEGORIES = {  # release -> every category with a five-core file
     2014: sorted([*_BOTH, *_ONLY_2014]),
     2018: sorted([*_BOTH, *_ONLY_2018]),
 }
@@ -73,7 +73,7 @@ LAYOUT = (
     "(also unpacked, without .gz)"
 )
 _SNAP = "https://snap.stanford.edu/data/amazon/productGraph/categoryFiles"
-_UCSD = "https://mcauleylab.ucsd.edu/public_datasets/data/amazon_v2"  # the older jmcauley.ucsd.edu let its certificate run out
+_UCSD = "https://mcauleylab.ucsd.edu/public_datasets/data/amazon_v2"  # the certificate of the older jmcauley.ucsd.edu has expired
 _ADDRESSES = {  # {} is the category
     2014: {"interactions": f"{_SNAP}/reviews_{{}}_5.json.gz", "items": f"{_SNAP}/meta_{{}}.json.gz"},
     2018: {"interactions": f"{_UCSD}/categoryFilesSmall/{{}}_5.json.gz", "items": f"{_UCSD}/metaFiles2/meta_{{}}.json.gz"},
@@ -81,9 +81,9 @@ _ADDRESSES = {  # {} is the category
 
 
 def resolve(category: str) -> tuple[int, str]:
-    """`category` as (release, name): "2018/Arts_Crafts_and_Sewing", "2018/arts" or "toys", in any case.
+    """(release, name) of a category written like "2018/Arts_Crafts_and_Sewing", "2018/arts" or "toys", in upper or lower case.
 
-    Without a release it is the 2014 one where that has the category, else the 2018 one.
+    Without a release it is 2014 if that release has the category, else 2018. Raises InputError for an unknown category.
     """
     year, _, short = category.strip().rpartition("/")
 
@@ -100,7 +100,7 @@ def resolve(category: str) -> tuple[int, str]:
 
 
 def addresses(year: int, category: str) -> dict[str, str]:
-    """Where the originals are; their last parts are the file names."""
+    """The addresses of the originals. Their last parts are the file names."""
     return {split: address.format(category) for split, address in _ADDRESSES[year].items()}
 
 
@@ -113,7 +113,7 @@ def read_lines(path: Path, name: str) -> Iterator[bytes]:
 
 
 def parse_record(line: bytes) -> dict:
-    """A line as a dict: JSON, or the Python literal of the 2014 metadata. Raises ValueError where it is neither."""
+    """A line as a dict. It is JSON or, in the 2014 metadata, a Python literal. Raises ValueError for anything else."""
     try:
         record = json.loads(line) if line[1:].lstrip().startswith(b'"') else ast.literal_eval(line.decode())
     except (SyntaxError, TypeError, MemoryError, RecursionError) as error:
@@ -124,7 +124,7 @@ def parse_record(line: bytes) -> dict:
 
 
 def parse_reviews(lines: Iterable[bytes], name: str = "reviews") -> Iterator[Event]:
-    """Review lines as events, every one of them: repeated (user, item) pairs stay."""
+    """Review lines as events. Repeated (user, item) pairs stay."""
     for number, line in enumerate(lines, 1):
         try:
             review = parse_record(line)
@@ -144,11 +144,11 @@ _ASIN = re.compile(rb"""["']asin["']:\s*["']([^"']+)["']""")
 def parse_metadata(
     lines: Iterable[bytes], wanted: Container[str], counts: dict[str, int], name: str = "metadata"
 ) -> dict[str, tuple[str, str, str]]:
-    """Metadata lines as {item: (title, brand, category)} of the `wanted` items; text that is missing is "".
+    """Metadata lines as {item: (title, brand, category)} of the `wanted` items; missing text is "".
 
-    Other items' lines, most of the file, are not parsed. Of an item's several lines the first counts. A title that is a piece
-    of the page's script, as the 2018 release has them (told by its `getTime`), is a missing title. `counts` receives the
-    numbers of `repeated_metadata` lines and of `script_titles`.
+    Lines of other items, most of the file, are not parsed. If an item has several lines, the first counts. Some titles of the 2018 release
+    are pieces of a page script (they contain `getTime`); they count as missing. `counts` receives the numbers of `repeated_metadata`
+    lines and of `script_titles`.
     """
     texts: dict[str, tuple[str, str, str]] = {}
     counts |= {"repeated_metadata": 0, "script_titles": 0}
@@ -177,7 +177,7 @@ def parse_metadata(
 
 def clean(text: object) -> str:
     """Text in one line, without HTML entities; "" for None."""
-    text = "" if text is None else str(text).encode(errors="replace").decode()  # JSON can hold halves of surrogate pairs
+    text = "" if text is None else str(text).encode(errors="replace").decode()  # JSON may contain halves of surrogate pairs
     return " ".join(html.unescape(text).split())
 
 
@@ -188,7 +188,7 @@ def category_path(paths: list) -> str:
 
 
 class Amazon(Originals):
-    """Five-core reviews of a category, and the texts of the items reviewed; items without metadata have empty texts."""
+    """Five-core reviews of a category, and the texts of the reviewed items. Items without metadata have empty texts."""
 
     name = "iam_amazon"
     text = ("title", "brand", "category")
@@ -218,7 +218,10 @@ class Amazon(Originals):
 
 
 def find(path: str, category: str) -> tuple[int, str, dict[str, Path]]:
-    """(release, category, its originals) in the folder `path`; an empty `category` is the only one that is there."""
+    """(release, category, originals) in the folder `path`. An empty `category` stands for the only one in the folder.
+
+    Raises InputError for an unknown category, missing files, and a choice of several categories.
+    """
     folder = Path(path).expanduser()
 
     def present(year: int, name: str) -> dict[str, Path]:
@@ -245,12 +248,12 @@ def find(path: str, category: str) -> tuple[int, str, dict[str, Path]]:
 
 
 def load(path: str = "", category: str = "", data_dir: str = "") -> Tables:
-    """A category's reviews and items (`title`, `brand`, `category`); timestamps are unix seconds, of day resolution.
+    """A category's reviews and items (`title`, `brand`, `category`). Timestamps are unix seconds, of day resolution.
 
     Args:
         path: folder with the two original files; empty: they are downloaded.
-        category: see `resolve`; may be empty where `path` holds one category only.
-        data_dir: where TFDS keeps downloads and prepared data; empty: TFDS's default.
+        category: see `resolve`; may be empty if `path` holds one category only.
+        data_dir: the folder where TFDS keeps downloads and prepared data; empty: TFDS's default.
 
     Raises:
         InputError: an unknown category, missing, malformed or damaged files, or a download that failed.

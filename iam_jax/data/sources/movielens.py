@@ -36,7 +36,7 @@ def parse_ratings(lines: Iterable[str], name: str = MEMBERS["interactions"]) -> 
 
 
 def parse_movies(lines: Iterable[str], name: str = MEMBERS["items"]) -> Iterator[tuple[str, str, str]]:
-    """Lines `MovieID::Title::Genres` as (item, title, genres), the text as it stands there."""
+    """Lines `MovieID::Title::Genres` as (item, title, genres), the text unchanged."""
     for number, line in enumerate(lines, 1):
         fields = tuple(line.rstrip("\r\n").split("::"))
         if len(fields) != 3 or not fields[0]:
@@ -54,7 +54,7 @@ def read_lines(path: Path, member: str, name: str) -> Iterator[str]:
             file = stack.enter_context(archive.open(f"ml-1m/{member}"))
         else:
             file = stack.enter_context(open(path, "rb"))
-        for line in file:  # not str.splitlines, which would also cut at control characters of ISO-8859-1
+        for line in file:  # not str.splitlines, which also splits at control characters of ISO-8859-1
             yield line.decode("iso-8859-1")
 
 
@@ -85,7 +85,7 @@ class MovieLens1M(Originals):
 
 
 def find(path: str) -> dict[str, Path]:
-    """The originals in the folder `path`, or an `InputError` that shows the layouts."""
+    """The originals in the folder `path`. Raises an InputError that shows the layouts."""
     folder = Path(path).expanduser()
     if (folder / "ml-1m.zip").is_file():
         return dict.fromkeys(MEMBERS, folder / "ml-1m.zip")
@@ -101,7 +101,7 @@ def load(path: str = "", data_dir: str = "") -> Tables:
 
     Args:
         path: folder with the original files; empty: they are downloaded.
-        data_dir: where TFDS keeps downloads and prepared data; empty: TFDS's default.
+        data_dir: the folder where TFDS keeps downloads and prepared data; empty: TFDS's default.
 
     Raises:
         InputError: missing, malformed or damaged files, or a download that failed.

@@ -1,4 +1,4 @@
-"""Public data sets in their original files: what the files are and how they are read. `tfds_tables.py` keeps what was read."""
+"""Public data sets in their original files: where the files are and how they are read. `tfds_tables.py` keeps what was read."""
 
 import contextlib
 import gzip
@@ -16,7 +16,7 @@ Files = Mapping[str, Path]  # the originals of "interactions" and "items"
 
 
 class Checksum(NamedTuple):
-    """What the publisher of a file says about it."""
+    """The published size and hash of a file."""
 
     size: int  # bytes
     sha256: str
@@ -29,7 +29,7 @@ class Originals:
     name: ClassVar[str]  # of the folder of prepared data
     variant = ""  # its subfolder, where there are several
     text: ClassVar[tuple[str, ...]]  # the items' text columns
-    checksums: ClassVar[dict[str, Checksum]] = {}  # of the downloads whose checksums are published, by address
+    checksums: ClassVar[dict[str, Checksum]] = {}  # published checksums, by address
 
     def __init__(self, files: Files | None = None):
         """files: None, if they are to be downloaded."""

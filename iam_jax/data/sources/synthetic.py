@@ -1,21 +1,21 @@
-"""A shop in which every next purchase has a known probability, so that what a model can reach is known too.
+"""A shop in which every next purchase has a known probability, so that the best possible result is known too.
 
-An item has a category, a style, a colour and a brand; its title says them in words ("rustic crimson lantern by Orlo, new"),
-with synonyms. A user likes some styles, colours and brands; nothing states which: they show over the history only. The odds of
+An item has a category, a style, a colour and a brand. Its title contains them in words ("rustic crimson lantern by Orlo, new"),
+with synonyms. A user likes some styles, colours and brands. They are not part of the data and only show in the history. The odds of
 item i as the next purchase after the items …, before, last are a product of small integers,
 
     odds(i) = popularity(i) · taste^[style(i) liked] · taste^[colour(i) liked] · taste^[brand(i) liked]
               · after_last^[category(i) = follows(category(last))] · after_before^[category(i) = skips(category(before))],
 
-zero for items already bought, and p(i) = odds(i) / Σ odds. With probability partner_permille/1000 the last item's partner, the
-item that matches it best in the category that follows, is bought instead, unless it was bought before.
+zero for items already bought, and p(i) = odds(i) / Σ odds. With probability partner_permille/1000 the partner of the last item is
+bought instead, unless it was bought before. The partner is the item that matches it best in the category that follows.
 
-So most of what can be predicted needs the long history (tastes), the rest the last two items, and nearly all of it can be read
+So most of what can be predicted needs the long history (tastes), the rest needs the last two items, and nearly all of it can be read
 from titles. NDCG@10 of the default shop's last purchases: 0.321 for the true odds, 0.235 for tastes alone, 0.097 for
-transitions alone, 0.075 for a table of item-to-item counts, which sees each pair but seldom, and 0.009 for popularity. Facets
+transitions alone, 0.075 for a table of item-to-item counts, which rarely sees a pair, and 0.009 for popularity. Facets
 have few values, so that a model learns a good part of that in a minute or two on a CPU.
 
-Everything is drawn and computed in integers: the tables are the same on every platform.
+All draws and computations use integers, so the tables are the same on every platform.
 """
 
 import dataclasses
@@ -30,8 +30,8 @@ from iam_jax.data.splits import Events, users_of
 from iam_jax.data.tables import Tables
 from iam_jax.errors import InputError
 
-VERSION = 1  # of the shops: raise it with whatever changes what the same arguments give, since prepared data are kept
-WORDS = {  # facet -> its values, each with the words that titles use for it
+VERSION = 1  # of the shops. Prepared data is cached: increase it when the same arguments give another shop
+WORDS = {  # facet -> its values, each given by the words for it in titles
     "style": "rustic farmhouse, nordic scandinavian, vintage retro, modern contemporary",
     "colour": "crimson scarlet, navy indigo, olive khaki, ivory cream, charcoal graphite, teal turquoise",
     "category": ("lantern lamp, teapot kettle, blanket throw, basket hamper, mirror glass, clock timepiece, rug carpet, vase urn"),
@@ -41,19 +41,19 @@ WORDS = {  # facet -> its values, each with the words that titles use for it
 VALUES = {facet: tuple(tuple(value.split()) for value in values.split(", ")) for facet, values in WORDS.items()}
 CATEGORIES = len(VALUES["category"])
 LIKED = {"style": 1, "colour": 2, "brand": 2}  # how many values of a facet a user likes
-_BLOCK = 1 << 22  # entries of a [users, items] array at a time: 32 MiB
+_BLOCK = 1 << 22  # entries of a [users, items] array that exist at one time: 32 MiB
 
 
 @dataclasses.dataclass(frozen=True)
 class Synthetic:
-    """The shop, its users with their tastes, and what they bought."""
+    """The shop, its users with their tastes, and their purchases."""
 
     value: dict[str, np.ndarray]  # facet -> [I] value of each item
     title: list[str]  # [I]
     popularity: np.ndarray  # [I] int64
     partner: np.ndarray  # [I]; an item without a partner is its own
-    follows: np.ndarray  # [CATEGORIES] what is bought right after a category, one cycle through all
-    skips: np.ndarray  # [CATEGORIES] what is bought one purchase later
+    follows: np.ndarray  # [CATEGORIES] the category bought right after a category, one cycle through all
+    skips: np.ndarray  # [CATEGORIES] the category bought one purchase later
     liked: dict[str, np.ndarray]  # facet -> [U, values] bool
     length: np.ndarray  # [U] number of purchases
     item: np.ndarray  # [U, T] purchases in order, −1 after the last
@@ -89,7 +89,7 @@ class Synthetic:
         return Tables(interactions, items, "synthetic interactions", "synthetic items", digest)
 
     def oracle(self, tastes: bool = True, transitions: bool = True) -> "Oracle":
-        """The best possible scorer; without `tastes` or `transitions`, one that knows only the other."""
+        """The best possible scorer; without `tastes` or `transitions`, one that only knows the other."""
         return Oracle(self, tastes, transitions)
 
     def probabilities(self, user: np.ndarray, position: np.ndarray, tastes=True, transitions=True) -> np.ndarray:
@@ -130,7 +130,7 @@ class Synthetic:
 
 @dataclasses.dataclass(frozen=True)
 class Oracle:
-    """Ranks by the true probabilities, given the user's hidden tastes: no model can be better, but by luck."""
+    """Ranks by the true probabilities, given the user's hidden tastes. A model can only be better by luck."""
 
     shop: Synthetic
     tastes: bool
@@ -139,10 +139,10 @@ class Oracle:
     def scores(self, events: Events, targets: np.ndarray) -> np.ndarray:
         """[n, items] float64, the probability of each item of `events` as the target purchase: a scorer for the baselines.
 
-        Users and items are found by id. The history is the true one, also where a filter took items or events away.
+        Users and items are found by id. The history is the true one, even if a filter removed items or events.
 
         Raises:
-          ValueError: an event that this shop did not sell.
+          ValueError: an event that is not a purchase in this shop.
         """
         user = _find(self.shop.user_ids, events.user_ids[users_of(events, targets)])
         items = _find(self.shop.item_ids, events.item_ids)
@@ -162,6 +162,7 @@ SYNTHETIC = Source(
 
 
 def from_config(config: SyntheticConfig) -> Synthetic:
+    """The shop of a config's section `data.synthetic`."""
     return generate(config.users, config.products, config.events_per_user, config.seed)
 
 
@@ -179,11 +180,11 @@ def generate(
     """A synthetic shop, the same for the same arguments.
 
     Args:
-      users, items: how many.
-      events_per_user: the mean length of a history; lengths are uniform between half and one and a half of it, at least 3.
-      seed: of every draw (PCG64).
-      taste, after_last, after_before: the factors of the odds; 1 takes an effect away.
-      partner_permille: how often, in a thousand purchases, the last item's partner is bought.
+      users, items: the numbers of users and items.
+      events_per_user: the mean length of a history. Lengths are uniform between half and one and a half times the mean, and at least 3.
+      seed: of all draws (PCG64).
+      taste, after_last, after_before: the factors of the odds; 1 removes an effect.
+      partner_permille: the probability, in thousandths, that the last item's partner is bought.
 
     Raises:
       InputError: a size too small, or more purchases than half the catalogue.
@@ -236,8 +237,8 @@ def generate(
 
 
 def _buy(shop: Synthetic, users: np.ndarray, generator: np.random.Generator) -> None:
-    """Fills in the purchases of some users, all first ones, then all second ones, …"""
-    draws = generator.integers(1 << 62, size=(len(users), shop.item.shape[1], 2))  # far above Σ odds: the remainder is even
+    """Fills in the purchases of the given users: all first ones, then all second ones, …"""
+    draws = generator.integers(1 << 62, size=(len(users), shop.item.shape[1], 2))  # far above Σ odds: remainders are uniform
     for when in range(shop.item.shape[1]):
         buying = shop.length[users] > when
         user, position, draw = users[buying], np.full(buying.sum(), when), draws[buying, when]
@@ -264,7 +265,7 @@ def _choose(generator: np.random.Generator, rows: int, values: int, count: int) 
 
 
 def _partners(value: dict[str, np.ndarray], follows: np.ndarray) -> np.ndarray:
-    """[I] the item of the category that follows that has most in common, the first of equals; without one the item itself."""
+    """[I] the item of the following category that has most in common, the first one of equals; the item itself if there is none."""
     partner = np.arange(len(value["category"]))
     for category in range(CATEGORIES):
         own, other = (np.flatnonzero(value["category"] == c) for c in (category, follows[category]))
@@ -275,7 +276,7 @@ def _partners(value: dict[str, np.ndarray], follows: np.ndarray) -> np.ndarray:
 
 
 def _find(ids: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """[n] the places of ids in a sorted array."""
+    """[n] the indices of ids in a sorted array."""
     wanted = np.asarray(wanted, object)
     place = np.minimum(np.searchsorted(ids, wanted), len(ids) - 1)
     if (unknown := wanted[ids[place] != wanted]).size:

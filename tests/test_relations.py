@@ -341,7 +341,7 @@ def test_a_config_file_that_adds_a_relation_trains_and_ranks(tmp_path, tiny):
 
 
 def test_what_cannot_be_registered():
-    with pytest.raises(ValueError, match="'inter' is a relation of iam_jax"):
+    with pytest.raises(ValueError, match="the relation 'inter' belongs to iam_jax"):
         register(Relation("inter", own="past"))
     for wrong in ("", "Previous", "previous2", "previous item", "+previous", "a*2"):  # a schedule could not name it
         with pytest.raises(ValueError, match="lower-case letters and underscores"):

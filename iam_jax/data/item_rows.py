@@ -67,8 +67,8 @@ class CatalogueItems:
 class DistinctItems:
     """The distinct items of each micro-batch of training, targets included.
 
-    Adds to a batch `leading`, the rows of items; `slot` [B, T], the slot of every token in them; and `target_slot` [B, M], the slot of every
-    target's boundary token. Shapes do not depend on the batch.
+    Adds to a batch `leading`, the rows of items; `slot` [B, T], the slot of every token in them; and `target_slot` [B, M], the slot of
+    every target's boundary token. Shapes do not depend on the batch.
     """
 
     saving = ""  # how much work it saves, in words

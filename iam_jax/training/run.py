@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -41,7 +42,8 @@ class Run:
 
     def cost(self, progress: dict) -> dict:
         """What the run took so far: parameters, steps, real tokens seen, minutes of training with its validations."""
-        sizes = {name: math.prod(x.shape) for name, x in flatten_dict(self.model.shapes(), sep=".").items()}
+        shapes: dict[str, Any] = flatten_dict(self.model.shapes(), sep=".")
+        sizes = {name: math.prod(x.shape) for name, x in shapes.items()}
         trained = sum(size for name, size in sizes.items() if name not in self.frozen_names)
         done = {"steps": progress["step"], "tokens_seen": progress["tokens"], "minutes": progress["minutes"]}
         return {"parameters": sum(sizes.values()), "trained": trained, **done}

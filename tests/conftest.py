@@ -10,6 +10,7 @@ from importlib.util import find_spec
 
 import pytest
 from absl import flags
+from smoke import SMOKE
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if "PYTEST_XDIST_WORKER" not in os.environ:  # the workers inherit it
@@ -25,6 +26,28 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # the workers inherit it
         if not subprocess.run([sys.executable, "-c", "import jax; jax.devices()"], env=os.environ | more, capture_output=True).returncode:
             os.environ |= more
 flags.FLAGS.mark_as_parsed()  # grain asks them
+
+# With --dist=loadfile a file stays in one worker, as its fixtures and compiled programs do. The longest come first, so that no worker is
+# left with one at the end.
+LONGEST = (
+    "test_local", "test_sharding", "test_range_attention", "test_faults", "test_finetune", "test_offline", "test_processes", "test_lora",
+    "test_recommender", "test_artefact", "test_main", "test_decoder", "test_train", "test_benchmarks", "test_docs", "test_relations",
+)  # fmt: skip
+
+
+def pytest_configure(config):
+    if hasattr(config.option, "loadscopereorder"):  # xdist's own order is by the number of tests
+        config.option.loadscopereorder = False
+
+
+@pytest.hookimpl(tryfirst=True)  # before the marks are used to choose
+def pytest_collection_modifyitems(items):
+    names = set(SMOKE.values())
+    for item in items:
+        if names & {f"{item.path.name}::{name}" for name in (item.name, getattr(item, "originalname", None))}:
+            item.add_marker(pytest.mark.smoke)
+    place = {name: at for at, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
 
 
 @pytest.fixture(scope="session")

@@ -114,7 +114,7 @@ def test_fingerprints_stay_what_they_were(folders, family, folder):
 
 
 def test_what_a_family_must_say(folder):
-    with pytest.raises(ValueError, match="'llama' is a model family of iam_jax"):
+    with pytest.raises(ValueError, match="the model family 'llama' belongs to iam_jax"):
         register(dataclasses.replace(OURS, name="llama"))
     layer = {name: source for name, source in LAYER.items() if name != "mlp.gate_DF"}
     register(dataclasses.replace(OURS, layer=layer))

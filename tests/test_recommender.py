@@ -67,6 +67,44 @@ def test_tables_are_answered_in_kind(rec, users):
     assert rec.recommend(dates, k=3).equals(found)
 
 
+def test_pandas_columns_of_every_type(rec, users):
+    """Extension types, categories, and times of every unit and zone are the plain columns."""
+    frame = pd.DataFrame({name: users[name].to_list() for name in users.columns})
+    expected = rec.recommend(frame, k=3)
+    times = pd.to_datetime(frame["timestamp"], unit="s")
+    others = [
+        frame.astype({"user": "string", "item": "category", "timestamp": "Int64"}),
+        frame.astype({"user": object, "item": object, "timestamp": float}),
+        frame.assign(note=[{1, "a"}] * len(frame)),  # a column that nothing reads
+        *(frame.assign(timestamp=times.astype(f"datetime64[{unit}]")) for unit in ("s", "ms", "us", "ns")),
+        *(frame.assign(timestamp=times.astype(f"datetime64[{unit}]").dt.tz_localize("Asia/Tokyo")) for unit in ("s", "ns")),
+    ]
+    for other in others:
+        assert rec.recommend(other, k=3).equals(expected)
+
+
+def test_missing_values_of_pandas_are_refused(rec):
+    """None, NaN, NaT and NA are no ids and no times, whatever the type of their column."""
+    a, b = rec.items["item"][:2]
+    good = {"user": ["u", "v"], "item": [a, b], "timestamp": [1, 2]}
+    for missing in (None, np.nan, pd.NA):
+        for column, value in (("user", "u"), ("item", a)):
+            for dtype in (object, "string", "category"):
+                frame = pd.DataFrame(good | {column: pd.Series([value, missing], dtype=dtype)})
+                with pytest.raises(InputError, match=rf"^histories: column '{column}': empty ids: nothing \(row 2\)$"):
+                    rec.recommend(frame)
+    times = pd.to_datetime(["2020-01-01", None])
+    for column in (pd.Series([1.0, np.nan]), pd.Series([1, None], dtype="Int64"), times, times.tz_localize("UTC"), times.astype(object)):
+        with pytest.raises(InputError, match=r"^histories: column 'timestamp': missing timestamps: nothing \(row 2\)$"):
+            rec.recommend(pd.DataFrame(good | {"timestamp": column}))
+    pairs = pd.DataFrame({"user": ["u", "v"], "item": [a, np.nan]})
+    with pytest.raises(InputError, match=r"^candidates: column 'item': empty ids: nothing \(row 2\)$"):
+        rec.score(pd.DataFrame(good), pairs)
+    twice = pd.concat([pd.DataFrame(good), pairs[["item"]]], axis=1)
+    with pytest.raises(InputError, match=r"^histories: more than one column 'item'; its columns are 'user', 'item', 'timestamp', 'item'$"):
+        rec.recommend(twice)
+
+
 def test_seen_items_on_request_and_lists_that_end(rec, histories):
     history = next(iter(histories.values()))
     everything = rec.recommend([history], k=1000, filter_seen=False)[0]

@@ -178,6 +178,38 @@ def test_an_item_by_its_text(rec, shop_run, histories, tmp_path):
     assert rec.similar({"text": rec.items["text"][3]}, k=50) != rec.similar({"text": text}, k=50)
 
 
+def changed(shop_run, folder, fields):
+    """A copy of the run as if it had been trained by a config with these fields, which change no parameter."""
+    shutil.copytree(shop_run / "run", folder)
+    config = get_config(str(folder))
+    config.update_from_flattened_dict(fields)
+    (folder / "config.json").write_text(config.to_json_best_effort())
+    return iam_jax.load(folder)
+
+
+def test_texts_longer_than_all_items(shop_run, tmp_path):
+    """Attention inside an item is compiled for the longest item of the catalogue; a longer text has its vector all the same."""
+    text, found = {"text": "red zebra lantern " * 3}, []
+    for attention in ("auto", "reference"):
+        rec = changed(shop_run, tmp_path / attention, {"data.item_tokens": 40, "model.attention": attention})
+        items = rec.items["item"].to_list()
+        near, lists = dict(rec.similar(text, k=50)), dict(rec.recommend([[items[0], text]], k=50)[0])
+        arrays = [rec.user_vectors([[items[0], text], [text], [{"text": "red"}]]), rec.score([[text, items[0]]], [items])[0]]
+        arrays += [[near[item] for item in items], [lists[item] for item in items[1:]], rec.rank([[items[0], text]], [items[7]])[0]]
+        found.append(arrays)
+    for auto, reference in zip(*found, strict=True):
+        np.testing.assert_allclose(auto, reference, rtol=1e-4, atol=1e-5)
+
+
+def test_texts_longer_than_a_row(shop_run, tmp_path):
+    rec = changed(shop_run, tmp_path / "run", {"data.item_tokens": 40, "data.row_tokens": 24})
+    history = [rec.items["item"][0], {"text": "zebra " * 40}]
+    for call, name in ((lambda: rec.recommend([history]), "histories[0][1]"), (lambda: rec.similar(history[1]), "item")):
+        with pytest.raises(InputError) as refused:
+            call()
+        assert str(refused.value) == f"{name}: its text has 41 tokens, but a row has room for 24 (config.data.row_tokens = 24)"
+
+
 def test_items_with_their_text(rec, shop, shop_run):
     titles = dict(shop.items.select("item", "title").iter_rows())
     items = rec.items

@@ -44,16 +44,23 @@ class Reader:
 
     def text_entries(self, items: Sequence[dict], names: Sequence[str]) -> list[list[int]]:
         """The tokens of items `{"text": …}`, called `names` in errors. Raises TypeError for other dicts, InputError for a text without a
-        token and for a model that reads ids."""
+        token, for one that is too long for a row, and for a model that reads ids."""
         for name, item in zip(names, items, strict=True):
             if item.keys() != {"text"} or not isinstance(item["text"], str):
                 raise TypeError(f"{name} is {item!r}: an item that is not in the catalogue is {{'text': '…'}}")
         if items and not self._stored.catalogue.tokenizer_json:
             raise InputError(f"{names[0]}: the model reads item ids (config.data.tokenizer = 'id'), not text")
-        entries, _ = text_entries(self._stored.catalogue, self._config.data, [" ".join(item["text"].split()) for item in items])
+        catalogue, row_tokens = self._stored.catalogue, self._config.data.row_tokens
+        entries, _ = text_entries(catalogue, self._config.data, [" ".join(item["text"].split()) for item in items])
+        room = row_tokens - catalogue.frame_tokens
+        if self._config.eval.ranking == "likelihood":  # a candidate follows the history
+            room -= int(catalogue.item_lengths.max())
         for name, entry in zip(names, entries, strict=True):
             if not entry:
                 raise InputError(f"{name}: the tokenizer makes no token of its text")
+            if len(entry) > room:
+                rows = f"a row has room for {room} (config.data.row_tokens = {row_tokens})"
+                raise InputError(f"{name}: its text has {len(entry)} tokens, but {rows}")
         return entries
 
     def histories(self, given: Any) -> Histories:

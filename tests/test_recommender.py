@@ -67,6 +67,44 @@ def test_tables_are_answered_in_kind(rec, users):
     assert rec.recommend(dates, k=3).equals(found)
 
 
+def test_pandas_columns_of_every_type(rec, users):
+    """Extension types, categories, and times of every unit and zone are the plain columns."""
+    frame = pd.DataFrame({name: users[name].to_list() for name in users.columns})
+    expected = rec.recommend(frame, k=3)
+    times = pd.to_datetime(frame["timestamp"], unit="s")
+    others = [
+        frame.astype({"user": "string", "item": "category", "timestamp": "Int64"}),
+        frame.astype({"user": object, "item": object, "timestamp": float}),
+        frame.assign(note=[{1, "a"}] * len(frame)),  # a column that nothing reads
+        *(frame.assign(timestamp=times.astype(f"datetime64[{unit}]")) for unit in ("s", "ms", "us", "ns")),
+        *(frame.assign(timestamp=times.astype(f"datetime64[{unit}]").dt.tz_localize("Asia/Tokyo")) for unit in ("s", "ns")),
+    ]
+    for other in others:
+        assert rec.recommend(other, k=3).equals(expected)
+
+
+def test_missing_values_of_pandas_are_refused(rec):
+    """None, NaN, NaT and NA are no ids and no times, whatever the type of their column."""
+    a, b = rec.items["item"][:2]
+    good = {"user": ["u", "v"], "item": [a, b], "timestamp": [1, 2]}
+    for missing in (None, np.nan, pd.NA):
+        for column, value in (("user", "u"), ("item", a)):
+            for dtype in (object, "string", "category"):
+                frame = pd.DataFrame(good | {column: pd.Series([value, missing], dtype=dtype)})
+                with pytest.raises(InputError, match=rf"^histories: column '{column}': empty ids: nothing \(row 2\)$"):
+                    rec.recommend(frame)
+    times = pd.to_datetime(["2020-01-01", None])
+    for column in (pd.Series([1.0, np.nan]), pd.Series([1, None], dtype="Int64"), times, times.tz_localize("UTC"), times.astype(object)):
+        with pytest.raises(InputError, match=r"^histories: column 'timestamp': missing timestamps: nothing \(row 2\)$"):
+            rec.recommend(pd.DataFrame(good | {"timestamp": column}))
+    pairs = pd.DataFrame({"user": ["u", "v"], "item": [a, np.nan]})
+    with pytest.raises(InputError, match=r"^candidates: column 'item': empty ids: nothing \(row 2\)$"):
+        rec.score(pd.DataFrame(good), pairs)
+    twice = pd.concat([pd.DataFrame(good), pairs[["item"]]], axis=1)
+    with pytest.raises(InputError, match=r"^histories: more than one column 'item'; its columns are 'user', 'item', 'timestamp', 'item'$"):
+        rec.recommend(twice)
+
+
 def test_seen_items_on_request_and_lists_that_end(rec, histories):
     history = next(iter(histories.values()))
     everything = rec.recommend([history], k=1000, filter_seen=False)[0]
@@ -138,6 +176,38 @@ def test_an_item_by_its_text(rec, shop_run, histories, tmp_path):
     rank, _ = rec.rank([[*history, {"text": text}]], [found[4].item])
     assert rank.tolist() == [5]
     assert rec.similar({"text": rec.items["text"][3]}, k=50) != rec.similar({"text": text}, k=50)
+
+
+def changed(shop_run, folder, fields):
+    """A copy of the run as if it had been trained by a config with these fields, which change no parameter."""
+    shutil.copytree(shop_run / "run", folder)
+    config = get_config(str(folder))
+    config.update_from_flattened_dict(fields)
+    (folder / "config.json").write_text(config.to_json_best_effort())
+    return iam_jax.load(folder)
+
+
+def test_texts_longer_than_all_items(shop_run, tmp_path):
+    """Attention inside an item is compiled for the longest item of the catalogue; a longer text has its vector all the same."""
+    text, found = {"text": "red zebra lantern " * 3}, []
+    for attention in ("auto", "reference"):
+        rec = changed(shop_run, tmp_path / attention, {"data.item_tokens": 40, "model.attention": attention})
+        items = rec.items["item"].to_list()
+        near, lists = dict(rec.similar(text, k=50)), dict(rec.recommend([[items[0], text]], k=50)[0])
+        arrays = [rec.user_vectors([[items[0], text], [text], [{"text": "red"}]]), rec.score([[text, items[0]]], [items])[0]]
+        arrays += [[near[item] for item in items], [lists[item] for item in items[1:]], rec.rank([[items[0], text]], [items[7]])[0]]
+        found.append(arrays)
+    for auto, reference in zip(*found, strict=True):
+        np.testing.assert_allclose(auto, reference, rtol=1e-4, atol=1e-5)
+
+
+def test_texts_longer_than_a_row(shop_run, tmp_path):
+    rec = changed(shop_run, tmp_path / "run", {"data.item_tokens": 40, "data.row_tokens": 24})
+    history = [rec.items["item"][0], {"text": "zebra " * 40}]
+    for call, name in ((lambda: rec.recommend([history]), "histories[0][1]"), (lambda: rec.similar(history[1]), "item")):
+        with pytest.raises(InputError) as refused:
+            call()
+        assert str(refused.value) == f"{name}: its text has 41 tokens, but a row has room for 24 (config.data.row_tokens = 24)"
 
 
 def test_items_with_their_text(rec, shop, shop_run):

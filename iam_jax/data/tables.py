@@ -161,7 +161,7 @@ def read_table(path: str | Path, required: Sequence[str], *, others: bool = Fals
 
 def table_of(frame: pl.DataFrame, required: Sequence[str], name: str) -> pl.DataFrame:
     """The `required` columns of a table in memory, with the types and the checks of `read_table`. Errors call it `name`."""
-    return _checked(frame.select(_choose(name, frame.columns, required, others=False)), name, required)
+    return _checked(frame.select(choose_columns(name, frame.columns, required)), name, required)
 
 
 def _checked(frame: pl.DataFrame, name: str, required: Sequence[str]) -> pl.DataFrame:
@@ -256,7 +256,7 @@ def _places(name: str, rows: list[int]) -> list[str]:
     return [f"line {line:,}" for line in lines]
 
 
-def _choose(path: Path | str, names: list[str], required: Sequence[str], others: bool) -> list[str]:
+def choose_columns(path: Path | str, names: list[str], required: Sequence[str], others: bool = False) -> list[str]:
     """The columns to load, the required ones first."""
     found = ", ".join(map(_short, names[:20])) + ", ..." * (len(names) > 20)
     for name in required:
@@ -272,7 +272,7 @@ def _choose(path: Path | str, names: list[str], required: Sequence[str], others:
 def _read_parquet(path: Path, required: Sequence[str], others: bool) -> pl.DataFrame:
     try:
         with path.open("rb") as file:  # an open file: a path would be expanded where it holds `*` or `[`
-            chosen = _choose(path, list(pl.read_parquet_schema(file)), required, others)
+            chosen = choose_columns(path, list(pl.read_parquet_schema(file)), required, others)
         return pl.read_parquet(path, columns=chosen, glob=False, hive_partitioning=False).select(chosen)
     except _BAD_PARQUET as error:
         raise InputError(f"{path}: not a readable Parquet file: {str(error).splitlines()[0]}") from error
@@ -307,7 +307,7 @@ def _read_text(path: Path, required: Sequence[str], others: bool) -> pl.DataFram
         raise InputError(f"{path}: line 1 is not a line of RFC-4180 column names: {error}") from error
     if not any(names):
         raise InputError(f"{path}: line 1 is empty, it should name the columns")
-    chosen = _choose(path, names, required, others)
+    chosen = choose_columns(path, names, required, others)
 
     # polars fills short lines with nulls, and a stray quote can join two lines. So the shape of every line is checked first.
     field = rb'(?:"(?:[^"]++|"")*+"|[^",\n]*+)' if quoted else rb"[^\t\n]*+"

@@ -84,6 +84,7 @@ class Ranker:
 
         # The programs, as `planning` compiles them too.
         self.history_states, self.vectors = history_states, vectors
+        self.text_vectors = whole(lambda params, token_CT, length_C: model.bind(params).text_vectors(token_CT, length_C))
         self.leading = jax.jit(lambda params, rows, chunks: model.bind(params).leading_states(rows, chunks), static_argnums=2)
         self.ranks = ranking_program(mesh, chunk, count)
         self.pairs = over_items(mesh, pair_scores, arrays=3)
@@ -212,8 +213,8 @@ class Ranker:
         return make_trie(self.catalogue)
 
     def fitting(self, histories: Sequence[np.ndarray], catalogue: Catalogue) -> list[np.ndarray]:
-        """The most recent items of each history that leave room in a row for the longest item of the catalogue."""
-        room = self.config.data.row_tokens - catalogue.frame_tokens - int(catalogue.item_lengths.max())
+        """The most recent items of each history that leave room in a row for the longest item of the core's own catalogue."""
+        room = self.config.data.row_tokens - catalogue.frame_tokens - int(self.catalogue.item_lengths.max())
         return [items[len(items) - int((np.cumsum(catalogue.lengths[items][::-1]) <= room).sum()) :] for items in histories]
 
     def likelihoods(
@@ -232,7 +233,7 @@ class Ranker:
         catalogue, B, n = catalogue or self.catalogue, self.generations_at_once, len(histories)
         everything = np.arange(len(first)), text_I
         width = len(text_I) if candidates is None else max(map(len, candidates), default=0)
-        longest = int(catalogue.item_lengths.max())
+        longest = int(self.catalogue.item_lengths.max())
         # A row holds a history and a few times as many tokens of candidates.
         C = min(math.ceil(4 * self.config.data.row_tokens / longest), width)
         T = self.config.data.row_tokens + C * longest

@@ -12,7 +12,7 @@ from iam_jax.config import Config
 from iam_jax.data.catalogue import Catalogue
 from iam_jax.data.histories import Lists, Users, candidates_of_table, users_of_table
 from iam_jax.data.stored import Stored, text_entries
-from iam_jax.data.tables import INTERACTIONS, table_of
+from iam_jax.data.tables import INTERACTIONS, choose_columns, table_of
 from iam_jax.errors import InputError
 
 
@@ -44,22 +44,29 @@ class Reader:
 
     def text_entries(self, items: Sequence[dict], names: Sequence[str]) -> list[list[int]]:
         """The tokens of items `{"text": …}`, called `names` in errors. Raises TypeError for other dicts, InputError for a text without a
-        token and for a model that reads ids."""
+        token, for one that is too long for a row, and for a model that reads ids."""
         for name, item in zip(names, items, strict=True):
             if item.keys() != {"text"} or not isinstance(item["text"], str):
                 raise TypeError(f"{name} is {item!r}: an item that is not in the catalogue is {{'text': '…'}}")
         if items and not self._stored.catalogue.tokenizer_json:
             raise InputError(f"{names[0]}: the model reads item ids (config.data.tokenizer = 'id'), not text")
-        entries, _ = text_entries(self._stored.catalogue, self._config.data, [" ".join(item["text"].split()) for item in items])
+        catalogue, row_tokens = self._stored.catalogue, self._config.data.row_tokens
+        entries, _ = text_entries(catalogue, self._config.data, [" ".join(item["text"].split()) for item in items])
+        room = row_tokens - catalogue.frame_tokens
+        if self._config.eval.ranking == "likelihood":  # a candidate follows the history
+            room -= int(catalogue.item_lengths.max())
         for name, entry in zip(names, entries, strict=True):
             if not entry:
                 raise InputError(f"{name}: the tokenizer makes no token of its text")
+            if len(entry) > room:
+                rows = f"a row has room for {room} (config.data.row_tokens = {row_tokens})"
+                raise InputError(f"{name}: its text has {len(entry)} tokens, but {rows}")
         return entries
 
     def histories(self, given: Any) -> Histories:
         """Raises TypeError for what is neither a list of lists nor a table, InputError for unknown items and empty histories."""
         if kind := table_kind(given):
-            table = table_of(_to_polars(given), INTERACTIONS, "histories")
+            table = table_of(_to_polars(given, INTERACTIONS, "histories"), INTERACTIONS, "histories")
             data = self._config.data
             drops = data.untitled == "drop" or data.k_core > 0
             users, notes = users_of_table(table, "histories", self._stored.item_ids, drops)
@@ -89,7 +96,7 @@ class Reader:
         if bool(kind) != bool(histories.table):
             raise TypeError("histories and candidates: give both as lists or both as tables")
         if kind:
-            table = table_of(_to_polars(given), ("user", "item"), "candidates")
+            table = table_of(_to_polars(given, ("user", "item"), "candidates"), ("user", "item"), "candidates")
             return candidates_of_table(table, "candidates", histories.users, self._stored.item_ids), None
         rows = []
         for n, items in enumerate(_lists(given, "candidates")):
@@ -121,15 +128,30 @@ def to_lists(rows: Sequence[Sequence[int] | np.ndarray]) -> Lists:
     return Lists(np.array([item for items in rows for item in items], np.int32), np.cumsum([0, *map(len, rows)], dtype=np.int64))
 
 
-def _to_polars(table: Any) -> pl.DataFrame:
+def _to_polars(table: Any, required: Sequence[str], name: str) -> pl.DataFrame:
+    """A table of polars as it is, the required columns of a pandas table as polars has them. Errors call it `name`."""
     if isinstance(table, pl.DataFrame):
         return table
-    columns = {}
-    for name in table.columns:
-        column = table[name]
-        plain = column.dtype.kind in "iufM" if hasattr(column.dtype, "kind") else False
-        columns[str(name)] = pl.Series(str(name), column.to_numpy() if plain else column.tolist(), strict=False)
+    columns = []
+    for column in choose_columns(name, [str(column) for column in table.columns], required):
+        try:
+            columns.append(_column(table[column]))
+        except (pl.exceptions.PolarsError, TypeError, ValueError, OverflowError) as error:
+            raise InputError(f"{name}: column {column!r} cannot be read: {str(error).splitlines()[0]}") from error
     return pl.DataFrame(columns)
+
+
+def _column(column: Any) -> pl.Series:
+    """A column of pandas. Missing values (None, NaN, NaT, NA) become null."""
+    if getattr(column.dtype, "tz", None) is not None:
+        column = column.dt.tz_convert("UTC").dt.tz_localize(None)  # tables without a time zone are in UTC
+    if isinstance(column.dtype, np.dtype) and column.dtype.kind in "iufM":
+        values = column.to_numpy()
+        if values.dtype.kind == "M" and np.datetime_data(values.dtype)[0] == "s":
+            values = values.astype("datetime64[ms]")  # polars does not have seconds
+        return pl.Series(column.name, values, nan_to_null=True)
+    values = [None if missing else value for value, missing in zip(column.tolist(), column.isna().tolist(), strict=True)]
+    return pl.Series(column.name, values, strict=False)
 
 
 def _lists(given: object, name: str) -> list[list]:

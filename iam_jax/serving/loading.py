@@ -38,8 +38,10 @@ def data_facts(workdir: Path) -> dict:
         raise InputError(f"{workdir / 'data.json'}: cannot be read ({error})") from error
 
 
-def model_of(config: Config, stored: Stored) -> Model:
-    return make_model(config, stored.catalogue.vocabulary, stored.known, int(stored.catalogue.lengths.max()))
+def model_of(config: Config, stored: Stored, bounded: bool = True) -> Model:
+    """The model of a working folder. bounded: attention inside an item is compiled for the longest item of the catalogue; False: for items
+    of any length."""
+    return make_model(config, stored.catalogue.vocabulary, stored.known, int(stored.catalogue.lengths.max()) if bounded else None)
 
 
 def serving_mesh(config: Config) -> jax.sharding.Mesh:

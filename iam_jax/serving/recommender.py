@@ -147,7 +147,8 @@ class Recommender:
         seen = _below(users.events, len(self.item_ids)) if filter_seen else None
         if self.config.eval.ranking == "likelihood":
             with jax.set_mesh(self._mesh):
-                scores = self.ranker.likelihoods(self.params, self._last(users), None, catalogue=read.catalogue)
+                ranker = self._ranker_of(read.catalogue)
+                scores = ranker.likelihoods(self.params, self._last(users), None, catalogue=read.catalogue)
             self._check_finite(np.isfinite(scores).all(1), users.ids)
             return rank_scores(scores, target, None if seen is None else (np.repeat(np.arange(len(seen)), seen.lengths), seen.item))
         h_nE = self.history_vectors(users, catalogue=read.catalogue)
@@ -216,7 +217,7 @@ class Recommender:
         shards = batch_shards(self._mesh)
         few = -(-min(power_of_two(len(rows)), self.config.score.batch_rows) // shards) * shards  # a single history is no whole batch
         with jax.set_mesh(self._mesh):
-            return self.ranker.history_vectors(self.params, rows, self._leading_states if own else None, few, report)
+            return self._ranker_of(catalogue).history_vectors(self.params, rows, self._leading_states if own else None, few, report)
 
     def top(
         self,
@@ -255,7 +256,8 @@ class Recommender:
         item = users.candidates.padded(power_of_two(int(users.candidates.lengths.max())))
         if self.config.eval.ranking == "likelihood":
             with jax.set_mesh(self._mesh):
-                found = self.ranker.likelihoods(self.params, self._last(users), users.candidates.split(), report, catalogue)
+                ranker = self._ranker_of(catalogue or self._stored.catalogue)
+                found = ranker.likelihoods(self.params, self._last(users), users.candidates.split(), report, catalogue)
             score = np.pad(found, ((0, 0), (0, item.shape[1] - found.shape[1])), constant_values=-np.inf)
         else:
             h_nE = self.history_vectors(users, history_tokens, report, catalogue)
@@ -297,11 +299,24 @@ class Recommender:
         return self.ranker.item_vectors(self.params, self._leading_states if self.config.leading_vectors else None)
 
     def _text_vector(self, item: dict) -> jax.Array:
+        """[1, E]: the vector of an item with this text and without a row of the table."""
         if not self.config.uses_text:
             raise InputError(f"item = {item!r}: the model's item vectors do not come from text (config.objective.vectors)")
         entry = self._reader.text_entries([item], ["item"])[0]
-        token, length = jnp.asarray([entry]), jnp.asarray([len(entry)])
-        return jax.jit(lambda params, *text: self._model.bind(params).text_vectors(*text))(self.params, token, length)
+        token_1T = np.zeros((1, power_of_two(len(entry))), np.int32)
+        token_1T[0, : len(entry)] = entry
+        ranker = self._ranker_of(self._stored.catalogue.extended([entry]))
+        return ranker.text_vectors(self.params, token_1T, np.array([len(entry)], np.int32))
+
+    def _ranker_of(self, catalogue: Catalogue) -> Ranker:
+        """The ranker for histories of this catalogue. The usual one is compiled for items no longer than those of the model's own."""
+        longest = self._stored.catalogue.lengths.max()
+        return self.ranker if catalogue.lengths.max() <= longest else self._ranker_of_any_length
+
+    @functools.cached_property
+    def _ranker_of_any_length(self) -> Ranker:
+        model = loading.model_of(self.config, self._stored, bounded=False)
+        return Ranker(self.config, self._stored.catalogue, self._stored.trained, model, self._mesh, self.config.score.batch_rows)
 
     def _lists(self, item: np.ndarray, score: np.ndarray) -> list[list[Recommendation]]:
         ids = self._item_ids

@@ -1,4 +1,4 @@
-"""Runs before JAX is imported: the CPU, and every cache in a folder that goes with the session."""
+"""Runs before JAX is imported: selects the CPU and puts every cache into a folder that is removed after the session."""
 
 import atexit
 import os
@@ -13,11 +13,11 @@ from absl import flags
 from smoke import SMOKE
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-if "PYTEST_XDIST_WORKER" not in os.environ:  # the workers inherit it
+if "PYTEST_XDIST_WORKER" not in os.environ:  # the workers of pytest-xdist inherit it
     _FOLDER = tempfile.mkdtemp(prefix="iam_jax-tests-")
     atexit.register(shutil.rmtree, _FOLDER, ignore_errors=True)
     os.environ["XDG_CACHE_HOME"] = _FOLDER
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = f"{_FOLDER}/compiled"  # commands in subprocesses compile the same few functions
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = f"{_FOLDER}/compiled"  # commands in subprocesses compile the same functions
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
     # Compiling takes most of the suite's time, and what is compiled runs but a few times. XLA ends a program whose flags it does not know;
     # libtpu reads them too, and is to compile as it does outside the tests.
@@ -25,7 +25,7 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # the workers inherit it
         more = {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()}
         if not subprocess.run([sys.executable, "-c", "import jax; jax.devices()"], env=os.environ | more, capture_output=True).returncode:
             os.environ |= more
-flags.FLAGS.mark_as_parsed()  # grain asks them
+flags.FLAGS.mark_as_parsed()  # grain reads absl flags
 
 # With --dist=loadfile a file stays in one worker, as its fixtures and compiled programs do. The longest come first, so that no worker is
 # left with one at the end.
@@ -52,7 +52,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def tiny() -> dict[str, object]:
-    """A config by dotted names: a run that compiles in seconds and trains in milliseconds."""
+    """Config fields by dotted name for a run that compiles in seconds and trains in milliseconds."""
     return {
         "data.source": "synthetic",
         "data.synthetic.users": 60,
@@ -80,7 +80,7 @@ def tiny() -> dict[str, object]:
 
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory) -> dict:
-    """A Hugging Face folder of every tiny model (pretrained_models.py), by name, to be read only."""
+    """A Hugging Face folder for every tiny model (pretrained_models.py), by name. Tests must not write to them."""
     from pretrained_models import MODELS, write_model
 
     return {name: write_model(tmp_path_factory.mktemp("models") / name, values) for name, values in MODELS.items()}

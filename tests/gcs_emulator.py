@@ -1,5 +1,5 @@
-"""The emulator of Google Cloud Storage that PyPI has, with what TensorStore counts on and it lacks: a read tells the object's generation,
-and a write that is conditional on a generation is refused where there is another.
+"""The emulator of Google Cloud Storage on PyPI, with two additions that TensorStore needs: a read returns the generation of the object, and
+a write that is conditional on a generation is refused if the object has another one.
 
     python gcs_emulator.py PORT BUCKET
 """
@@ -43,7 +43,7 @@ def handle(router, method, plain=Router.handle):
 
 
 if __name__ == "__main__":
-    http.server.HTTPServer = http.server.ThreadingHTTPServer  # a connection on which nothing is sent would hold up all others
+    http.server.HTTPServer = http.server.ThreadingHTTPServer  # an idle connection would block all others
     Router.handle = handle
     objects.download, objects._media_upload = download, upload
     create_server("127.0.0.1", int(sys.argv[1]), in_memory=True, default_bucket=sys.argv[2]).run()

@@ -1,4 +1,4 @@
-"""Tiny configs, histories and batches for the tests of the model, and the model once more: plain NumPy loops in float64."""
+"""Tiny configs, histories and batches for the tests of the model, and a second implementation of the model: NumPy loops in float64."""
 
 import dataclasses
 import json
@@ -23,18 +23,18 @@ from iam_jax.training.telemetry import is_timing
 
 
 def optimized_jit(function: Callable) -> Callable:
-    """jax.jit with the optimizations that conftest.py turns off."""
+    """jax.jit with the optimizations that conftest.py disables."""
     emitters = {"xla_cpu_use_fusion_emitters": True} if "xla_cpu_use_fusion_emitters" in os.environ.get("XLA_FLAGS", "") else {}
     return jax.jit(function, compiler_options={"xla_backend_optimization_level": 3} | emitters)
 
 
 def on_devices(count: int) -> dict[str, str]:
-    """The environment of a program that has so many CPU devices."""
+    """Environment variables for a program with this many CPU devices."""
     return {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count}", "JAX_PLATFORMS": "cpu"}
 
 
 def make_config(**sections: dict) -> Config:
-    """A tiny config without dropout, checked like any other: make_config(model={"norm": "layer"})."""
+    """A tiny validated config without dropout, for example make_config(model={"norm": "layer"})."""
     tiny = {
         "data": {"source": "synthetic", "row_tokens": 24, "context_items": 1},
         "model": {"schedule": "(intra inter)*2", "width": 16, "heads": 2, "mlp_width": 24, "dropout": 0.0},
@@ -47,16 +47,16 @@ def make_config(**sections: dict) -> Config:
 
 
 def metrics_lines(workdir: Path) -> list[dict]:
-    """Of metrics.jsonl, without what differs between two runs of one command."""
-    every = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if not is_timing(name)} for line in every]
+    """The lines of metrics.jsonl, without the fields that differ between two runs of the same command."""
+    all_lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if not is_timing(name)} for line in all_lines]
 
 
 # ---- batches
 
 
 def pack_row(slots: int, *users: tuple[int, list[int]]) -> Batch:
-    """user, group and position [slots] of users (tokens of the prompt, tokens of each item), then padding."""
+    """user, group and position [slots] for users given as (tokens of the prompt, tokens of each item), followed by padding."""
     out = {name: np.zeros(slots, np.int32) for name in ("user", "group", "position")}
     at = 0
     for number, (prompt, items) in enumerate(users, start=1):
@@ -110,7 +110,7 @@ def tiny_rows(prepared: Prepared, config: Config) -> Rows:
 
 
 def random_params(model: Model, seed: int = 0) -> dict:
-    """Random numbers in the parameters' shapes: biases and norm scales count too, and nothing is compiled."""
+    """Random parameters, including biases and norm scales, so that each has an effect. Nothing is compiled."""
     rng = np.random.default_rng(seed)
 
     def leaf(path, x):
@@ -130,7 +130,7 @@ def layer_params(decoder: dict, schedule: str) -> list[dict]:
     ]
 
 
-# ---- attention once more
+# ---- a second implementation of attention
 
 
 class Attention(NamedTuple):
@@ -151,7 +151,7 @@ def range_mask(keys: int, ranges: list[tuple[np.ndarray, np.ndarray]], include_s
 
 
 def dense_attention(q, k, v, do, allowed_BTS, lse=None, delta=None) -> Attention:
-    """Values, and gradients by the cotangent `do`; by lse and delta = sum_H do o [B, T, N] of more than these keys, where given."""
+    """Values, and gradients for the cotangent `do`. lse and delta = sum_H do o [B, T, N]: if given, those of a merge with further keys."""
     q, k, v, do = (np.asarray(x, np.float64) for x in (q, k, v, do))
     (B, S, K, H), G = k.shape, q.shape[2] // k.shape[2]
     k, v = (np.repeat(x, G, axis=2) for x in (k, v))
@@ -176,10 +176,10 @@ def attention_arrays(shape: tuple[int, ...], seed: int, dtype=np.float32) -> lis
     return [jnp.asarray(rng.standard_normal(size), dtype) for size in ((B, T, N, H), (B, S, K, H), (B, S, K, H), (B, T, N, H))]
 
 
-# ---- the model once more
+# ---- a second implementation of the model
 
 
-# Which key s token t may see, straight from the meaning of the relations: (whether the user is the same, groups of t and of s, t, s).
+# Which key s token t may see, from the definition of the relations. Arguments: whether the user is the same, groups of t and s, t, s.
 MEANINGS: dict[str, Callable] = {
     "full": lambda same, group_t, group_s, t, s: same & (s <= t),
     "intra": lambda same, group_t, group_s, t, s: same & (group_t == group_s) & (s <= t),
@@ -255,7 +255,7 @@ def _mlp(model: ModelConfig, p: dict, x_TD: np.ndarray) -> np.ndarray:
 
 
 def reference_states(model: ModelConfig, decoder: dict, batch: Batch, layers: int | None = None) -> np.ndarray:
-    """x_BTD float64, the decoder's states after so many layers."""
+    """The decoder's states x_BTD after this many layers, float64."""
     p = jax.tree.map(lambda x: np.asarray(x, np.float64), decoder)
     relations = parse_schedule(model.schedule).relations
     stack_of_layers = list(zip(relations, layer_params(p, model.schedule), strict=True))

@@ -1,4 +1,4 @@
-"""Jobs of several processes on this machine, started by launch/local.py as on several hosts."""
+"""Jobs of several processes on this machine, started by launch/local.py."""
 
 import importlib.util
 import os
@@ -26,24 +26,24 @@ def load_launcher():
 
 
 def start_job(folder: Path, processes: int, *flags: str, devices: int = 1) -> subprocess.Popen:
-    """The launcher at work in `folder`."""
+    """Starts the launcher in `folder`."""
     command = [sys.executable, str(LAUNCHER), f"--processes={processes}", f"--devices={devices}", "--", *flags]
     return subprocess.Popen(command, cwd=folder, env=_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def run_job(folder: Path, processes: int, *flags: str, devices: int = 1, code: int = 0, timeout: float = 900) -> str:
-    """What a whole job told."""
+    """Runs a job to its end and returns its output."""
     job = start_job(folder, processes, *flags, devices=devices)
     try:
-        told, _ = job.communicate(timeout=timeout)
+        output, _ = job.communicate(timeout=timeout)
     finally:
         job.terminate()
-    assert job.returncode == code, told[-6000:]
-    return told
+    assert job.returncode == code, output[-6000:]
+    return output
 
 
 def join_job(flags: list[str]) -> int:
-    """In a process that `two_processes` started, before JAX is used: the process's number."""
+    """Joins the job in a process that `two_processes` started, before JAX is used. Returns the number of the process."""
     values = dict(flag.lstrip("-").split("=") for flag in flags if "=" in flag)
     process = int(values["process_id"])
     distributed.join(values["coordinator"], int(values["processes"]), process, MeshConfig(), Signals())
@@ -51,17 +51,17 @@ def join_job(flags: list[str]) -> int:
 
 
 def two_processes(command: list[str], devices: int = 1, cwd: Path | None = None, code: int = 0) -> list[str]:
-    """What each of the two printed, of any program; it gets the flags of its process behind its arguments, and may import this module."""
+    """Runs any program as two processes and returns the output of each. The flags of the process are appended to its arguments."""
     options = {"cwd": cwd, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     commands = load_launcher().job(command, 2, devices, {"JAX_PLATFORMS": "cpu"})
-    both = [subprocess.Popen(own, env=_environment() | more, **options) for more, own in commands]
+    running = [subprocess.Popen(process_command, env=_environment() | additions, **options) for additions, process_command in commands]
     try:
-        told = [process.communicate(timeout=900)[0] for process in both]
+        outputs = [process.communicate(timeout=900)[0] for process in running]
     finally:
-        for process in both:
+        for process in running:
             process.kill()
-    assert [process.returncode for process in both] == [code, code], "\n".join(out[-3000:] for out in told)
-    return told
+    assert [process.returncode for process in running] == [code, code], "\n".join(out[-3000:] for out in outputs)
+    return outputs
 
 
 def _environment() -> dict[str, str]:

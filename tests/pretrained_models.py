@@ -1,6 +1,6 @@
-"""Tiny models of every family: their config.json, and weights from a formula that is the same on every machine.
+"""Tiny models of every family: their config.json, and weights from a formula that gives the same values on every machine.
 
-`write_model` makes a Hugging Face folder out of them without torch; `python tests/test_parity.py --write` runs transformers on these
+`write_model` makes a Hugging Face folder without torch; `python tests/test_parity.py --write` runs transformers on these
 folders and commits the logits.
 """
 
@@ -63,7 +63,7 @@ MODELS: dict[str, dict] = {
 
 
 def tensor_shapes(values: dict) -> dict[str, tuple[int, ...]]:
-    """Every tensor of the model, written down once more, apart from the program's tables."""
+    """The shape of every tensor of the model, written down independently of the program's name tables."""
     V, tied = values["vocab_size"], values.get("tie_word_embeddings", values["model_type"] == "gpt2")
     shapes: dict[str, tuple[int, ...]] = {}
     if values["model_type"] == "gpt2":
@@ -97,7 +97,7 @@ def tensor_shapes(values: dict) -> dict[str, tuple[int, ...]]:
 
 
 def uniform(name: str, size: int) -> np.ndarray:
-    """Multiples of 2 ** -23 in [-1, 1), by integer arithmetic alone: splitmix64 started from the name."""
+    """Multiples of 2 ** -23 in [-1, 1), from integer arithmetic only: splitmix64 seeded by the name."""
     with np.errstate(over="ignore"):
         x = np.arange(1, size + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
         x += np.uint64(zlib.crc32(name.encode())) << np.uint64(32)
@@ -108,31 +108,31 @@ def uniform(name: str, size: int) -> np.ndarray:
 
 
 def weights(values: dict) -> dict[str, np.ndarray]:
-    """float32; scales around one; the rest around zero, up to a quarter, embeddings to a half."""
+    """float32 weights: scales near one; others near zero, up to a quarter in magnitude, embeddings up to a half."""
     made = {}
     for name, shape in tensor_shapes(values).items():
         x = uniform(name, int(np.prod(shape))).reshape(shape)
-        # Powers of two: the products are exact.
+        # Powers of two, so that the products are exact.
         size = 0.25 if len(shape) == 1 or "head" in name or "layers" in name or ".h." in name else 0.5
         made[name] = np.float32(name.endswith(".weight") and len(shape) == 1) + np.float32(size) * x
     return made
 
 
 def write_model(folder: Path, values: dict, tensors: dict | None = None, files: int = 1, dtype=np.float32) -> Path:
-    """config.json, tokenizer.json, and the tensors (default: by the formula) in so many files."""
+    """Writes config.json, tokenizer.json, and the tensors (default: from the formula) in this many files."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: x.astype(dtype) for name, x in (weights(values) if tensors is None else tensors).items()}
     (folder / "config.json").write_text(json.dumps(values))
     words = {f"t{k}": k for k in range(values["vocab_size"])}
     Tokenizer(models.WordLevel(words, unk_token="t0")).save(str(folder / "tokenizer.json"))
     names = list(tensors)
-    where = {name: f"model-{1 + k * files // len(names):05}-of-{files:05}.safetensors" for k, name in enumerate(names)}
+    weight_map = {name: f"model-{1 + k * files // len(names):05}-of-{files:05}.safetensors" for k, name in enumerate(names)}
     if files == 1:
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         return folder
-    for file in set(where.values()):
-        save_file({name: tensors[name] for name in names if where[name] == file}, folder / file, metadata={"format": "pt"})
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    for file in set(weight_map.values()):
+        save_file({name: tensors[name] for name in names if weight_map[name] == file}, folder / file, metadata={"format": "pt"})
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return folder
 
 
@@ -145,7 +145,7 @@ def tokens() -> np.ndarray:
 
 
 def config_of(folder: Path, schedule: str = "", row_tokens: int = 32, **model) -> Config:
-    """As from a config file, before `configure`; schedule: by default ordinary attention in as many layers as there are."""
+    """The config as from a config file, before `configure`. The default schedule is ordinary attention in all layers."""
     if not schedule:
         values = json.loads((folder / "config.json").read_text())
         schedule = f"full*{values.get('num_hidden_layers', values.get('n_layer'))}"
@@ -176,12 +176,12 @@ def flat(tree: dict, prefix: str = "") -> dict:
 
 
 def configured(folder: Path, **options) -> Config:
-    """As the program uses it."""
+    """The config after `configure`."""
     return pretrained.configure(config_of(folder, **options))
 
 
 def refused(message: str, folder: Path, **options) -> None:
-    """Importing `folder` is one clear line that begins with `message`."""
+    """Asserts that importing `folder` fails with one line that begins with `message`."""
     with pytest.raises(InputError) as caught:
         load(configured(folder, **options))
     text = str(caught.value)
@@ -189,24 +189,24 @@ def refused(message: str, folder: Path, **options) -> None:
 
 
 def load(config: Config) -> dict:
-    """The pretrained parameters, float32, on the default device. config: configured."""
-    shapes, known = flat(model_of(config).shapes()), pretrained.names(config)
-    return pretrained.load(config, nested({name: shapes[name] for name in known}))
+    """The pretrained parameters in float32 on the default device. config: after `configure`."""
+    shapes, pretrained_names = flat(model_of(config).shapes()), pretrained.names(config)
+    return pretrained.load(config, nested({name: shapes[name] for name in pretrained_names}))
 
 
 def model_of(config: Config):
     return make_model(config, vocabulary=pretrained.vocabulary(config).size + 1, items=3)
 
 
-def complete(config: Config, given: dict) -> dict:
-    """All parameters; those that are not pretrained are random."""
-    return nested(flat(random_params(model_of(config))) | flat(given))
+def complete(config: Config, pretrained_params: dict) -> dict:
+    """All parameters; those that are not in the folder are random."""
+    return nested(flat(random_params(model_of(config))) | flat(pretrained_params))
 
 
-def logits(config: Config, given: dict, token: np.ndarray | None = None) -> np.ndarray:
+def logits(config: Config, pretrained_params: dict, token: np.ndarray | None = None) -> np.ndarray:
     """[B, T, V] float32 after each token (default: `tokens()`)."""
     token = tokens() if token is None else token
     ones = np.ones_like(token)
     batch = {"token": token, "user": ones, "group": ones, "position": np.arange(token.shape[1], dtype=np.int32) * ones}
-    bound = model_of(config).bind(complete(config, given))
+    bound = model_of(config).bind(complete(config, pretrained_params))
     return np.asarray(jax.jit(lambda batch: bound.states(batch) @ bound.output_embedding()[0].T)(batch))

@@ -1,4 +1,4 @@
-"""The Amazon source: categories, both releases' formats, what is counted, and what is kept between runs."""
+"""The Amazon source: categories, the formats of both releases, counts, and the data kept between runs."""
 
 import gzip
 import hashlib
@@ -168,7 +168,7 @@ def test_load(tmp_path, capsys, year, items, counted):
     assert all(f"{path}: SHA-256 {hashlib.sha256(path.read_bytes()).hexdigest()}" in printed for path in paths)
 
     write(tmp_path / "plain", year, pack=bytes)
-    plain = amazon.load(tmp_path / "plain", "", tmp_path / "tfds")  # the only category that is there
+    plain = amazon.load(tmp_path / "plain", "", tmp_path / "tfds")  # the only category in the folder
     assert plain.interactions.equals(INTERACTIONS) and plain.items.equals(items) and plain.fingerprint == tables.fingerprint
 
 
@@ -176,7 +176,7 @@ def test_prepared_once_and_by_content(tmp_path, monkeypatch):
     write(tmp_path / "originals", 2014)
     first = amazon.load(tmp_path / "originals", "toys", tmp_path / "tfds")
     with monkeypatch.context() as patch:
-        patch.setattr(amazon, "parse_reviews", None)  # whoever parses again fails
+        patch.setattr(amazon, "parse_reviews", None)  # so that parsing again fails
         again = amazon.load(tmp_path / "originals", "toys", tmp_path / "tfds")
         write(tmp_path / "originals", 2014, metadata=lines(METADATA_2014[:1], repr))
         with pytest.raises(TypeError):
@@ -273,7 +273,7 @@ def test_bad_files(tmp_path):
 
 
 def test_download(tmp_path, monkeypatch, capsys):
-    """Without a path both addresses are asked for, and no checksum is demanded of them."""
+    """Without a path, both addresses are requested, and no checksum is required."""
     originals = dict(zip(amazon.addresses(2014, "Toys_and_Games").values(), write(tmp_path / "web", 2014), strict=True))
     asked = []
 

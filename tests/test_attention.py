@@ -53,7 +53,7 @@ def test_key_ranges_by_hand():
 
 
 def test_users_apart_where_only_the_user_changes():
-    """Two users of one item each: the item number is 1 on both sides of the border."""
+    """Two users with one item each: the item number is 1 on both sides of the boundary."""
     user, group = np.array([[1, 1, 2, 2]], np.int32), np.ones((1, 4), np.int32)
     for relation, ((start, _), _) in key_ranges(user, group).items():
         assert start[0].tolist() == [0, 0, 2, 2], relation

@@ -69,7 +69,7 @@ def catalogues(draw):
 @settings(max_examples=60, deadline=None)
 @given(catalogues(), st.booleans(), st.sampled_from(["popularity", "markov"]))
 def test_counts_against_dictionaries(catalogue, filter_seen, kind):
-    """Repeated items, users with one event, items nobody has, every event as target."""
+    """Repeated items, users with one event, items without events, every event as a target."""
     items, histories = catalogue
     events = events_of(histories, items)
     scorer = popularity(events) if kind == "popularity" else last_item_transitions(events)
@@ -120,14 +120,14 @@ def test_a_transition_does_not_cross_users_or_the_training_period():
 
 
 def test_the_last_item_may_be_a_validation_event():
-    """1→2 is known from user 0's training; user 1 has 1 only as its validation event."""
+    """1→2 occurs in the training events of user 0; user 1 has item 1 only as its validation event."""
     events = events_of([[1, 2, 0, 0], [3, 1, 2]], 5)
     rank, _ = evaluate(last_item_transitions(events), events, np.array([6]))
     assert rank.tolist() == [1]
 
 
 def slow_knn(events, k, decay, last):
-    """[targets, items] by dense matrices: cosine of the columns of users x items, its k largest in a row, a walk along each history."""
+    """[targets, items] from dense matrices: cosines of the columns of users x items, the k largest per row, a loop over each history."""
     users, items = len(events.user_ids), len(events.item_ids)
     X = np.zeros((users, items))
     popular = np.zeros(items)
@@ -157,7 +157,7 @@ def slow_knn(events, k, decay, last):
     catalogues(), st.booleans(), st.integers(1, 4), st.sampled_from([0.25, 0.8, 1.0]), st.integers(1, 5), st.sampled_from([1, 5, 1 << 22])
 )
 def test_item_knn_against_dense_matrices(catalogue, filter_seen, k, decay, last, entries):
-    """In blocks of any size; what no item of the history is a neighbour of follows by popularity."""
+    """In blocks of any size. Items that are no neighbours of the history follow, ordered by popularity."""
     items, histories = catalogue
     events = events_of(histories, items)
     with pytest.MonkeyPatch.context() as patch:
@@ -239,7 +239,7 @@ def test_no_targets_and_no_training_events():
 
 
 def leave_one_out(folder):
-    """Events of a table, ordered by time and then by the hash of user and item: written apart from the package's own split."""
+    """Events of a table, ordered by time and then by the hash of user and item, written independently of the package's split."""
     rows = pl.read_csv(folder / "interactions.tsv.gz", separator="\t", infer_schema_length=0)
     keyed = sorted(
         (u, float(t), hashlib.sha256(f"{u}\t{i}".encode()).hexdigest(), i)

@@ -1,4 +1,4 @@
-"""Packing and assembly against plain Python, and what every batch must hold whatever the histories."""
+"""Packing and assembly compared with plain Python, and properties of every batch for any histories."""
 
 import itertools
 
@@ -20,7 +20,7 @@ PROMPT, SUFFIX = 900, 950  # the first tokens of a prompt and of a suffix; item 
 
 
 def make_events(histories, item_count=None):
-    """Events of [(items, number of them that train)] per user; of the rest the last is test, the others validation."""
+    """Events from [(items, number of training events)] per user; the last remaining event is test, the others are validation."""
     items = [item for history, _ in histories for item in history]
     label = []
     for history, train in histories:
@@ -40,7 +40,7 @@ def make_catalogue(lengths, prompt=0, suffix=0):
 
 @st.composite
 def problems(draw, distinct=False):
-    """Events, catalogue, row_tokens, context_items: any that `prepare` lets through. With `distinct`, event e is of item e."""
+    """Any events, catalogue, row_tokens and context_items that `prepare` accepts. With `distinct`, event e has item e."""
     sizes = draw(st.lists(st.tuples(st.integers(1, 14), st.integers(0, 3)), min_size=1, max_size=6))
     counts = [(size, max(0, size - held_out)) for size, held_out in sizes]
     total = sum(size for size, _ in counts)
@@ -78,7 +78,7 @@ def slow_training_segments(events, catalogue, row_tokens, context, whole_text):
 
 
 def slow_row(events, catalogue, segments, members, row_tokens, width):
-    """One row token by token, from the layout's words."""
+    """One row, token by token, from the description of the layout."""
     *texts, prompt, suffix = (text.tolist() for text in np.split(catalogue.tokens, catalogue.offsets[1:-1]))
     row = {name: [] for name in ("token", "user", "group", "position", "item", "within", "target_at", "target", "segment", "label")}
     owner = []  # (user in the row, event) of each token
@@ -161,7 +161,7 @@ def test_training_rows_are_the_slow_ones(problem, whole_text, seed):
 @settings(deadline=None, max_examples=200)
 @given(problems(distinct=True), st.booleans())
 def test_what_training_must_hold(problem, whole_text):
-    """The contract, read off the arrays alone: every event has an item of its own, so a token tells its event."""
+    """The contract, checked on the arrays alone. Every event has its own item, so a token identifies its event."""
     events, catalogue, row_tokens, context = problem
     rows = training_rows(events, catalogue, row_tokens, context, whole_text, seed=1)
     user_of = events.user
@@ -185,7 +185,7 @@ def test_what_training_must_hold(problem, whole_text):
             assert [row["position"][t] for t in place] == list(range(len(place)))
             groups = {"prompt": 0} | {e: k for k, e in enumerate(order, start=1)}
             assert [row["group"][t] for t in place] == [groups[event_at[t]] for t in place]
-            if inputs[number]:  # contiguous events of one user, training events all
+            if inputs[number]:  # contiguous training events of one user
                 first, last = inputs[number][0], inputs[number][-1]
                 assert inputs[number] == list(range(first, last + 1)) and user_of[first] == user_of[last]
                 assert all(events.label[e] == TRAIN for e in inputs[number])

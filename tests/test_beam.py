@@ -17,7 +17,7 @@ from iam_jax.ranking.beam import _Beam, _extend, _items, beam_search, history_ro
 from iam_jax.ranking.likelihood import log_likelihoods
 
 END, TOKENS = 7, 24  # the boundary token; what a model is made for
-# The beginnings of others, equal ones, one token only.
+# Prefixes of other texts, equal texts, a single token.
 TEXTS = [[1, 2, 3], [1, 2], [4], [1, 2, 3], [1], [5, 0, 2, 6], [4], [1, 2, 0], [5, 0]]
 PROMPT, SUFFIX = [3, 3], [6]
 
@@ -55,7 +55,7 @@ def sums(name, **more):
 
 
 def likelihoods(name, normalize=False, **more):
-    """[users, items]: of every item, in one pass."""
+    """The likelihood of every item, [users, items], in one pass."""
     return sums(name, **more) / (CATALOGUE.item_lengths if normalize else 1)
 
 
@@ -66,7 +66,7 @@ def searched(name, beams, normalize=False, chunk=2048, **more):
 
 
 def distinct(texts):
-    """Each text once, in the order in which they come, with its items."""
+    """Distinct texts in their order, each with its items."""
     found = {}
     for item, text in enumerate(texts):
         found.setdefault((*text, END), []).append(item)
@@ -77,7 +77,7 @@ def distinct(texts):
 
 
 def walk(trie, texts):
-    """The trie once more, as dicts of dicts; every node and edge of ours is met on the way."""
+    """Checks every node and edge of the trie against dicts of dicts."""
     plain, seen = {}, 0
     for text in texts:
         node = plain
@@ -123,7 +123,7 @@ def test_trie_by_hand():
 def test_trie_refuses_what_is_no_end():
     ids = Catalogue(np.arange(3, dtype=np.int32), np.array([0, 1, 2, 3, 3, 3]), 3, 0, "")
     assert make_trie(ids).depth == 1  # an id is a boundary token itself
-    with pytest.raises(ValueError, match=r"item 1: its tokens are a prefix of another item.s tokens"):
+    with pytest.raises(ValueError, match=r"item 1: its tokens are a prefix of another item's tokens"):
         make_trie(dataclasses.replace(ids, tokens=np.array([1, 2, 1], np.int32), offsets=np.array([0, 2, 3, 3, 3])))
     for offsets in ([0, 3, 3, 3, 3], [0, 0, 0]):
         with pytest.raises(ValueError, match="a trie needs at least one item, and tokens for every item"):
@@ -150,7 +150,7 @@ def test_history_rows_are_those_before_all_candidates():
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_cached_states_are_those_of_whole_rows(name):
-    """Two candidates of four tokens behind each history, all at once or token by token from a cache."""
+    """Two candidates of four tokens after each history, all at once or token by token from a cache."""
     model, params = model_of(name)
     candidates = np.array([0, 7])
     rows = candidate_rows(CATALOGUE, HISTORIES, [candidates] * 3, TOKENS)
@@ -186,7 +186,7 @@ def test_cached_states_are_those_of_whole_rows(name):
 
 
 def exhaustive(scores_I):
-    """Items and scores, best first; equal texts together, in the catalogue's order."""
+    """Items and scores, best first; items with equal texts are adjacent, in the order of the catalogue."""
     groups = sorted(distinct(TEXTS).values(), key=lambda items: -scores_I[items[0]])
     best = [float(scores_I[items[0]]) for items in groups]
     assert (np.diff(best) < -1e-3).all()  # far enough apart for one order
@@ -196,7 +196,7 @@ def exhaustive(scores_I):
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_as_wide_as_the_catalogue_is_exhaustive(name):
     normalize = name in ("item-aware", "HatLLM")
-    if name == "HatLLM":  # once as users call it, compiled as ever
+    if name == "HatLLM":  # once with the usual compilation
         items, scores = beam_search(*model_of(name), make_trie(CATALOGUE), BATCH, len(TEXTS), normalize=normalize)
     else:
         items, scores = searched(name, len(TEXTS), normalize)
@@ -209,7 +209,7 @@ def test_as_wide_as_the_catalogue_is_exhaustive(name):
 
 
 def test_bfloat16():
-    """Scores of a pass in pieces differ from those in one by roundings only, and are not those in float32."""
+    """Scores from a cache differ from those of one pass only by rounding, and differ from those in float32."""
     items, scores = searched("HatLLM", len(TEXTS), dtype="bfloat16")
     expected = np.take_along_axis(likelihoods("HatLLM", dtype="bfloat16"), items, axis=1)
     np.testing.assert_allclose(scores, expected, atol=0.1)
@@ -218,7 +218,7 @@ def test_bfloat16():
 
 
 def next_log_probs(model_and_params, groups):
-    """[V] float64, of the token behind a row of groups: the whole row in NumPy."""
+    """Log-probabilities [V] of the token after a row of groups, float64, from NumPy on the whole row."""
     model, params = model_and_params
     config = model.bind(params).config.model
     token = np.array([[token for group in groups for token in group]])
@@ -232,7 +232,7 @@ def next_log_probs(model_and_params, groups):
 
 
 def slow_search(name, history, beams, normalize):
-    """Beam search in words: [(score, item)]."""
+    """A plain implementation of beam search: [(score, item)]."""
     texts = distinct(TEXTS)
 
     def score(hypothesis):
@@ -257,7 +257,7 @@ def slow_search(name, history, beams, normalize):
     [("item-aware", 2, False, 2048), ("HatLLM", 3, True, 6), ("ordinary", 1, False, 1), ("self key, item positions", 5, True, 10)],
 )
 def test_narrow_beams_are_those_of_the_slow_search(name, beams, normalize, chunk):
-    """Users one, two (a remainder of one) or all at a time; each score is the item's log-likelihood."""
+    """One, two (with a remainder of one) or all users at a time; each score is the log-likelihood of the item."""
     items, scores = searched(name, beams, normalize, chunk)
     for b, history in enumerate(HISTORIES):
         expected = slow_search(name, history, beams, normalize)
@@ -278,7 +278,7 @@ def made_model():
 
 
 def widened(trie):
-    """As many nodes as there could be, so that one program serves all catalogues: the nodes more have no edges and no items."""
+    """Pads the trie to the largest possible number of nodes, so that one program fits all catalogues. Padded nodes are empty."""
 
     def pad(x, size, fill):
         return np.pad(x, (0, size - len(x)), constant_values=fill)
@@ -301,7 +301,7 @@ def made_programs():
 @settings(deadline=None, max_examples=60)
 @given(st.lists(titles, min_size=MADE, max_size=MADE), st.lists(st.integers(0, MADE - 1), min_size=1, max_size=4))
 def test_only_items_that_exist(texts, history):
-    """Whatever the titles: as many as asked for, all different, each with its own log-likelihood; all of them are the whole ranking."""
+    """For any titles, the search returns the requested number of distinct items with their log-likelihoods, up to the full ranking."""
     catalogue, searches = catalogue_of(texts, [], []), made_programs()
     everything, history = np.arange(MADE), np.array(history)
     token_room = 2 * TOKENS
@@ -325,7 +325,7 @@ def test_only_items_that_exist(texts, history):
 
 
 def test_single_item_and_id_tokens():
-    """One item of all: its place is certain, and its score its likelihood. With ids the search is one softmax over the items."""
+    """With one item in the catalogue, its score is its likelihood. With id tokens the search is one softmax over the items."""
     model, params = made_model()
     single = catalogue_of([[1]], [], [])
     items, scores = beam_search(model, params, make_trie(single), history_rows(single, [np.array([0])], TOKENS), 1)
@@ -364,7 +364,7 @@ def test_what_is_refused():
 
 
 def test_nothing_is_missing_in_silence():
-    """A place without an item has the score -inf, and one NaN among a user's hypotheses makes all of them NaN: both are errors above."""
+    """A place without an item has the score -inf; a NaN among a user's hypotheses makes all of them NaN. `beam_search` raises for both."""
     trie = make_trie(catalogue_of([[1], [2], [2]]))  # leaves 3 and 4
     items, scores = _items(trie, jnp.array([4, 0]), jnp.array([-1, -jnp.inf]), beams=3)
     assert items.tolist()[:2] == [1, 2] and scores.tolist() == [-1, -1, -np.inf]

@@ -1,4 +1,4 @@
-"""The benchmarks at toy size: their tables and their JSON agree, and what must fail does. No time is looked at."""
+"""The benchmarks at toy size: tables and JSON files agree, and errors are detected. No time is asserted."""
 
 import importlib.util
 import json
@@ -36,14 +36,14 @@ def run(name: str, output: Path, *flags: str) -> tuple[subprocess.CompletedProce
 
 def load(name: str):
     spec = importlib.util.spec_from_file_location(f"benchmark_{name}", FOLDER / f"{name}.py")
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look there
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses need it there
     spec.loader.exec_module(module)
     return module
 
 
 @pytest.fixture(autouse=True)
 def scripts_import_each_other(monkeypatch):
-    """As where one is run, and its folder is the first of sys.path."""
+    """As when a benchmark is run, its folder is the first entry of sys.path."""
     monkeypatch.syspath_prepend(FOLDER)
 
 
@@ -132,7 +132,7 @@ def test_attention_does_not_time_interpreted_kernels(capsys):
 
 @pytest.mark.parametrize("mistake", ["none", "value", "NaN", "leak"])
 def test_attention_check(mistake, tmp_path, monkeypatch, capsys):
-    """Parity passes, and a mistake in one backend does not: a value, a NaN in one place, and an empty row that sees something."""
+    """A correct backend passes the check. A wrong value, a NaN and an empty row that is not zero do not."""
     module = load("attention")
     right, reference_calls = module.range_attention, []
 
@@ -162,7 +162,7 @@ def test_attention_check(mistake, tmp_path, monkeypatch, capsys):
 
 
 def test_attention_dense_peer_is_the_reference():
-    """Both dense paths beside the reference are the same function; only the implementation differs."""
+    """The dense paths compute the same function as the reference; only the implementation differs."""
     module = load("attention")
     rng = np.random.default_rng(0)
     q, k, v = (jnp.asarray(rng.standard_normal((2, 40, n, 8)), jnp.float32) for n in (4, 2, 2))
@@ -180,7 +180,7 @@ def test_attention_ratio_to_the_fastest_peer():
 
     rows = [row("gpu", 2.0), row("local", 0.1), row("xla", 8.0), row("flex", 4.0), row("cudnn", 1.0, skipped="no"), row("gpu", 3.0, 16)]
     expected = {"relation": "full", "length": 8, "peer": "flex", "ratio": 0.5}
-    assert load("attention").against_peers(rows) == [expected]  # nothing to compare with at 16
+    assert load("attention").against_peers(rows) == [expected]  # there is no peer at length 16
 
 
 TOY = ("--schedule=intra full", "--candidates=3", "--history_items=4", "--item_tokens=5", "--vocabulary=40", "--width=16", "--repeats=2")
@@ -205,7 +205,7 @@ def test_scoring(tmp_path):
 
 
 def test_scores_that_differ_are_an_error(tmp_path, monkeypatch, capsys):
-    """Candidates behind a history that is one item shorter are other scores."""
+    """Candidates after a history that is one item shorter have other scores."""
     module = load("scoring")
     right = module.candidate_rows
 
@@ -222,7 +222,7 @@ def test_scores_that_differ_are_an_error(tmp_path, monkeypatch, capsys):
 
 
 def test_import_memory(tmp_path, monkeypatch, capsys):
-    """What the import adds is at least its parameters and within the bound; more than the bound is an error."""
+    """The import adds at least the bytes of its parameters and stays within the bound. Exceeding the bound is an error."""
     done, result = run("import_memory", tmp_path / "m.json", "--parameters=4e7")
     assert done.returncode == 0 and result["holds"], done.stdout + done.stderr
     assert result["parameters"] == pytest.approx(4e7, rel=0.02) and result["parameter_bytes"] == 2 * result["parameters"]
@@ -247,7 +247,7 @@ def test_import_memory(tmp_path, monkeypatch, capsys):
 
 
 def test_beam(tmp_path, monkeypatch, capsys):
-    """As many beams as items find everything, with the same scores; those behind a history that is one item shorter are others."""
+    """With as many beams as items, the search finds all items with equal scores. A history that is one item shorter gives other scores."""
     toy = ("--schedule=intra full", "--items=6", "--beams=6", "--users=2", "--history_items=4", "--item_tokens=3", "--vocabulary=40")
     toy += ("--width=16", "--repeats=2")
     done, result = run("beam", tmp_path / "b.json", *toy)
@@ -270,9 +270,9 @@ def test_beam(tmp_path, monkeypatch, capsys):
 
 
 def test_pretrained_memory(tmp_path, monkeypatch, capsys):
-    """The frozen parameters are as many as the public models have; the table and the JSON tell the same; what does not fit is a row."""
+    """The frozen parameters match those of the public models; the table and the JSON agree; a step that does not fit is a row."""
     module = load("pretrained_memory")
-    for name, value in {"prepare": lambda _: None, "devices": lambda _: jax.devices()}.items():  # libtpu need not be here
+    for name, value in {"prepare": lambda _: None, "devices": lambda _: jax.devices()}.items():  # libtpu is not needed
         monkeypatch.setattr(topology, name, value)
     monkeypatch.setattr(training_run, "_check_attention", lambda *_: None)
     monkeypatch.setattr(module.metadata, "version", lambda package: f"{package} 1.0")

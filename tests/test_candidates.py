@@ -45,7 +45,7 @@ def states_of(name):
 
 
 def alone(history, candidate):
-    """The candidate as the next item of an ordinary row."""
+    """Scores the candidate as the next item of an ordinary row."""
     entries = (CATALOGUE.items, *history, CATALOGUE.items + 1, candidate)
     groups = [np.split(CATALOGUE.tokens, CATALOGUE.offsets[1:-1])[entry] for entry in entries]
     token = np.zeros(40, np.int32)
@@ -78,7 +78,7 @@ def test_layout(history, candidates, max_tokens):
 
 
 def test_by_hand():
-    """A prompt of one token, items of 2, 3, 1 and a suffix of 2: the row of each template, the history cut to what fits."""
+    """A prompt of one token, items of 2, 3, 1 and a suffix of 2: the row for each template, with the history cut to fit."""
     expected = {  # (tokens of the prompt, of the suffix) -> the row
         (1, 2): {
             "token": [90, 21, 22, 23, 95, 96, 31, 11, 12],
@@ -111,7 +111,7 @@ def test_what_does_not_fit_is_refused():
     bare = tiny_data().catalogue
     one = [np.array([0])]
     short = int(bare.lengths[0])
-    suffixed = tiny_data(suffix=3).catalogue  # a suffix alone is nothing to predict from
+    suffixed = tiny_data(suffix=3).catalogue  # nothing can be predicted from a suffix alone
     for catalogue, more in ((bare, 0), (suffixed, 3)):
         for history, max_tokens in ((np.array([], int), 24), (np.array([0]), more + short)):
             with pytest.raises(ValueError, match="user 0: no prompt"):
@@ -132,7 +132,7 @@ def test_what_does_not_fit_is_refused():
 
 
 def test_key_ranges_of_candidates():
-    """Straight from the meaning: a candidate sees the history as the next item would, itself, and no other candidate."""
+    """From the definition: a candidate sees the history as the next item would, and itself, but no other candidate."""
     ranges = key_ranges(*(jnp.asarray(ROWS[name]) for name in ("user", "group", "candidate")))
     s = np.arange(40)
     for b in range(2):

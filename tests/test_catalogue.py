@@ -1,4 +1,4 @@
-"""Items as text and tokens, the tokenizers, and the cache that keeps them."""
+"""Items as text and tokens, the tokenizers, and the cache of prepared data."""
 
 import dataclasses
 import json
@@ -51,7 +51,7 @@ def texts(template, **columns):
         ("{title} | {brand}", {"title": "lamp", "brand": ""}, "lamp"),  # the separator goes with the empty column
         ("{title} | {brand}", {"title": "", "brand": "Orlo"}, "Orlo"),
         ("Item: {title}, {brand}.", {"title": "lamp", "brand": ""}, "Item: lamp."),
-        ("{title} | {brand}", {"title": "", "brand": " "}, ""),  # literal text alone is no text
+        ("{title} | {brand}", {"title": "", "brand": " "}, ""),  # literal text alone does not count as text
         ("{{{title}}} {item}", {"title": "lamp"}, "{lamp} x"),
         ("{a.b}", {"a.b": "dotted", "a": "not this"}, "dotted"),
         ("{title}", {"title": "Fisher &amp; Price&nbsp;&#39;new&#39;\t  &lt;toy&gt;\n"}, "Fisher & Price 'new' <toy>"),
@@ -139,7 +139,7 @@ def test_prompt(tmp_path):
 
 
 def test_separator_and_suffix(tmp_path):
-    """Each is encoded by itself: its ids are those of the text alone, whatever stands beside it."""
+    """Each is encoded separately, so its ids do not depend on adjacent text."""
     words = ["red", "lantern", "kettle", "item", "next", "buys"]  # 0, 1, …; the boundary is 6
     path = word_tokenizer(tmp_path / "tokenizer.json", words)
     items = pl.DataFrame({"item": list("ab"), "title": ["red lantern kettle", "kettle"]})
@@ -153,7 +153,7 @@ def test_separator_and_suffix(tmp_path):
     assert catalogue.prompt and catalogue.suffix
     padded, lengths = catalogue.padded()
     assert padded.tolist() == [[4, 3, 0, 1, 6], [4, 3, 2, 6, 0]] and lengths.tolist() == [5, 4]
-    # The same tokens as prompt or as suffix are two catalogues.
+    # The same tokens as prompt and as suffix give different catalogues.
     front, back = (make_catalogue(items, DataConfig(tokenizer=path, **{field: "buys"}), tmp_path) for field in ("prompt", "suffix"))
     assert front.tokens.tolist() == back.tokens.tolist() and front.sha256 != back.sha256
     assert (front.prompt, front.suffix, back.prompt, back.suffix) == (True, False, False, True)
@@ -182,13 +182,13 @@ def test_given_tokenizer(tmp_path):
     assert tokens_of(catalogue) == [[0, 1, 4], [3, 2, 4], [0, 4], [3, 0], []]
     assert catalogue.vocabulary == 5 and catalogue.truncated == 1
     assert json.loads(catalogue.tokenizer_json)["model"]["vocab"]["lantern"] == 1
-    # The file's content counts, not its name: another vocabulary at the same path is another catalogue.
+    # The content of the file counts, not its name: another vocabulary at the same path gives another catalogue.
     word_tokenizer(tmp_path / "tokenizer.json", words[::-1])
     assert tokens_of(make_catalogue(items, config, tmp_path)) == [[3, 2, 4], [0, 1, 4], [3, 4], [0, 3], []]
 
 
 def test_a_vocabulary_with_gaps(tmp_path):
-    """The boundary token is above every token, also where the vocabulary is not 0, 1, 2, …"""
+    """The boundary token is larger than every token, also if the vocabulary is not 0, 1, 2, …"""
     path = word_tokenizer(tmp_path / "gaps.json", [], {"red": 0, "lantern": 7})
     catalogue = make_catalogue(pl.DataFrame({"item": ["a"], "title": ["red lantern"]}), DataConfig(tokenizer=path), tmp_path)
     assert tokens_of(catalogue)[0] == [0, 7, 8] and catalogue.vocabulary == 9
@@ -242,7 +242,7 @@ STORIES = Path(__file__).parents[2] / "shared" / "data" / "tiny-llama-stories" /
 def test_a_real_llama_tokenizer(tmp_path):
     tokenizer = tokens_lib.load_pretrained(Vocabulary(STORIES, 105))
     (title,) = tokens_lib.encode(tokenizer, ["<s>Once upon a time"])
-    assert 1 not in title and tokenizer.decode(title) == "<s>Once upon a time"  # what a shop writes is text
+    assert 1 not in title and tokenizer.decode(title) == "<s>Once upon a time"  # titles are text, not special tokens
     (spelled,), (plain,) = (tokens_lib.encode(tokenizer, [text], special=True) for text in ("<s>Once upon a time", "Once upon a time"))
     assert spelled == [1, *plain] == tokenizer.encode("Once upon a time").ids and 1 not in plain
 
@@ -370,7 +370,7 @@ def test_two_processes_at_once_keep_the_first_result(tmp_path):
 
     def late(temporary: Path):
         (temporary / "file").write_text("second")
-        folder.mkdir()  # another process is done meanwhile
+        folder.mkdir()  # another process finishes meanwhile
         (folder / "file").write_text("first")
 
     cached_folder(folder, lambda: late)

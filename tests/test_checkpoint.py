@@ -1,4 +1,4 @@
-"""Checkpoints of a small tree: which are kept, which is meant, what an interrupted save leaves, and what becomes of damaged ones."""
+"""Checkpoints of a small tree: which steps are kept, how steps are resolved, interrupted saves, and damaged checkpoints."""
 
 import json
 import shutil
@@ -35,7 +35,7 @@ def assert_same(left, right):
 
 
 def make(folder, metrics, keep=2, metric="ndcg@10"):
-    """Checkpoints at steps 1, 2, … with these values of the metric."""
+    """Makes checkpoints at steps 1, 2, … with these values of the metric."""
     checkpoints = Checkpoints(folder, keep, metric)
     for step, value in enumerate(metrics, start=1):
         measured = None if value is None else {"ndcg@10": value, "hr@10": 1 - value}
@@ -44,7 +44,7 @@ def make(folder, metrics, keep=2, metric="ndcg@10"):
     return checkpoints
 
 
-def test_the_newest_and_the_best_stay(tmp_path):
+def test_the_newest_and_the_best_are_kept(tmp_path):
     checkpoints = make(tmp_path, [0.1, 0.5, None, 0.4, 0.2, None])
     assert checkpoints.steps() == [2, 5, 6]
     assert [checkpoints.resolve(name) for name in ("best", "last", "5")] == [2, 6, 5]
@@ -53,7 +53,7 @@ def test_the_newest_and_the_best_stay(tmp_path):
     assert again.steps() == [2, 5, 6] and again.resolve("best") == 2
 
 
-def test_of_equals_the_first_is_the_best_as_training_tells_it(tmp_path):
+def test_the_first_of_equal_steps_is_the_best_as_in_training(tmp_path):
     checkpoints = make(tmp_path, [0.1, 0.5, 0.5, 0.5, 0.2], keep=1)
     assert checkpoints.resolve("best") == 2
     assert checkpoints.steps() == [2, 5]
@@ -107,7 +107,7 @@ def test_a_step_saved_again_gets_its_metrics(tmp_path):
     assert Checkpoints(tmp_path, 2, "ndcg@10", read_only=True).best() == (2, 0.3)
     checkpoints.save(3, state_of(3), {"step": 3}, {"ndcg@10": 0.2})
     checkpoints.save(4, state_of(4), {"step": 4}, {"ndcg@10": 0.2})
-    assert checkpoints.steps() == [2, 3, 4]  # the best is kept by the metrics it got later
+    assert checkpoints.steps() == [2, 3, 4]  # the best is kept because of the metrics that were added later
     assert checkpoints.progress(2) == {"step": 2, "again": True}
     assert_same(checkpoints.restore(2, abstract(state_of(0))), state_of(2))
 
@@ -127,7 +127,7 @@ def test_killed_while_a_step_gets_its_metrics(tmp_path, monkeypatch, killed_at):
             checkpoints.save(2, state_of(2), {"step": 2, "validated": 2}, {"ndcg@10": 0.3})
     again = Checkpoints(tmp_path, 2, "ndcg@10")
     step, state, progress = again.load(abstract(state_of(0)))
-    assert step == 2 and "validated" not in progress  # so that it is validated, and saved, once more
+    assert step == 2 and "validated" not in progress  # so that it is validated and saved again
     assert_same(state, state_of(2))
     again.save(2, state_of(2), {"step": 2, "validated": 2}, {"ndcg@10": 0.3})
     assert again.best() == (2, 0.3) and again.progress(2)["validated"] == 2
@@ -150,7 +150,7 @@ def test_a_state_is_saved_as_it_was_though_its_buffers_are_donated(tmp_path):
             assert (x == step).all()
 
 
-def test_what_an_interrupted_save_leaves_is_no_checkpoint(tmp_path, monkeypatch, capsys):
+def test_an_interrupted_save_leaves_no_checkpoint(tmp_path, monkeypatch, capsys):
     checkpoints = make(tmp_path, [0.1, 0.2])
 
     async def killed(*_, **__):
@@ -209,7 +209,7 @@ def test_parameters_of_another_model_are_refused(tmp_path, other, named):
             restore(1, tree)
 
 
-# ---- damaged ones
+# ---- damaged checkpoints
 
 
 def cut(path):
@@ -217,7 +217,7 @@ def cut(path):
 
 
 def files_of(folder):
-    """One file of every kind that a step consists of, by what it is. Others hold copies, and nothing reads them."""
+    """One file of every kind that belongs to a step, by kind. Other files are copies that nothing reads."""
     found = {"metrics": folder / "metrics" / "metrics", "metadata": folder / "progress" / "metadata"}
     for item in ("params", "rest"):
         for name in ("_METADATA", "_sharding", "manifest.ocdbt"):
@@ -228,10 +228,10 @@ def files_of(folder):
     return found
 
 
-def test_a_damaged_step_is_as_input_error_and_the_one_before_it_used(tmp_path, capsys):
-    """Whatever file of the newest step is cut short or missing, no wrong value is read, and another stands in."""
+def test_a_damaged_step_is_reported_and_the_previous_one_is_used(tmp_path, capsys):
+    """For any truncated or missing file of the newest step, no wrong value is read, and the previous step is used."""
 
-    def state_of(step):  # large enough to be in files of their own
+    def state_of(step):  # large enough to be in separate files
         draw = jax.random.split(jax.random.key(step))
         tables = [jax.random.normal(key, (500, 4)) for key in draw]
         return {"params": {"table_IE": tables[0], "scale": jnp.float32(step)}, "cache": tables[1]}
@@ -255,12 +255,12 @@ def test_a_damaged_step_is_as_input_error_and_the_one_before_it_used(tmp_path, c
         step, state, progress = writer.load(shapes)
         assert_same(state, state_of(step))
         assert progress == {"step": step}
-        told = capsys.readouterr()
-        assert told.err == ""
-        if kind == "metrics" and damage is not cut:  # as of a step without a validation
-            assert (step, told.out, writer.best()) == (2, "", (1, 0.1))
+        captured = capsys.readouterr()
+        assert captured.err == ""
+        if kind == "metrics" and damage is not cut:  # as for a step without a validation
+            assert (step, captured.out, writer.best()) == (2, "", (1, 0.1))
         else:
-            (line,) = told.out.splitlines()
+            (line,) = captured.out.splitlines()
             assert line.startswith(f"{workdir}/checkpoints/2 is damaged (") and line.endswith("); using step 1"), kind
             assert step == 1 and writer.steps() == [1] and writer.best() == (1, 0.1)
         if kind == "params index":
@@ -270,7 +270,7 @@ def test_a_damaged_step_is_as_input_error_and_the_one_before_it_used(tmp_path, c
         shutil.rmtree(workdir)
 
 
-def test_a_step_that_was_asked_for_has_no_stand_in(tmp_path):
+def test_a_requested_step_is_not_replaced_by_another(tmp_path):
     make(tmp_path, [0.1, 0.2, 0.15], keep=3)
     shapes = abstract(state_of(0)["params"])
     cut(tmp_path / "checkpoints" / "2" / "params" / "manifest.ocdbt")
@@ -282,7 +282,7 @@ def test_a_step_that_was_asked_for_has_no_stand_in(tmp_path):
         reader.load_params("2", shapes)
 
 
-def test_where_none_can_be_read_nothing_is_used_and_nothing_moved(tmp_path):
+def test_if_no_step_can_be_read_nothing_is_used_or_moved(tmp_path):
     make(tmp_path, [0.1, 0.2])
     for step in ("1", "2"):
         cut(tmp_path / "checkpoints" / step / "progress" / "metadata")

@@ -1,4 +1,4 @@
-"""The comparison's table agrees with the runs it read, and is refused where they cannot be compared."""
+"""The table of a comparison agrees with its runs, and runs that cannot be compared are refused."""
 
 import importlib.util
 import json
@@ -22,7 +22,7 @@ PROTOCOL = {"split": "leave_one_out", "filter_seen": True, "candidates": 1234, "
 def write_run(
     folder: Path, ranks, ties=None, split="abc", users=None, cost=None, protocol=(), bootstrap=(200, 7), losses=(), ks=(1, 3), baselines=()
 ) -> Path:
-    """A working folder with test ranks, and one validation event of rank 1. baselines: {name: test ranks}."""
+    """Writes a working folder with test ranks and one validation event of rank 1. baselines: {name: test ranks}."""
     folder.mkdir(parents=True)
     n = len(ranks)
     frame = {
@@ -61,14 +61,15 @@ COST = {"parameters": 5000, "trained": 4000, "steps": 9, "tokens_seen": 1234567,
 
 
 @pytest.fixture
-def two(tmp_path):
-    one = write_run(tmp_path / "one", [1, 1, 3, 1, 9], users=["u0", "u0", "u1", "u2", "u3"], cost=COST)
-    two = write_run(tmp_path / "two", [1, 3, 3, 1, 9], users=["u0", "u0", "u1", "u2", "u3"], losses={"token_loss": 1.5, "text_loss": 1.25})
-    return {"one": one, "b|c": two}
+def two_runs(tmp_path):
+    users = ["u0", "u0", "u1", "u2", "u3"]
+    first = write_run(tmp_path / "one", [1, 1, 3, 1, 9], users=users, cost=COST)
+    second = write_run(tmp_path / "two", [1, 3, 3, 1, 9], users=users, losses={"token_loss": 1.5, "text_loss": 1.25})
+    return {"one": first, "b|c": second}
 
 
-def test_differences_are_paired_and_resample_users(two):
-    found = compare.collect(two)
+def test_differences_are_paired_and_resample_users(two_runs):
+    found = compare.collect(two_runs)
     difference = found["difference"]["test"]["b|c"]
     # One event of user u0, who has two: from gain 1 to 1/log2(4) in NDCG@3, from 1 to 0 in HR@1.
     assert difference["ndcg@3"] == pytest.approx(-0.5 / 5) and difference["hr@1"] == pytest.approx(-1 / 5)
@@ -118,8 +119,8 @@ def test_over_seeds_draws_a_user_with_the_events_of_all_seeds(tmp_path):
     assert compare.over_seeds(sides[0], {5: sides[1][0]}) is None
 
 
-def test_one_table_as_text_and_markdown(two, tmp_path):
-    found = compare.collect(two)
+def test_one_table_as_text_and_markdown(two_runs, tmp_path):
+    found = compare.collect(two_runs)
     rows = {row[0].strip(): row[1:] for row in compare.table(found) if not row[0].startswith("  ")}
     assert rows["test"] == ["one", "b|c", "popularity"]
     for metric in (f"{name}@{k}" for name in ("ndcg", "hr", "mrr", "precision") for k in (1, 3)):
@@ -166,7 +167,7 @@ def test_intervals_of_one_table_are_of_one_kind(tmp_path):
         compare.collect(compare.named(folders))
 
 
-def test_candidates_are_compared_where_both_tell(tmp_path):
+def test_candidates_are_compared_if_both_runs_have_their_hash(tmp_path):
     folders = [write_run(tmp_path / name, [1, 2]) for name in ("one", "two")]
     (folders[0] / "data.json").write_text('{"items_sha256": "aa"}')
     compare.collect(compare.named(folders))
@@ -176,7 +177,7 @@ def test_candidates_are_compared_where_both_tell(tmp_path):
 
 
 def test_ranks_of_another_evaluation_than_the_means(tmp_path):
-    """As after an interruption between the two files."""
+    """As if the evaluation was interrupted between the two files."""
     folders = [write_run(tmp_path / "one", [1, 2]), write_run(tmp_path / "two", [1, 2])]
     write_run(tmp_path / "later", [2, 2])
     (tmp_path / "later" / "ranks.parquet").rename(folders[1] / "ranks.parquet")
@@ -194,15 +195,15 @@ def test_folders_without_an_evaluation(tmp_path, missing, how):
         compare.collect(compare.named(folders))
 
 
-def test_names_tell_folders_apart(tmp_path):
+def test_names_of_runs_are_distinct(tmp_path):
     assert list(compare.named([Path("a/x"), Path("b/y/")])) == ["x", "y"]
     assert list(compare.named([Path("a/x"), Path("b/x"), Path("c")])) == ["a/x", "b/x", f"{Path.cwd().name}/c"]
-    for folders, what in (([Path("a")], "two working folders or more"), ([Path("a"), Path("b/../a")], "given twice")):
-        with pytest.raises(InputError, match=what):
+    for folders, message in (([Path("a")], "two working folders or more"), ([Path("a"), Path("b/../a")], "given twice")):
+        with pytest.raises(InputError, match=message):
             compare.named(folders)
 
 
-def test_the_command(two, tmp_path):
+def test_the_command(two_runs, tmp_path):
     def main(*arguments):
         command = [sys.executable, "-m", "iam_jax.main", "--mode=compare", *arguments]
         process = subprocess.run(command, cwd=tmp_path, env=None, capture_output=True, text=True, timeout=60)
@@ -212,14 +213,14 @@ def test_the_command(two, tmp_path):
     assert (code, err) == (0, "") and out.startswith((tmp_path / "out" / "comparison.txt").read_text())
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {f"comparison.{ending}" for ending in ("json", "md", "txt")}
-    for arguments, what in (
+    for arguments, message in (
         (("--runs=one,nowhere", "--output=never"), "nowhere: no evaluation.json there"),
         (("--runs=one", "--output=never"), "two working folders or more"),
         ((), "two working folders or more"),
         (("--runs=one,two", "--output=one/run.json"), "--output=one/run.json: cannot be written"),
     ):
         code, out, err = main(*arguments)
-        assert code == 2 and err.startswith("error: ") and what in err and err.count("\n") == 1
+        assert code == 2 and err.startswith("error: ") and message in err and err.count("\n") == 1
     assert not (tmp_path / "never").exists()
 
 

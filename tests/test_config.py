@@ -1,4 +1,4 @@
-"""The config: every wrong value is refused by name, and a run's folder knows the config that made it."""
+"""The config: every invalid value is refused by name, and a working folder keeps its config."""
 
 import copy
 import dataclasses
@@ -17,7 +17,7 @@ NAN = float("nan")
 
 
 def configured(changes=()):
-    """The defaults with `changes` by dotted name, whatever their types."""
+    """The defaults with `changes` by dotted name, without checks of their types."""
     tree = copy.deepcopy(dataclasses.asdict(Config()))
     for name, value in {"data.path": "tables", **dict(changes)}.items():
         section = tree
@@ -82,7 +82,7 @@ WRONG = [
     *cases("eval.ks", (), (0,), (5, -1), ("10",), (1.5,)),
     *cases("eval.metric", "ndcg@10", eval__ks=(1, 5)),
     *cases("eval.metric", "recall@10", "ndcg"),
-    # what must go together
+    # fields that depend on each other
     *cases("data.path", "", data__source="table"),
     *cases("data.category", "", data__source="amazon", data__path=""),
     *cases("data.t1", "", data__split="temporal", data__t2="5"),
@@ -201,7 +201,7 @@ def test_sections():
 def test_unknown_keys_are_named(field):
     with pytest.raises(InputError, match=rf"^config\.{field} is not a config field; .* has "):
         resolve(configured({field: 1}))
-    # A config file cannot even set one: a misspelt field is found where it is written.
+    # A config file cannot set an unknown field, so a misspelt field is found in the file itself.
     config = default_config()
     *path, last = field.split(".")
     for part in path:
@@ -242,14 +242,14 @@ def test_round_trip_through_a_working_folder(tmp_path):
     saved = get_config(str(tmp_path))
     assert resolve(saved) == config and isinstance(saved.eval.ks, tuple)
     check_same_run(tmp_path, config)
-    saved.train.steps = 7  # the command line's overrides work on it, and only on fields there are
+    saved.train.steps = 7  # overrides of the command line apply to it, and only to existing fields
     assert resolve(saved).train.steps == 7
     with pytest.raises(AttributeError):
         saved.train.stesp = 7
 
 
 def test_another_config_is_refused_by_its_keys(tmp_path):
-    check_same_run(tmp_path, made())  # nothing there yet
+    check_same_run(tmp_path, made())  # there is no config yet
     (tmp_path / CONFIG_FILE).write_text(to_json(made()))
     for same in (
         {"eval.ks": (1, 10), "eval.batch_rows": 7, "eval.filter_seen": False, "eval.seed": 5},
@@ -286,11 +286,11 @@ def test_a_config_of_another_version(tmp_path):
     tree = json.loads(to_json(made(model__heads=8)))
     del tree["model"]["qk_norm"], tree["data"]["synthetic"], tree["train"]["skip_limit"]
     (tmp_path / CONFIG_FILE).write_text(json.dumps(tree))
-    assert resolve(get_config(str(tmp_path))) == made(model__heads=8)  # what came later is at its default
+    assert resolve(get_config(str(tmp_path))) == made(model__heads=8)  # fields that were added later have their defaults
     check_same_run(tmp_path, made(model__heads=8, train__skip_limit=0))
     with pytest.raises(InputError, match=r"another config: model\.qk_norm \(False there, True here\)\. "):
         check_same_run(tmp_path, made(model__heads=8, model__qk_norm=True))
-    for section, value in (("model", 1), ("eval", {"a": 1})):  # what is not here
+    for section, value in (("model", 1), ("eval", {"a": 1})):  # fields that this version does not have
         (tmp_path / CONFIG_FILE).write_text(json.dumps(tree | {section: tree[section] | {"gone": value}}))
         for read in (lambda: get_config(str(tmp_path)), lambda: check_same_run(tmp_path, made())):
             with pytest.raises(InputError, match=rf"config\.json: .* no config fields here: {section}\.gone(\.a)?$"):

@@ -33,7 +33,7 @@ def run(batch=BATCH, layers=None, **fields):
     return np.asarray(states_of(layers, **fields)(model_of(**fields)[1], batch))
 
 
-# ---- against the model in plain NumPy
+# ---- comparison with the model in plain NumPy
 
 VARIANTS = {
     "plain rotary": {"schedule": "(intra inter)*2 full"},
@@ -63,7 +63,7 @@ def test_states_are_those_of_plain_numpy(fields):
 
 
 def test_the_variants_differ():
-    """The NumPy twin reads each of these fields: a state that ignored one could not equal it."""
+    """The NumPy implementation reads each of these fields, so states that ignored one could not be equal."""
     base = {"schedule": "inter full", "heads": 4, "kv_heads": 2, "qk_norm": False}
     decoder = model_of(**base)[1]["decoder"]
     model = make_config(model=base).model
@@ -92,12 +92,12 @@ def test_parameters_at_the_start():
     assert not np.any(block["attention"]["out_D"]) and not np.any(block["mlp"]["up_F"])
     assert (block["mlp_norm"]["scale"] == 1).all() and not np.any(block["mlp_norm"]["shift"])
     offset = jax.jit(model_of(schedule="intra", norm_offset=0.75)[0].init)(jax.random.key(0))["decoder"]
-    assert (offset["final_norm"]["scale"] == 0.25).all()  # together with the offset 1
-    assert not np.array_equal(block["attention"]["query_DNH"][0], block["attention"]["query_DNH"][1])  # every repeat its own
+    assert (offset["final_norm"]["scale"] == 0.25).all()  # plus the offset 1
+    assert not np.array_equal(block["attention"]["query_DNH"][0], block["attention"]["query_DNH"][1])  # repeats differ
     assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype("float32")}
 
 
-# ---- what sees what
+# ---- dependencies between positions
 
 STACKS = {
     "full": False,
@@ -112,7 +112,7 @@ STACKS = {
 
 @functools.cache
 def probe(**fields):
-    """(params) -> states [24, D] and their full Jacobian, [24, 24, D]: of a random direction of state t by input s."""
+    """(params) -> states [24, D] and a Jacobian [24, 24, D]: the derivative of a random direction of state t by input s."""
     model, _ = model_of(**fields)
     direction = jnp.asarray(np.random.default_rng(0).standard_normal((24, 16)), jnp.float32)
 
@@ -134,7 +134,7 @@ def with_embedding(params, embedding):
 
 
 def reach(schedule):
-    """[24, 24] bool: whether state t can depend on input s, by multiplying up the relations' meaning."""
+    """[24, 24] bool: whether state t can depend on input s, from products of the relations' masks."""
     out = np.zeros((24, 24), bool)
     for row, (user, group) in enumerate(zip(BATCH["user"], BATCH["group"], strict=True)):
         seen = np.eye(12, dtype=bool)
@@ -154,7 +154,7 @@ IMPLEMENTATIONS = {"reference": {}, "local": {"longest": 3}, "tpu": {"attention"
     + [("intra_both inter", False, "local"), ("full inter", False, "tpu"), ("full inter", False, "gpu")],
 )
 def test_states_depend_on_what_they_may_see_and_on_nothing_else(schedule, self_key, implementation):
-    """Bitwise, values and gradients: perturbing input s changes exactly the states that the relations let it reach."""
+    """Bitwise for values and gradients: a change of input s changes exactly the states that it can reach through the relations."""
     fields = {"schedule": schedule, "self_key": self_key, **IMPLEMENTATIONS[implementation]}
     params, run = model_of(**fields)[1], probe(**fields)
     expected = reach(schedule)
@@ -166,7 +166,7 @@ def test_states_depend_on_what_they_may_see_and_on_nothing_else(schedule, self_k
 
 
 def test_what_reach_means():
-    """The expectation above, where it can be said in words."""
+    """Properties of `reach` for simple schedules."""
     user, group = BATCH["user"].reshape(-1), BATCH["group"].reshape(-1)
     t, s = np.indices((24, 24))
     same_row = t // 12 == s // 12
@@ -176,13 +176,13 @@ def test_what_reach_means():
     np.testing.assert_array_equal(reach("intra*3"), own & (s <= t))
     np.testing.assert_array_equal(reach("full"), (same_row & (user[t] == user[s]) & (user[t] > 0) & (s <= t)) | (t == s))
     np.testing.assert_array_equal(reach("(intra inter)*2"), reach("full"))
-    assert not (reach("inter*4") & same_item & (t != s)).any()  # never another token of the own item, however deep
+    assert not (reach("inter*4") & same_item & (t != s)).any()  # no other token of the same item, at any depth
 
 
 @pytest.mark.parametrize("include_self", [False, True])
 def test_inter_attention_ignores_the_other_tokens_of_its_item(include_self):
-    """The attention module alone: output t depends on the keys it may see, and on its own input only through the query (which a
-    single key ignores) or as a self key."""
+    """The attention module alone: output t depends on its visible keys, and on its own input only through the query (which has no
+    effect with a single key) or as a self key."""
     model, params = model_of(schedule="inter")
     ranges = key_ranges(BATCH["user"], BATCH["group"])["inter"]
 
@@ -212,7 +212,7 @@ def test_inter_attention_ignores_the_other_tokens_of_its_item(include_self):
     assert (o.reshape(24, -1)[~keys.any(1)] == 0).all()
 
 
-def test_a_users_first_item_gets_the_residual_path_alone():
+def test_a_users_first_item_gets_only_the_residual_path():
     fields = {"schedule": "inter*2"}
     params = model_of(**fields)[1]
     blocks = params["decoder"]["blocks"]
@@ -225,7 +225,7 @@ def test_a_users_first_item_gets_the_residual_path_alone():
     assert first.sum() == 2 + 1 + 3 + 1 + 5  # the prompt; the first item of three users, one of them after its own prompt; padding
 
 
-# ---- fast paths against the plain loop
+# ---- fast paths compared with the plain loop
 
 
 @pytest.mark.parametrize("implementation", ["local", "tpu", "gpu"])
@@ -248,7 +248,7 @@ STATES = {
 @pytest.mark.parametrize("scan", [False, True])
 @pytest.mark.parametrize("at", range(8))
 def test_layers_compose(at, scan):
-    """The states after `at` layers, taken up again, give those after all: with the dropout of each layer its own."""
+    """Continuing from the states after `at` layers gives the states after all layers; every layer has its own dropout."""
     model, params = model_of(**STATES, scan=scan)
     key = jax.random.key(0)
 
@@ -265,7 +265,7 @@ def test_layers_compose(at, scan):
 
 @functools.cache
 def trained_by(**fields):
-    """(params, key) -> (states, gradients) of a fixed weighing of the states."""
+    """(params, key) -> (states, gradients) of a fixed weighted sum of the states."""
     model, _ = model_of(**fields)
     weights = np.random.default_rng(0).standard_normal((2, 12, 16)).astype(np.float32)
 
@@ -315,7 +315,7 @@ def test_dropout_keeps_the_mean_and_the_type():
 
 @pytest.mark.parametrize("scan", [True, False])
 def test_stopping_after_some_layers(scan):
-    """As the model in NumPy with so many layers, between stages, between repeats and in the middle of a group."""
+    """Equals the NumPy model with this many layers: between stages, between repeats and in the middle of a group."""
     fields = {"schedule": "(intra inter)*3 full*2", "scan": scan}
     params = model_of(**fields)[1]
     model = make_config(model=fields).model
@@ -355,13 +355,13 @@ def test_positions_of_inter_layers_by_token_or_by_item():
         assert np.abs(run(stretched[moves], **fields) - base)[REAL].max() > 1e-3
     assert np.abs(run(**by_item) - run(**by_token))[REAL].max() > 1e-3
     np.testing.assert_allclose(run(BATCH | {"group": BATCH["group"] + 5}, **by_item)[REAL], run(**by_item)[REAL], rtol=1e-4, atol=1e-4)
-    for relation in ("intra", "full"):  # other layers stay as they are
+    for relation in ("intra", "full"):  # other layers do not change
         fields = {"schedule": relation}
         np.testing.assert_array_equal(run(**fields, inter_positions="item"), run(**fields))
 
 
-def test_leading_intra_states_depend_on_the_item_alone():
-    """Item (7, 8, 9) first in one user, after a prompt and another item in the next, and alone in a row."""
+def test_leading_intra_states_depend_only_on_the_item():
+    """Item (7, 8, 9) as the first item of a user, after a prompt and another item, and alone in a row."""
     batch = stack([pack_row(12, (0, [3, 1]), (2, [1, 3])), pack_row(12, (0, [3]), (0, [2, 2, 1]))])
     token = np.arange(24, dtype=np.int32).reshape(2, 12)
     token[0, :3] = token[0, 7:10] = token[1, :3] = [7, 8, 9]
@@ -377,10 +377,10 @@ def test_leading_intra_states_depend_on_the_item_alone():
     np.testing.assert_allclose(later, first, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(alone, first, rtol=1e-5, atol=1e-5)
     first, later, _ = occurrences(run(batch, **fields))
-    assert np.abs(later - first).max() > 1e-2  # the inter layer does tell them apart
+    assert np.abs(later - first).max() > 1e-2  # the inter layer distinguishes them
 
 
-# ---- types
+# ---- dtypes
 
 
 def test_bfloat16_stays_near_float32():

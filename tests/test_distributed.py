@@ -1,4 +1,4 @@
-"""Several processes as one job: what they agree on, and how one that goes another way is told of. Real processes are in test_local.py."""
+"""Several processes as one job: agreement, and reports of differences and failures. test_local.py uses real processes."""
 
 import os
 import sys
@@ -16,22 +16,22 @@ from iam_jax.errors import InputError, JobError, NonFiniteError
 
 @pytest.fixture
 def job(monkeypatch):
-    """This process as the first of two; `told`: what the other gives, by turns."""
-    told, heard = [], []
+    """Makes this process the first of two. `replies`: the next values from the other process; `sent`: the values that this one gathered."""
+    replies, sent = [], []
 
     def gather(value):
-        heard.append(value)
-        return [value, told.pop(0)]
+        sent.append(value)
+        return [value, replies.pop(0)]
 
     monkeypatch.setattr(distributed, "_processes", 2)
     monkeypatch.setattr(distributed, "_before_agreement", True)
     monkeypatch.setattr(distributed, "gather", gather)
-    return SimpleNamespace(told=told, heard=heard)
+    return SimpleNamespace(replies=replies, sent=sent)
 
 
-def test_what_must_be_the_same_is_named_where_it_differs(job):
+def test_facts_that_differ_are_named(job):
     facts = {"config.train.seed": 0, "split_sha256": "aa"}
-    job.told += [{"facts": facts}, {"facts": facts | {"split_sha256": "bb"}}, {"facts": {"config.train.seed": 0}}]
+    job.replies += [{"facts": facts}, {"facts": facts | {"split_sha256": "bb"}}, {"facts": {"config.train.seed": 0}}]
     distributed.agree(facts, Signals())
     for other in ("'bb'", "None"):
         with pytest.raises(InputError, match=f"^the processes differ: split_sha256 is 'aa' in process 0, {other} in process 1$"):
@@ -48,28 +48,28 @@ def test_what_must_be_the_same_is_named_where_it_differs(job):
     ],
 )
 def test_all_raise_what_one_raises_alone(job, error, raised, text):
-    """In the part before the first agreement, and in what is done together."""
-    job.told.append({"facts": {}})
+    """Before the first agreement, and inside `fail_together`."""
+    job.replies.append({"facts": {}})
     distributed.report_failure(error)
-    distributed.report_failure(error)  # told once: the others wait but once
-    (told,) = job.heard
-    job.told += [told, told["problem"], None, None]
+    distributed.report_failure(error)  # reported once, since the others wait only once
+    (report,) = job.sent
+    job.replies += [report, report["problem"], None, None]
     with pytest.raises(raised, match=f"^{text}$"):
         distributed.agree({"a": 1}, Signals())
     with pytest.raises(raised, match=f"^{text}$"), distributed.fail_together(Signals()):
         pass
-    with pytest.raises(type(error)) as mine, distributed.fail_together(Signals()):
+    with pytest.raises(type(error)) as caught, distributed.fail_together(Signals()):
         raise error
-    assert mine.value is error and job.heard[-1] == told["problem"]
+    assert caught.value is error and job.sent[-1] == report["problem"]
     with distributed.fail_together(Signals()):
         pass
-    assert job.heard[-1] is None
+    assert job.sent[-1] is None
 
 
 def test_signals_of_several_processes():
-    """A signal waits until all have agreed; only in `raising` it is obeyed at once."""
+    """A signal takes effect when all processes have agreed; only inside `raising` it takes effect at once."""
     flags, signals = [False, True], Signals()
-    signals.share(lambda mine: mine or flags.pop(0))
+    signals.share(lambda flag: flag or flags.pop(0))
     signals.defer()
     signals.poll()
     signals._handle(15, None)
@@ -91,16 +91,16 @@ def test_a_process_that_hangs_ends_itself(monkeypatch, capsys):
     class Ended(Exception):
         pass
 
-    def leave(code):
+    def exit_(code):
         raise Ended(code)
 
-    monkeypatch.setattr(os, "_exit", leave)
+    monkeypatch.setattr(os, "_exit", exit_)
     monkeypatch.setattr(distributed, "_process", 3)
     distributed.report_progress("step 7")
     with pytest.raises(Ended, match=r"^5$"):
         distributed._watch(0.05)
-    told = capsys.readouterr().err
-    assert told.startswith("error: process 3: no progress for ") and told.endswith("(config.mesh.hang_minutes), waiting for step 7\n")
+    error = capsys.readouterr().err
+    assert error.startswith("error: process 3: no progress for ") and error.endswith("(config.mesh.hang_minutes), waiting for step 7\n")
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,7 @@ def test_a_process_that_hangs_ends_itself(monkeypatch, capsys):
         ({"multihost": True, "mode": "compare"}, "--mode=compare is work for one process"),
     ],
 )
-def test_flags_that_do_not_go_together(monkeypatch, given, message):
+def test_conflicting_flags(monkeypatch, given, message):
     values = {"multihost": False, "mode": "train", "coordinator": "", "processes": None, "process_id": None} | given
     flags = {name: SimpleNamespace(value=value) for name, value in values.items()}
     monkeypatch.setattr(main_lib, "_MULTIHOST", flags.pop("multihost"))
@@ -136,7 +136,7 @@ app.run(main._main, flags_parser=main._parse)
 
 def test_processes_with_other_data_are_refused(tmp_path, tiny):
     (tmp_path / "tiny.py").write_text(config_text(tiny))
-    told = two_processes([sys.executable, "-c", OTHER, "--config=tiny.py", "--workdir=run"], cwd=tmp_path, code=2)
-    for out in told:
+    outputs = two_processes([sys.executable, "-c", OTHER, "--config=tiny.py", "--workdir=run"], cwd=tmp_path, code=2)
+    for out in outputs:
         assert "error: the processes differ: config.data.synthetic.seed is 0 in process 0, 1 in process 1" in out
     assert not (tmp_path / "run").exists()

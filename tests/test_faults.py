@@ -1,4 +1,4 @@
-"""What a run survives: kills at any moment, a full disk, damaged checkpoints, another mesh; and working folders of earlier versions."""
+"""Failures that a run survives: kills, a full disk, damaged checkpoints, another mesh; working folders of earlier versions."""
 
 import contextlib
 import json
@@ -55,7 +55,7 @@ def assert_as_uninterrupted(workdir, whole):
 
 
 def trial(folder, whole, seed):
-    """The same command until it ends, killed once or twice on the way, every second time in a save."""
+    """Runs the same command until it finishes, killed once or twice before, every second time during a save."""
     draw = random.Random(seed)
     name = f"killed-{seed}"
     for attempt in range(draw.randint(1, 2)):
@@ -72,17 +72,17 @@ def trial(folder, whole, seed):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_killed_at_random_moments_a_run_ends_as_if_nothing_had_been(folder, whole, seed):
+def test_a_run_killed_at_random_moments_equals_an_uninterrupted_one(folder, whole, seed):
     trial(folder, whole, seed)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(100, 120))
-def test_killed_at_twenty_more(folder, whole, seed):
+def test_killed_at_twenty_more_moments(folder, whole, seed):
     trial(folder, whole, seed)
 
 
-def test_killed_before_the_first_checkpoint_a_run_says_so(folder, whole):
+def test_a_run_killed_before_its_first_checkpoint_reports_it(folder, whole):
     out, _ = run(folder, "--config=tiny.py", "--workdir=first", kill=["save", 1, "before"])
     assert "no checkpoint yet" not in out
     (left,) = (folder / "first" / "checkpoints").iterdir()
@@ -92,17 +92,17 @@ def test_killed_before_the_first_checkpoint_a_run_says_so(folder, whole):
     assert_as_uninterrupted(folder / "first", whole)
 
 
-# ---- damaged, on another mesh
+# ---- damaged checkpoints, another mesh
 
 
-def test_the_newest_checkpoint_damaged_the_one_before_it_is_used(folder, whole):
+def test_if_the_newest_checkpoint_is_damaged_the_previous_one_is_used(folder, whole):
     workdir = folder / "damaged"
     shutil.copytree(whole, workdir)
     (data,) = (workdir / "checkpoints" / str(STEPS) / "rest" / "d").iterdir()
     data.write_bytes(data.read_bytes()[:100])
     out, err = run(folder, "--workdir=damaged")
-    said = f"checkpoints/{STEPS} is damaged (rest: "
-    assert said in out and f"; using step {STEPS - 1}\n" in out and f"continuing from step {STEPS - 1}\n" in out and err == ""
+    message = f"checkpoints/{STEPS} is damaged (rest: "
+    assert message in out and f"; using step {STEPS - 1}\n" in out and f"continuing from step {STEPS - 1}\n" in out and err == ""
     assert_as_uninterrupted(workdir, whole)
     (data,) = (workdir / "checkpoints" / str(STEPS) / "params" / "d").iterdir()
     data.write_bytes(data.read_bytes()[:100])
@@ -126,7 +126,7 @@ def test_on_another_mesh_no_example_is_repeated_or_skipped(folder, whole):
             assert one[name] == pytest.approx(other[name], rel=1e-4)
         assert [one.get(name) for name in ("tokens_seen", "epoch")] == [other.get(name) for name in ("tokens_seen", "epoch")]
     sharding = json.loads((folder / "meshes" / "checkpoints" / str(STEPS) / "params" / "_sharding").read_text())
-    assert any("fsdp" in text for text in sharding.values())  # it was another mesh
+    assert any("fsdp" in text for text in sharding.values())  # the mesh was different
 
 
 # ---- a full disk
@@ -146,7 +146,7 @@ def disk(tmp_path):
 
 def test_a_full_disk_while_saving(folder, whole, disk):
     command = "--config=tiny.py", f"--workdir={disk}/run"
-    for _ in range(2):  # and there is no room the second time either
+    for _ in range(2):  # the disk is also full the second time
         _, err = run(folder, *command, code=2)
         assert err.startswith("error: ") and err.count("\n") == 1 and "No space left on device" in err and str(disk) in err
     steps = [int(path.name) for path in (disk / "run" / "checkpoints").iterdir() if path.name.isdecimal()]
@@ -180,11 +180,11 @@ def test_a_full_disk_while_other_files_are_written(disk):
 
 @pytest.mark.slow
 def test_the_demo_stopped_by_sigterm(tmp_path):
-    """Shorter, with the tiny config, in test_main.py."""
+    """test_main.py has a shorter test with the tiny config."""
     command = f"--config={TESTS.parent / 'configs' / 'demo.py'}", "--workdir=demo", "--config.log.every=5"
     done = 0
     for _ in range(2):
-        process = start(tmp_path, *command, XLA_FLAGS="")  # as it is run outside the tests
+        process = start(tmp_path, *command, XLA_FLAGS="")  # with the flags of normal use
         log, lines = tmp_path / "demo" / "metrics.jsonl", done // 5 + 4
         wait_for(process, lambda log=log, lines=lines: log.exists() and len(log.read_text().splitlines()) >= lines)
         process.send_signal(signal.SIGTERM)
@@ -224,7 +224,7 @@ def test_a_working_folder_of_an_earlier_version(folder, commit):
     (part,) = (folder / f"{name}-lists").glob("*.parquet")
     assert pl.read_parquet(part).group_by("user").len()["len"].to_list() == [5, 5, 5]
 
-    out, err = run(folder, f"--workdir={name}", "--config.train.steps=44")  # and training goes on
+    out, err = run(folder, f"--workdir={name}", "--config.train.steps=44")  # training continues
     assert "continuing from step 40\n" in out
     assert [line["step"] for line in metrics_lines(workdir) if "item_loss" in line] == [20, 40, 44]
     assert progress(workdir, 44)["skipped"] == 0 and "skip_limit" in (workdir / "config.json").read_text()

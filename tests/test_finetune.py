@@ -1,4 +1,4 @@
-"""From a model folder and two tables to a fine-tuned recommender, as a user would: whole commands, and what a run keeps."""
+"""From a model folder and two tables to a fine-tuned recommender with whole commands, and the files of such a run."""
 
 import dataclasses
 import json
@@ -104,28 +104,28 @@ def trained(folder):
     return run(folder, "--config=run.py", "--workdir=lora")
 
 
-def test_a_checkpoint_holds_what_was_trained(folder, trained, make):
+def test_a_checkpoint_holds_the_trained_parameters(folder, trained, make):
     out, err = trained
     assert err == "" and "wrote lora/evaluation.json" in out
-    this = make()
+    run_ = make()
     saved = flat(ocp.StandardCheckpointer().restore(folder / "lora" / "checkpoints" / "5" / "params"))
-    new = [name for name in flat(this.model.shapes()) if name not in pretrained.names(this.config)]
+    new = [name for name in flat(run_.model.shapes()) if name not in pretrained.names(run_.config)]
     assert saved.keys() == set(new)
     kinds = {name.rpartition(".")[2] for name in new if ".0_0." in name or ".2_0." in name}
-    assert kinds == set(OWN) and any(".1_0." in name for name in new)  # the inserted layer is trained as a whole
+    assert kinds == set(OWN) and any(".1_0." in name for name in new)  # all parameters of the inserted layer are trained
     others = {name for name in new if "decoder.blocks" not in name}
     assert others == {"decoder.boundary_D", "output_boundary_D", "state_DE", "table_IE"}
     moments = jax.tree.leaves(ocp.StandardCheckpointer().restore(folder / "lora" / "checkpoints" / "5" / "rest"))
-    assert sum(x.size for x in moments) == 2 * sum(x.size for x in saved.values()) + 2  # Adam's two, and two counts
-    start = flat(init_state(this)["params"])
+    assert sum(x.size for x in moments) == 2 * sum(x.size for x in saved.values()) + 2  # two moments of Adam and two counts
+    start = flat(init_state(run_)["params"])
     assert start.keys() == saved.keys() and all((np.asarray(start[name]) != saved[name]).any() for name in saved)
-    both = sum(x.size for x in saved.values()), sum(x.size for x in jax.tree.leaves(this.frozen))
+    both = sum(x.size for x in saved.values()), sum(x.size for x in jax.tree.leaves(run_.frozen))
     assert f"{both[0]:,} parameters trained, {both[1]:,} frozen" in out
 
 
 def test_frozen_parameters_are_those_of_the_folder_before_and_after(folder, make, tmp_path):
-    """Bitwise, by what the training step is given; and trained where the config says so."""
-    this = make(train__trained="final_norm|embedding")
+    """Bitwise; parameters that the config selects are trained."""
+    run_ = make(train__trained="final_norm|embedding")
     seen = []
 
     def recording(run):
@@ -140,18 +140,18 @@ def test_frozen_parameters_are_those_of_the_folder_before_and_after(folder, make
     make_train_step = train_lib.make_train_step
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_lib, "make_train_step", recording)
-        with jax.set_mesh(this.mesh):
-            checkpoints = train(this, tmp_path, evaluator_of(this), Signals())
-            params = checkpoints.restore_params(5, this.abstract_trained)
-    names = pretrained.names(this.config)
-    given = pretrained.load(this.config, select(this.model.shapes(), lambda name: name in names))
+        with jax.set_mesh(run_.mesh):
+            checkpoints = train(run_, tmp_path, evaluator_of(run_), Signals())
+            params = checkpoints.restore_params(5, run_.abstract_trained)
+    names = pretrained.names(run_.config)
+    pretrained_params = pretrained.load(run_.config, select(run_.model.shapes(), lambda name: name in names))
     assert len(seen) == 5
     for frozen in seen:
         assert flat(frozen).keys() == names.keys() - {"decoder.final_norm.scale", "decoder.embedding_VD"}
         for name, x in flat(frozen).items():
-            np.testing.assert_array_equal(x, flat(given)[name])
+            np.testing.assert_array_equal(x, flat(pretrained_params)[name])
     for name in ("decoder.final_norm.scale", "decoder.embedding_VD"):
-        assert (np.asarray(flat(params)[name]) != flat(given)[name]).any()
+        assert (np.asarray(flat(params)[name]) != flat(pretrained_params)[name]).any()
 
 
 def test_what_is_frozen(make):
@@ -165,16 +165,16 @@ def test_what_is_frozen(make):
     assert frozen(**full, train__frozen=r"embedding|norm\.scale") == {name for name in names if "embedding" in name or "norm.scale" in name}
     assert frozen(train__trained=r"mlp\.") == {name for name in names if "mlp." not in name}
     assert frozen(**full, objective__token=0.0) == {"output_VD"}  # nothing reads it
-    for changes, said in (
+    for changes, message in (
         ({"train__frozen": "layers"}, r"config\.train\.frozen = 'layers' matches none of the pretrained parameters, such as decoder\."),
         ({"train__trained": "lora"}, r"config\.train\.trained = 'lora' matches none of the pretrained"),
     ):
-        with pytest.raises(InputError, match=said):
+        with pytest.raises(InputError, match=message):
             frozen(**changes)
 
 
 def test_base_weights_in_bfloat16(make):
-    """Frozen ones are rounded, trained ones are not."""
+    """Frozen parameters are rounded, trained ones are not."""
     exact, rounded = make(), make(model__frozen_dtype="bfloat16", train__trained="final_norm")
     assert {str(x.dtype) for x in jax.tree.leaves(rounded.frozen)} == {"bfloat16"}
     for name, x in flat(rounded.frozen).items():
@@ -189,11 +189,11 @@ def test_base_weights_in_bfloat16(make):
 
 def test_the_boundary_starts_as_the_mean_of_the_tokens(make):
     for changes in ({}, {"model__lora__rank": 0}):
-        this = make(**changes)
-        state = init_state(this)
-        every = flat(join(state["params"], this.frozen))
+        run_ = make(**changes)
+        state = init_state(run_)
+        all_params = flat(join(state["params"], run_.frozen))
         for boundary, rows in (("decoder.boundary_D", "decoder.embedding_VD"), ("output_boundary_D", "output_VD")):
-            np.testing.assert_allclose(every[boundary], np.asarray(every[rows], np.float64).mean(0), rtol=1e-5, atol=1e-6)
+            np.testing.assert_allclose(all_params[boundary], np.asarray(all_params[rows], np.float64).mean(0), rtol=1e-5, atol=1e-6)
 
 
 def test_interrupted_and_whole_are_the_same(folder, trained):
@@ -206,44 +206,44 @@ def test_interrupted_and_whole_are_the_same(folder, trained):
 
 def test_export_is_the_merged_model(folder, trained, make, tmp_path):
     out, _ = run(folder, "--workdir=lora", "--mode=export", "--step=last", f"--output={tmp_path / 'out'}")
-    assert "inter" in out and f"wrote {tmp_path / 'out'}, from step 5" in out  # transformers' attention is another: said
-    this = make()
+    assert "inter" in out and f"wrote {tmp_path / 'out'}, from step 5" in out  # a note says that transformers computes other attention
+    run_ = make()
     saved = ocp.StandardCheckpointer().restore(folder / "lora" / "checkpoints" / "5" / "params")
-    merged = flat(merge(join(saved, this.frozen), this.config.model.lora))
+    merged = flat(merge(join(saved, run_.frozen), run_.config.model.lora))
     config = pretrained.configure(
-        dataclasses.replace(this.config, model=dataclasses.replace(this.config.model, pretrained=str(tmp_path / "out")))
+        dataclasses.replace(run_.config, model=dataclasses.replace(run_.config.model, pretrained=str(tmp_path / "out")))
     )
-    again = flat(pretrained.load(config, select(this.model.shapes(), lambda name: name in pretrained.names(config))))
+    again = flat(pretrained.load(config, select(run_.model.shapes(), lambda name: name in pretrained.names(config))))
     assert len(again) == len(pretrained.names(config))
     for name, x in again.items():
         np.testing.assert_array_equal(x, merged[name])
-    changed = {name for name in again if (np.asarray(again[name]) != flat(this.frozen)[name]).any()}
+    changed = {name for name in again if (np.asarray(again[name]) != flat(run_.frozen)[name]).any()}
     assert changed == {f"decoder.blocks.{block}.{name}" for block in ("0_0", "2_0") for name in ("attention.query_DNH", "mlp.down_FD")}
     _, err = run(folder, "--workdir=lora", "--mode=export", code=2)
     assert err == "error: --mode=export makes a Hugging Face folder: --output=DIR is missing\n"
-    for output, said in (("run.py", "exists already"), ("run.py/out", "run.py cannot be written to"), ("tables", "exists already")):
+    for output, message in (("run.py", "exists already"), ("run.py/out", "run.py cannot be written to"), ("tables", "exists already")):
         out, err = run(folder, "--workdir=lora", "--mode=export", f"--output={output}", code=2)
-        assert err.count("\n") == 1 and said in err and not out  # before any work
+        assert err.count("\n") == 1 and message in err and not out  # before any other work
 
 
 def test_the_initial_model_and_the_losses(folder, make):
-    """train.steps = 0: the base model under ordinary attention; its losses by hand, from all log-probabilities."""
+    """train.steps = 0: the base model with ordinary attention; the expected losses come from all log-probabilities."""
     flags = ["--config.train.steps=0", "--config.model.schedule=full*2", "--config.model.lora.rank=0"]
     out, _ = run(folder, "--config=run.py", "--workdir=base", *flags)
     assert "step 0: validation" in out
-    this = make(train__steps=0, model__schedule="full*2", model__lora__rank=0)
-    params = init_state(this)["params"]
+    run_ = make(train__steps=0, model__schedule="full*2", model__lora__rank=0)
+    params = init_state(run_)["params"]
     assert_same(ocp.StandardCheckpointer().restore(folder / "base" / "checkpoints" / "0" / "params"), params)
     evaluation = json.loads((folder / "base" / "evaluation.json").read_text())
-    events, catalogue = this.prepared.events, this.prepared.catalogue
-    model = this.model.bind(params)
-    states = jax.jit(lambda row: this.model.bind(params).states(row))
+    events, catalogue = run_.prepared.events, run_.prepared.catalogue
+    model = run_.model.bind(params)
+    states = jax.jit(lambda row: run_.model.bind(params).states(row))
     for label, split in ((VALIDATION, "validation"), (TEST, "test")):
         losses = []
         for target in events.targets(label):
             begin = events.offsets[np.searchsorted(events.offsets, target, side="right") - 1]
             item = events.item[target : target + 1]
-            row = candidate_rows(catalogue, [events.item[begin:target]], [item], this.config.data.row_tokens)
+            row = candidate_rows(catalogue, [events.item[begin:target]], [item], run_.config.data.row_tokens)
             x_TD = np.asarray(states(row))[0]
             logits = np.concatenate([x_TD @ np.asarray(part).T for part in model.output_embedding()], axis=1)
             log_p = logits - np.log(np.exp(logits).sum(1, keepdims=True))
@@ -255,15 +255,15 @@ def test_the_initial_model_and_the_losses(folder, make):
 
 
 def test_ranking_by_likelihood(make):
-    """Ranks of a text generator without item vectors: by each candidate scored alone."""
-    this = make(objective__item=0.0, eval__ranking="likelihood", eval__length_normalized=True, data__item_tokens=2)
-    assert not any("DE" in name or "IE" in name for name in flat(this.model.shapes()))
-    params = join(init_state(this)["params"], this.frozen)
-    events, catalogue = this.prepared.events, this.prepared.catalogue
+    """Ranks of a text generator without item vectors equal those from scoring each candidate alone."""
+    run_ = make(objective__item=0.0, eval__ranking="likelihood", eval__length_normalized=True, data__item_tokens=2)
+    assert not any("DE" in name or "IE" in name for name in flat(run_.model.shapes()))
+    params = join(init_state(run_)["params"], run_.frozen)
+    events, catalogue = run_.prepared.events, run_.prepared.catalogue
     targets = events.targets(TEST)
-    rank, ties = evaluator_of(this).rank(params, targets)
+    rank, ties = evaluator_of(run_).rank(params, targets)
     titles = [tuple(catalogue.tokens[begin:end]) for begin, end in zip(catalogue.offsets, catalogue.offsets[1:], strict=False)][:ITEMS]
-    alone = jax.jit(lambda params, row: log_likelihoods(this.model.bind(params), row, 1, normalize=True)[0, 0])
+    alone = jax.jit(lambda params, row: log_likelihoods(run_.model.bind(params), row, 1, normalize=True)[0, 0])
     for n, target in enumerate(targets):
         begin = events.offsets[np.searchsorted(events.offsets, target, side="right") - 1]
         history, own = events.item[begin:target], events.item[target]
@@ -282,7 +282,7 @@ def test_ranking_by_likelihood(make):
 
 
 def test_another_ranking_is_another_selection(folder, trained):
-    """A step chosen by the item scores is not continued by likelihoods; but it may be evaluated by them, and the protocol says so."""
+    """A run that selects steps by item scores cannot continue with likelihoods. It can be evaluated with them; the protocol records it."""
     flags = ["--workdir=lora", "--config.eval.ranking=likelihood", "--config.eval.length_normalized=true"]
     _, err = run(folder, *flags, "--config.train.steps=6", code=2)
     assert "config.eval.metric = 'length-normalized likelihood ndcg@10' was not measured when" in err
@@ -296,14 +296,14 @@ def test_another_ranking_is_another_selection(folder, trained):
 
 
 def test_adapters_with_dropout_are_not_shared_unasked(make):
-    """Occurrences of an item share one dropout mask where its states are computed once."""
+    """Occurrences of an item share one dropout mask if its states are computed once."""
     fields = {"model__schedule": "intra*2 +inter", "data__suffix": "", "data__row_tokens": 60}
     kinds = [type(make(**fields, model__lora__dropout=rate).finish).__name__ for rate in (0.0, 0.5)]
     assert kinds == ["DistinctItems", "function"]
     assert type(make(**fields, model__lora__dropout=0.5, model__item_states="on").finish).__name__ == "DistinctItems"
 
 
-# ---- what is wrong
+# ---- errors
 
 
 def broken(folder, tmp_path, change):
@@ -338,7 +338,7 @@ def unsupported(copy):
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (truncate, "model.safetensors"),
         (integers, "I32"),
@@ -351,14 +351,14 @@ def unsupported(copy):
     ],
     ids=["truncated", "wrong type", "missing shard", "tokenizer", "unsupported", "no tokenizer", "no weights", "no folder"],
 )
-def test_bad_folders_are_one_line(folder, tmp_path, change, said):
+def test_bad_folders_are_one_line(folder, tmp_path, change, message):
     _, err = run(folder, "--config=run.py", f"--workdir={tmp_path / 'w'}", broken(folder, tmp_path, change), code=2)
-    assert err.startswith("error: ") and err.count("\n") == 1 and said in err and str(tmp_path / "model") in err
+    assert err.startswith("error: ") and err.count("\n") == 1 and message in err and str(tmp_path / "model") in err
     assert not (tmp_path / "w").exists()
 
 
 def test_a_working_folder_knows_its_model(folder, trained, tmp_path):
-    """By its content: it may be elsewhere, and another at the same place is refused."""
+    """A working folder identifies its model by content: the model may move, and another model at the same path is refused."""
     moved = broken(folder, tmp_path, lambda copy: None)
     run(folder, "--workdir=lora", "--mode=evaluate", moved)
     other = write_model(tmp_path / "other", MODELS["llama3"], {name: x + 1e-3 for name, x in weights(MODELS["llama3"]).items()})
@@ -368,7 +368,7 @@ def test_a_working_folder_knows_its_model(folder, trained, tmp_path):
 
 
 def test_scoring_reads_the_model_folder_for_frozen_parameters_only(folder, trained, tmp_path, monkeypatch):
-    """Lists of every item hold the test targets at their ranks; the prompt, the suffix and the frozen parameters are there."""
+    """Lists of all items contain the test targets at their ranks, so the prompt, the suffix and the frozen parameters are used."""
     monkeypatch.chdir(folder)
     run(folder, "--workdir=lora", "--mode=evaluate")
     ranks = pl.read_parquet("lora/ranks.parquet").filter(pl.col("split") == "test")

@@ -12,7 +12,7 @@ from iam_jax.training.flops import attention_flops, matmul_flops, step_flops, tr
 from iam_jax.training.run import make_run
 
 D, F, M = 16, 24, 8  # width, feed-forward, items of tiny_data
-LAYER = 4 * D * D + 3 * D * F  # multiplications of a token: queries, keys, values, output; a gated MLP
+LAYER = 4 * D * D + 3 * D * F  # multiplications per token: queries, keys, values, output; a gated MLP
 
 
 def flops_of(f, *shapes, dtype=jnp.float32):
@@ -46,7 +46,7 @@ def test_loops_and_conditions():
 
 
 def test_xla_counts_a_loop_once():
-    """Why there is a count of our own."""
+    """The reason for our own count."""
 
     def scanned(x, a_L):
         return jax.lax.scan(lambda x, a: (a @ x, None), x, a_L)[0]
@@ -90,10 +90,10 @@ def counted(run):
 
 
 def test_a_step_by_hand(run, counted):
-    """(intra inter)*2, items of a table of its own, full softmax."""
+    """(intra inter)*2, an item table, full softmax."""
     tokens, targets = 4 * 24, 4 * run.rows.targets_per_row
     products = 4 * tokens * LAYER + targets * (D * D + M * D)
-    # Backward twice that, but for the chunk of logits, which is computed once more.
+    # The backward pass takes twice as much, plus the chunk of logits, which is recomputed.
     assert counted.model["float32"] == 3 * 2 * products
     assert counted.hardware["float32"] == 3 * 2 * products + 2 * targets * M * D
     rows = [run.rows[row] for row in range(len(run.rows))]
@@ -102,7 +102,7 @@ def test_a_step_by_hand(run, counted):
     assert counted.model["float32 highest"] == counted.hardware["float32 highest"] == pytest.approx(attention)
 
 
-def test_what_does_not_matter(counted):
+def test_settings_without_effect_on_flops(counted):
     assert step_flops(run_of(model={"scan": False})) == counted
     assert step_flops(run_of(accumulate=2)) == counted
     assert step_flops(run_of(model={"attention": "reference"})) == counted
@@ -112,18 +112,18 @@ def test_what_does_not_matter(counted):
 def test_recomputed_layers(counted):
     again = step_flops(run_of(model={"remat": True}))
     assert again.model == counted.model
-    # A layer's last product is not needed once more: nothing follows it but the sum.
+    # The last product of a layer is not recomputed, because only the sum follows it.
     tokens = 4 * 24
     assert again.hardware["float32"] - counted.hardware["float32"] == 2 * 4 * tokens * (LAYER - F * D)
     assert again.hardware["float32 highest"] / counted.hardware["float32 highest"] == pytest.approx(4.5 / 3.5)
 
 
 def test_text_vectors_and_distinct_items():
-    """Items' texts are counted where they are computed, and distinct items instead of their occurrences."""
+    """Item texts are counted if they are computed, and distinct items are counted instead of their occurrences."""
     objective = {"vectors": "text", "softmax": "sampled", "negatives": 32}
     run = run_of(objective=objective)
     occurrences = step_flops(run)
-    longest, drawn = 4, 32  # tokens of a text, its boundary included
+    longest, drawn = 4, 32  # tokens of a text, including its boundary
     targets = 4 * run.rows.targets_per_row
     of_texts = (targets + drawn) * (longest * LAYER + D * D) + targets * D * (targets + drawn)
     assert occurrences.model["float32"] == 3 * 2 * (4 * 4 * 24 * LAYER + targets * D * D + of_texts)
@@ -160,12 +160,12 @@ def test_utilisation(counted):
         ("NVIDIA H200", "NVIDIA H200", 140),
     ],
 )
-def test_chips_by_what_they_call_themselves(kind, name, gib):
+def test_chips_by_device_kind(kind, name, gib):
     chip = find_chip(kind)
     assert (chip.name, chip.hbm_bytes) == (name, gib * 2**30)
     assert chip.flops["bfloat16"] >= chip.flops["float32"] > chip.flops["float32 highest"] > 1e13
     assert all(math.isfinite(x) and x > 0 for x in dataclasses.astuple(chip)[3:5])
 
 
-def test_no_chip():
+def test_unknown_chips():
     assert find_chip("cpu") is None and find_chip("NVIDIA H100 PCIe") is None

@@ -1,4 +1,4 @@
-"""What is the GPU kernels' alone: the lists of blocks, refusals, and the code they become for CUDA, without a GPU. The rest:
+"""Parts that only the GPU kernels have: lists of blocks, unsupported inputs, and their code for CUDA, without a GPU. Shared tests are in
 test_kernels.py."""
 
 import re
@@ -38,7 +38,7 @@ def test_lists_hold_exactly_the_needed_blocks_in_order(seed):
     assert {(b, i, j) for b, j, i in by_keys} == needed
 
 
-def test_refusals(monkeypatch):
+def test_unsupported_inputs(monkeypatch):
     def reason(H=64, dtype=jnp.float32):
         return gpu.unsupported_reason(jax.ShapeDtypeStruct((1, 8, 2, H), dtype), None, None)
 
@@ -58,7 +58,7 @@ def test_refusals(monkeypatch):
 
 
 def test_block_sizes():
-    """Powers of two, whose four blocks of each kind fit the 99 KB of the smallest GPUs in question."""
+    """Block sizes are powers of two, and five blocks fit into the 99 KB of shared memory of the smallest supported GPUs."""
     for H in (16, 32, 64, 128, 256):
         for dtype, size in ((jnp.float32, 4), (jnp.bfloat16, 2)):
             for reach in (None, (10, 0), (1000, 0)):
@@ -75,7 +75,7 @@ def lowered(H, dtype, N=6, K=2, B=2, T=200, S=300):
     q, k, bound, row = of((B, T, N, H), dtype), of((B, S, K, H), dtype), of((B, T), jnp.int32), of((B, T, N), jnp.float32)
     mesh = AbstractMesh((1,), ("x",), abstract_device=AbstractDevice(device_kind="NVIDIA A100", num_cores=None, platform="gpu"))
     with jax.sharding.use_abstract_mesh(mesh):
-        traced = jax.jit(partial(kernels)).trace(q, k, k, bound, bound, q, row, row)  # a new function: nothing cached by jit
+        traced = jax.jit(partial(kernels)).trace(q, k, k, bound, bound, q, row, row)  # a new function, so that jit has nothing cached
         module = traced.lower(lowering_platforms=("cuda",)).compiler_ir()
     codes = []
 
@@ -92,7 +92,7 @@ def lowered(H, dtype, N=6, K=2, B=2, T=200, S=300):
 @pytest.mark.parametrize("H", [16, 64, 80, 128, 256])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_lowers_for_cuda(H, dtype):
-    """As Triton kernels, with the real block sizes: forward, dq, dk and dv; 16-bit operands are not widened before a product."""
+    """The forward, dq and dk/dv kernels lower to Triton with the real block sizes. 16-bit operands are not widened before a product."""
     _, codes = lowered(H, dtype)
     products = [re.findall(r"tt\.dot.*: tensor<\d+x\d+x(\w+)> \* tensor<\d+x\d+x(\w+)> -> tensor<\d+x\d+x(\w+)>", code) for code in codes]
     kind = "f32" if dtype == jnp.float32 else "bf16"
@@ -107,11 +107,11 @@ def test_float32_is_not_multiplied_as_tf32(monkeypatch):
     assert reduced(lowered(64, jnp.float32)[1]) == 0
     product = gpu._dot
     monkeypatch.setattr(gpu, "_dot", lambda x, y, axis, *, of_y: product(x, y, axis, of_y=of_y) * 0 + jnp.dot(x, y.T if of_y else y))
-    assert reduced(lowered(64, jnp.float32)[1]) > 0  # the test would see it
+    assert reduced(lowered(64, jnp.float32)[1]) > 0  # the test detects TF32
 
 
 def test_memory_is_linear_in_the_length():
-    """No array as large as the mask; the largest says which queries need which key block, and is never kept (one fused reduction)."""
+    """No array is as large as the mask. The largest marks the key blocks that each query needs, inside a fused reduction."""
     length = 8192
     text, _ = lowered(16, jnp.bfloat16, N=1, K=1, B=1, T=length, S=length)
     sizes = [np.prod([int(n) for n in dims.split("x")[:-1]]) for dims in re.findall(r"tensor<((?:\d+x)+)[a-z]", text)]

@@ -1,4 +1,4 @@
-"""One suite for the backends' own functions, below the merge; what is each one's alone is in the file of its name."""
+"""One suite for the forward and backward functions of all backends, below the merge. Tests of a single backend are in its own file."""
 
 from functools import cache, partial
 
@@ -12,7 +12,7 @@ from iam_jax.kernels import blocked, gpu, local, tpu
 
 BLOCK = 16
 BACKENDS = {"local": local, "blocked": blocked, "tpu": tpu, "gpu": gpu}
-VISITING = ("blocked", "tpu", "gpu")  # the needed pairs of blocks, and no others
+VISITING = ("blocked", "tpu", "gpu")  # backends that visit only the needed pairs of blocks
 SHAPES = [  # B, T, S, N, K, H
     (2, 40, 40, 4, 2, 6),
     (1, 21, 37, 3, 1, 20),
@@ -38,7 +38,7 @@ def compiled(name, dtype=np.float32, reach=None):
 
 
 def any_ranges(shape, seed, longest=None):
-    """Some empty, some the wrong way round, some beyond the keys on either side; as long as the row unless told."""
+    """Random ranges: some are empty, some have a stop before the start, some exceed the keys on either side."""
     B, T, S, *_ = shape
     rng = np.random.default_rng(seed)
     start = rng.integers(-5, S + 5, (B, T)).astype(np.int32)
@@ -46,7 +46,7 @@ def any_ranges(shape, seed, longest=None):
 
 
 def packing(seed, B=2, T=90):
-    """Users of random lengths side by side; each query sees some earlier stretch of its user's positions, or none."""
+    """Users of random lengths in a row. Each query sees an earlier range of its user's positions, or none."""
     rng = np.random.default_rng(seed)
     users = np.sort(rng.integers(0, 5, (B, T)), axis=1)
     first = np.array([[np.flatnonzero(row == user)[0] for user in row] for row in users])
@@ -56,13 +56,13 @@ def packing(seed, B=2, T=90):
 
 
 def needed_pairs(start, stop, keys):
-    """The set of needed (b, query block, key block), one key at a time."""
+    """The set of needed (b, query block, key block), from a loop over keys."""
     every = ((b, t, s) for b, t in np.ndindex(start.shape) for s in range(max(start[b, t], 0), min(stop[b, t], keys)))
     return {(b, t // BLOCK, s // BLOCK) for b, t, s in every}
 
 
 def run(name, arrays, start, stop, lse=None, delta=None, reach=None):
-    """o, lse, dq, dk, dv; backward by lse and delta, or by those of this range alone."""
+    """Returns o, lse, dq, dk and dv. lse and delta default to those of this range alone."""
     q, k, v, do = arrays
     forward, backward = compiled(name, q.dtype, reach)
     o, own_lse = forward(q, k, v, start, stop)
@@ -74,7 +74,7 @@ def run(name, arrays, start, stop, lse=None, delta=None, reach=None):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("name", BACKENDS)
 def test_values_and_gradients_in_float32(name, shape):
-    """By its own softmax, and by a merged one: the log-sum-exp and delta of more than this range are taken as given."""
+    """With its own softmax, and with the log-sum-exp and delta of a merge with further ranges."""
     if name == "local" and shape[1] != shape[2]:
         pytest.skip("local: as many keys as queries")
     for seed in range(1, 4):
@@ -99,7 +99,7 @@ def test_values_and_gradients_in_float32(name, shape):
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("name", BACKENDS)
 def test_16_bits(name, dtype):
-    """From the same rounded inputs, each result within 1 % of its norm; the sums are float32."""
+    """With the same rounded inputs, each result is within 1 % of its norm; sums are float32."""
     if name == "tpu" and dtype == jnp.float16:
         pytest.skip("tpu: no float16")
     shape = SHAPES[0]
@@ -113,13 +113,13 @@ def test_16_bits(name, dtype):
         assert np.linalg.norm(np.asarray(got[place], np.float64) - expected[place]) <= 0.01 * np.linalg.norm(expected[place])
 
 
-# ---- what is visited
+# ---- visited blocks
 
 
 @pytest.mark.parametrize("bounds", [packing(1), any_ranges((2, 90, 90), 1, longest=16)], ids=["packing", "any_ranges"])
 @pytest.mark.parametrize("name", VISITING)
 def test_only_the_needed_blocks_are_visited(name, bounds):
-    """NaN in one block reaches exactly the blocks that need it: 0 * NaN is NaN, so a visit cannot hide."""
+    """NaN in one block reaches exactly the blocks that need it. Since 0 * NaN is NaN, every visit is detected."""
     start, stop = bounds
     B, T = start.shape
     arrays = attention_arrays((B, T, T, 2, 1, 4), 0)
@@ -140,7 +140,7 @@ def test_only_the_needed_blocks_are_visited(name, bounds):
 
 
 @pytest.mark.parametrize("name", VISITING)
-def test_masked_keys_of_visited_blocks_count_for_exactly_nothing(name):
+def test_masked_keys_of_visited_blocks_have_no_effect(name):
     q, k, v, do = attention_arrays(SHAPES[0], 5)
     start, stop = np.full((2, 40), 5, np.int32), np.full((2, 40), 20, np.int32)
     inside = ((np.arange(40) >= 5) & (np.arange(40) < 20))[:, None, None]
@@ -154,7 +154,7 @@ def test_masked_keys_of_visited_blocks_count_for_exactly_nothing(name):
 
 @pytest.mark.parametrize("name", VISITING)
 def test_no_key_at_all(name):
-    """None is seen: not even NaN."""
+    """Keys that are NaN have no effect if no query sees them."""
     q, k, v, do = attention_arrays(SHAPES[1], 4)
     start, _ = any_ranges(SHAPES[1], 4)
     o, lse, *grads = run(name, (q, k + jnp.nan, v + jnp.nan, do), start, start - 1)
@@ -163,7 +163,7 @@ def test_no_key_at_all(name):
 
 @pytest.mark.parametrize("name", VISITING)
 def test_empty_rows_among_others(name):
-    """Exactly zero although their block is visited for others, with NaN in it."""
+    """Empty rows are exactly zero, although their block is visited for other rows and contains NaN."""
     (q, k, v, do), (start, stop) = attention_arrays(SHAPES[0], 6), any_ranges(SHAPES[0], 6)
     empty = ~range_mask(40, [(start, stop)]).any(-1)
     o, lse, *_ = run(name, (q, k, v.at[:, 20].set(jnp.nan), do), start, stop)

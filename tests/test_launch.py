@@ -1,5 +1,5 @@
-"""What the launchers would run on a cluster, and when they run it again: their dry runs, and the real scripts with stand-ins for gcloud,
-srun and the program. No cloud is reached."""
+"""The commands that the launchers run on a cluster, and when they restart: dry runs, and the real scripts with fake programs for gcloud,
+srun and iam_jax. No cloud is used."""
 
 import os
 import shlex
@@ -29,7 +29,7 @@ SHELL = [LAUNCH / "slurm.sbatch", LAUNCH / "tpu_worker.sh", ROOT / ".ci" / "run"
 
 
 def stand_in(folder: Path, name: str, text: str) -> None:
-    """A program of this name, before all others on a PATH that begins with folder."""
+    """Writes a fake program of this name. It is found first if PATH begins with `folder`."""
     folder.mkdir(exist_ok=True)
     path = folder / name
     path.write_text(f"#!/usr/bin/env bash\n{text}")
@@ -41,7 +41,7 @@ def wait_for(condition) -> None:
         if condition():
             return
         time.sleep(0.05)
-    raise AssertionError("it never came")
+    raise AssertionError("the condition never became true")
 
 
 def test_shellcheck():
@@ -56,8 +56,8 @@ def test_shellcheck():
     [("v5e:4x4", "v5litepod-16", 16), ("v6e:2x4", "v6e-8", 8), ("v5p:2x4x4", "v5p-64", 32), ("v4:2x2x1", "v4-8", 4)],
 )
 def test_topologies(name, accelerator, chips):
-    asked = slices.parse(name)
-    assert (asked.accelerator_type, asked.chips, asked.shape) == (accelerator, chips, name.partition(":")[2])
+    tpu_slice = slices.parse(name)
+    assert (tpu_slice.accelerator_type, tpu_slice.chips, tpu_slice.shape) == (accelerator, chips, name.partition(":")[2])
 
 
 @pytest.mark.parametrize("name", ["v5e", "v5e:", "v5e:4x", "v5e:4x0", "v5e:4x4x4", "v5p:4x4", "h100:8", "v5e:ax4"])
@@ -70,25 +70,25 @@ def test_no_topologies(name):
 
 
 def tpu(*argv: str) -> int:
-    what, *rest = argv
-    return tpu_vm.main([what, "slice-1", "--zone=us-west4-a", *rest])
+    action, *arguments = argv
+    return tpu_vm.main([action, "slice-1", "--zone=us-west4-a", *arguments])
 
 
-def told(capsys) -> list[list[str]]:
+def printed_commands(capsys) -> list[list[str]]:
     return [shlex.split(line, comments=True) for line in capsys.readouterr().out.splitlines() if not line.startswith("#")]
 
 
 def test_tpu_vm_dry_run(capsys):
     assert tpu("run", "--topology=v5e:4x4", "--spot", "--project=p", "--setup=make data", "--dry-run", "--", *RUN) == 0
-    commands = told(capsys)
+    commands = printed_commands(capsys)
     assert [command[:5] for command in commands if command[0] == "gcloud"] == [
-        ["gcloud", "compute", "tpus", *rest]
-        for rest in (
+        ["gcloud", "compute", "tpus", *arguments]
+        for arguments in (
             ("queued-resources", "list"),
             ("queued-resources", "delete"),
             ("queued-resources", "create"),
             ("queued-resources", "list"),
-            *[("tpu-vm", what) for what in ("ssh", "scp", "ssh", "ssh", "ssh", "ssh")],
+            *[("tpu-vm", command) for command in ("ssh", "scp", "ssh", "ssh", "ssh", "ssh")],
         )
     ]
     assert all({"--zone=us-west4-a", "--project=p"} < set(command) for command in commands if command[0] == "gcloud")
@@ -101,13 +101,13 @@ def test_tpu_vm_dry_run(capsys):
     assert follow[6:8] == ["--worker=0", "--command=bash iam_jax/tpu_worker.sh follow"]
     assert code[6:8] == ["--worker=all", "--command=bash iam_jax/tpu_worker.sh code"]
 
-    for what, end in {"logs": "follow", "status": "status", "stop": "stop"}.items():
-        assert tpu(what, "--dry-run") == 0
-        assert told(capsys)[-1][7] == f"--command=bash iam_jax/tpu_worker.sh {end}"
+    for action, end in {"logs": "follow", "status": "status", "stop": "stop"}.items():
+        assert tpu(action, "--dry-run") == 0
+        assert printed_commands(capsys)[-1][7] == f"--command=bash iam_jax/tpu_worker.sh {end}"
     assert tpu("delete", "--dry-run") == 0
-    assert told(capsys) == [[*tpu_vm.TPUS, "queued-resources", "delete", "slice-1", "--force", "--quiet", "--zone=us-west4-a"]]
+    assert printed_commands(capsys) == [[*tpu_vm.TPUS, "queued-resources", "delete", "slice-1", "--force", "--quiet", "--zone=us-west4-a"]]
     assert tpu("create", "--topology=v5p:2x4x4", "--create", "reserved", "--dry-run") == 0
-    assert {"--type=v5p", "--topology=2x4x4", "--runtime-version=v2-alpha-tpuv5", "--reserved"} < set(told(capsys)[2])
+    assert {"--type=v5p", "--topology=2x4x4", "--runtime-version=v2-alpha-tpuv5", "--reserved"} < set(printed_commands(capsys)[2])
 
 
 @pytest.mark.parametrize(
@@ -142,15 +142,15 @@ esac
 @pytest.mark.parametrize(
     ("states", "installs", "codes", "result", "starts", "creates"),
     [
-        # asked for, waited for, finished
+        # requested, waited for, finished
         (["", "WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE"], [], ["0,0"], 0, 1, 1),
-        # taken while it ran: the workers say nothing; asked for again
+        # preempted while the job ran: no exit codes; requested again
         (["ACTIVE", "ACTIVE", "SUSPENDED", "PROVISIONING", "ACTIVE"], [], ["", "0,0"], 0, 2, 1),
-        # taken during the installation
+        # preempted during the installation
         (["ACTIVE", "ACTIVE", "FAILED", "ACTIVE"], ["lost", ""], ["0,0"], 0, 1, 1),
-        # not given at once
+        # not provided at once
         (["", "FAILED", "FAILED", "ACTIVE"], [], ["0,0"], 0, 1, 2),
-        # a crash, a loss of one's peers, an exit by SIGTERM
+        # a crash, the loss of a peer, an exit by SIGTERM
         (["ACTIVE"] * 8, [], ["134,1", "0,none", "75,75", "0,0"], 0, 4, 0),
         (["ACTIVE"] * 2, [], ["2,134"], 2, 1, 0),
         (["ACTIVE"] * 2, [], ["4,4"], 4, 1, 0),
@@ -158,7 +158,7 @@ esac
         (["ACTIVE"] * 8, [], ["75,75"] * 4, 1, 4, 0),
     ],
 )
-def test_tpu_vm_goes_on(monkeypatch, tmp_path, states, installs, codes, result, starts, creates):
+def test_tpu_vm_restarts(monkeypatch, tmp_path, states, installs, codes, result, starts, creates):
     stand_in(tmp_path / "bin", "gcloud", GCLOUD)
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
     monkeypatch.setenv("FAKE", str(tmp_path))
@@ -172,7 +172,7 @@ def test_tpu_vm_goes_on(monkeypatch, tmp_path, states, installs, codes, result, 
     assert sum("worker.sh start --multihost" in call for call in calls) == starts
     assert sum(call.startswith("queued-resources create") for call in calls) == creates
     assert sum(call.startswith("tpu-vm scp") for call in calls) == sum("worker.sh install" in call for call in calls) >= starts
-    assert (tmp_path / "states").read_text() == (tmp_path / "codes").read_text() == ""  # all of it was asked for
+    assert (tmp_path / "states").read_text() == (tmp_path / "codes").read_text() == ""  # all prepared answers were used
 
 
 PROGRAM = """
@@ -184,7 +184,7 @@ exit "$(<"$END")"
 
 
 def test_tpu_worker(tmp_path, monkeypatch):
-    """The script of a worker, with another program in place of iam_jax, and nothing installed."""
+    """The script of a worker, with a fake program instead of iam_jax and without an installation."""
     home, end = tmp_path / "iam_jax", tmp_path / "end"
     home.mkdir()
     shutil.copy(LAUNCH / "tpu_worker.sh", home)
@@ -197,8 +197,8 @@ def test_tpu_worker(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHON", str(tmp_path / "bin" / "python"))
     monkeypatch.setenv("END", str(end))
 
-    def worker(*what: str) -> str:
-        done = subprocess.run(["bash", home / "tpu_worker.sh", *what], stdout=subprocess.PIPE, text=True, timeout=60)
+    def worker(*arguments: str) -> str:
+        done = subprocess.run(["bash", home / "tpu_worker.sh", *arguments], stdout=subprocess.PIPE, text=True, timeout=60)
         assert done.returncode == 0
         return done.stdout
 
@@ -234,11 +234,11 @@ def kubernetes(capsys, *argv: str) -> tuple[list[str], dict]:
     return shlex.split(command), yaml.safe_load(text.removesuffix("EOF\n"))
 
 
-@pytest.mark.parametrize("more", [[], ["--spot", "--bucket=tables", "--service_account=trainer"]])
-def test_gke_manifest(capsys, more):
+@pytest.mark.parametrize("flags", [[], ["--spot", "--bucket=tables", "--service_account=trainer"]])
+def test_gke_manifest(capsys, flags):
     from kubeflow_trainer_api.models.jobset_v1alpha2_job_set import JobsetV1alpha2JobSet
 
-    command, jobset = kubernetes(capsys, "--topology=v5e:4x4", "--max_restarts=7", *more)
+    command, jobset = kubernetes(capsys, "--topology=v5e:4x4", "--max_restarts=7", *flags)
     assert command == ["kubectl", "create", "-f", "-"]
     read = JobsetV1alpha2JobSet.from_dict(jobset).to_dict()
     assert jobset["apiVersion"] == "jobset.x-k8s.io/v1alpha2" and read["kind"] == "JobSet"
@@ -257,28 +257,28 @@ def test_gke_manifest(capsys, more):
     assert (rule["action"], rule["onJobFailureReasons"]) == ("FailJobSet", ["PodFailurePolicy"])
     assert given_up["action"] == "FailJob" and given_up["onExitCodes"]["containerName"] == container["name"]
     assert (given_up["onExitCodes"]["operator"], given_up["onExitCodes"]["values"]) == ("In", [2, 3, 4])
-    assert job["backoffLimit"] == 0 and pod["restartPolicy"] == "Never"  # a policy of exit codes needs both
+    assert job["backoffLimit"] == 0 and pod["restartPolicy"] == "Never"  # required by a pod failure policy with exit codes
     assert job["completions"] == job["parallelism"] == 4
     assert container["command"] == ["python", "-m", "iam_jax.main", "--multihost", *RUN]
     assert container["resources"]["limits"] == {"google.com/tpu": 4} and container["image"] == "registry/iam_jax:1"
     selector = {"cloud.google.com/gke-tpu-accelerator": "tpu-v5-lite-podslice", "cloud.google.com/gke-tpu-topology": "4x4"}
-    assert pod["nodeSelector"] == (selector | {"cloud.google.com/gke-spot": "true"} if more else selector)
-    assert pod["serviceAccountName"] == ("trainer" if more else "default")
-    assert [mount["mountPath"] for mount in container["volumeMounts"]] == (["/data"] if more else [])
+    assert pod["nodeSelector"] == (selector | {"cloud.google.com/gke-spot": "true"} if flags else selector)
+    assert pod["serviceAccountName"] == ("trainer" if flags else "default")
+    assert [mount["mountPath"] for mount in container["volumeMounts"]] == (["/data"] if flags else [])
 
 
-def assert_reads(given: object, read: object, where: str) -> None:
-    """The model that the schema became has every field, spelled so, with this value."""
-    if isinstance(given, dict):
-        assert given.keys() <= read.keys(), f"{where}: no field {given.keys() - read.keys()}"
-        for name in given:
-            assert_reads(given[name], read[name], f"{where}.{name}")
-    elif isinstance(given, list):
-        assert len(given) == len(read), where
-        for number, (one, other) in enumerate(zip(given, read, strict=True)):
-            assert_reads(one, other, f"{where}[{number}]")
+def assert_reads(manifest: object, parsed: object, path: str) -> None:
+    """Asserts that the model of the schema has every field of the manifest, with the same value."""
+    if isinstance(manifest, dict):
+        assert manifest.keys() <= parsed.keys(), f"{path}: no field {manifest.keys() - parsed.keys()}"
+        for name in manifest:
+            assert_reads(manifest[name], parsed[name], f"{path}.{name}")
+    elif isinstance(manifest, list):
+        assert len(manifest) == len(parsed), path
+        for number, (expected, actual) in enumerate(zip(manifest, parsed, strict=True)):
+            assert_reads(expected, actual, f"{path}[{number}]")
     else:
-        assert given == read, where
+        assert manifest == parsed, path
 
 
 def test_gke_hosts_and_xpk(capsys):
@@ -317,7 +317,7 @@ SBATCH = ["bash", str(LAUNCH / "slurm.sbatch")]
 
 
 def slurm(tmp_path: Path, program: str, restarts: int = 0, tasks: int = 2) -> subprocess.Popen:
-    """The batch script as Slurm starts it, with this program in place of srun."""
+    """Starts the batch script as Slurm does, with a fake srun."""
     stand_in(tmp_path / "bin", "srun", program)
     stand_in(tmp_path / "bin", "scontrol", 'echo "$*" > "$FAKE/requeued"\n')
     env = os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "FAKE": str(tmp_path), "SLURM_JOB_ID": "77"}
@@ -342,7 +342,7 @@ def test_slurm_queues_again(tmp_path, code, restarts, again):
 
 @pytest.mark.parametrize(("number", "again"), [(signal.SIGUSR1, True), (signal.SIGTERM, False)])
 def test_slurm_saves_before_the_time_limit_and_when_cancelled(tmp_path, number, again):
-    """TERM reaches the step, whose exit code counts, not the signal's."""
+    """TERM reaches the step, and the exit code of the step counts."""
     job = slurm(tmp_path, """trap 'sleep 0.2; exit 75' TERM; touch "$FAKE/ready"; while :; do sleep 0.05; done\n""")
     wait_for((tmp_path / "ready").exists)
     job.send_signal(number)
@@ -351,7 +351,7 @@ def test_slurm_saves_before_the_time_limit_and_when_cancelled(tmp_path, number, 
     assert (tmp_path / "requeued").exists() == again
 
 
-def test_slurm_refuses_several_gpus_a_process_and_tells_what_it_would_do(tmp_path):
+def test_slurm_refuses_several_gpus_per_process_and_has_a_dry_run(tmp_path):
     job = slurm(tmp_path, 'touch "$FAKE/argv"\n', tasks=1)
     assert "1 processes for 2 GPUs" in job.communicate(timeout=60)[1] and job.returncode == 2
     assert not (tmp_path / "argv").exists() and not (tmp_path / "requeued").exists()

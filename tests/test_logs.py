@@ -1,4 +1,4 @@
-"""metrics.jsonl and TensorBoard events read as if nothing had been interrupted."""
+"""After an interruption, metrics.jsonl and TensorBoard events equal those of an uninterrupted run."""
 
 import json
 import struct
@@ -69,7 +69,7 @@ def test_reopening_drops_later_lines_and_broken_ones(tmp_path, tail):
     log.close()
     assert lines(tmp_path) == [{"step": 2, "item_loss": 0.5}, {"step": 4, "item_loss": 0.25}, {"step": 6, "item_loss": 9.0}]
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["metrics.jsonl", "tensorboard"]
-    assert events(tmp_path)[1][-1] == 5  # TensorBoard hides step 6 of before, not step 4
+    assert events(tmp_path)[1][-1] == 5  # TensorBoard hides the earlier step 6, but not step 4
 
 
 def test_the_bar_starts_where_the_run_does(capsys):

@@ -1,4 +1,4 @@
-"""Adapters against NumPy, merged and unmerged; inserted layers add nothing at the start."""
+"""Adapters compared with NumPy, merged and unmerged; inserted layers have no effect at the start."""
 
 from functools import cache
 from pathlib import Path
@@ -28,7 +28,7 @@ def configured(folder, **lora):
 
 
 def batch_of(token):
-    """One user, items of five tokens."""
+    """A batch with one user and items of five tokens."""
     t = np.arange(token.shape[1], dtype=np.int32)[None]
     return {"token": token, "user": np.ones_like(t), "group": 1 + t // 5, "position": t}
 
@@ -40,12 +40,12 @@ def logits_of(config):
 
 
 def logits(config, params):
-    """Of all of the parameters, or of the given ones and random ones."""
+    """The logits for all parameters, or for the given ones completed with random ones."""
     return np.asarray(logits_of(config)(nested(flat(complete(config, {})) | flat(params))))
 
 
 def test_an_adapter_adds_a_product_of_two_matrices(folder):
-    """Values and gradients of every linear map, with the adapter's product written out by hand into the matrix."""
+    """Values and gradients of every linear map equal those with the adapter's product added to the matrix."""
     config = configured(folder)
     params = complete(config, load(config))
     block = {name: x[0] for name, x in flat(params["decoder"]["blocks"]["0_0"]).items()}
@@ -79,9 +79,9 @@ def test_an_adapter_adds_a_product_of_two_matrices(folder):
 @pytest.mark.parametrize("base", ["float32", "bfloat16"])
 def test_merged_equals_unmerged(folder, base):
     config, plain = configured(folder), pretrained.configure(config_of(folder))
-    given = load(config)
-    params = complete(config, given)
-    params = nested({name: x.astype(base) if name in flat(given) else x for name, x in flat(params).items()})
+    pretrained_params = load(config)
+    params = complete(config, pretrained_params)
+    params = nested({name: x.astype(base) if name in flat(pretrained_params) else x for name, x in flat(params).items()})
     merged = merge(params, config.model.lora)
     assert flat(merged).keys() == flat(model_of(plain).shapes()).keys()
     here, there = (logits(c, p) for c, p in ((config, params), (plain, merged)))
@@ -101,16 +101,16 @@ def test_untouched_at_the_start_and_only_where_the_pattern_says(folder):
         "attention.query_lora_DL", "attention.query_lora_LNH", "attention.value_lora_DL", "attention.value_lora_LKH",
         "mlp.down_lora_FL", "mlp.down_lora_LD",
     ]  # fmt: skip
-    given = load(config)
+    pretrained_params = load(config)
     start = {name: x for name, x in flat(made).items() if "_lora_" in name}
     plain = pretrained.configure(config_of(folder))
-    np.testing.assert_array_equal(logits(config, _join(given, start)), logits(plain, given))
+    np.testing.assert_array_equal(logits(config, _join(pretrained_params, start)), logits(plain, pretrained_params))
     with pytest.raises(InputError, match=r"^config\.model\.lora\.targets = 'quer_y' matches none of attention\.query_DNH, "):
         model_of(configured(folder, targets="quer_y"))
 
 
-def _join(given, more):
-    return nested(flat(given) | more)
+def _join(pretrained_params, other_params):
+    return nested(flat(pretrained_params) | other_params)
 
 
 def test_dropout_of_the_adapters_inputs(folder):
@@ -121,7 +121,7 @@ def test_dropout_of_the_adapters_inputs(folder):
     np.testing.assert_array_equal(one, again)
     assert (np.asarray(one) != other).any()
     without = {name: x * (0 if "_lora_L" in name else 1) for name, x in flat(params).items()}
-    np.testing.assert_array_equal(*(states(_join({}, without), jax.random.key(seed)) for seed in (0, 1)))  # nothing else is dropped
+    np.testing.assert_array_equal(*(states(_join({}, without), jax.random.key(seed)) for seed in (0, 1)))  # nothing else has dropout
     plain = jax.jit(lambda params: model.bind(params).states(batch))
     np.testing.assert_array_equal(plain(params), plain(params))
     assert (np.asarray(plain(params)) != one).any()
@@ -129,24 +129,24 @@ def test_dropout_of_the_adapters_inputs(folder):
 
 @pytest.mark.parametrize("schedule", ["(full +intra +inter)*2", "+inter full*2 +intra", "full*2 (+intra +inter)*2"])
 def test_inserted_layers_leave_the_logits_as_they_were(folder, schedule):
-    """Bitwise at the start; and not any more once their output projections are something."""
+    """Bitwise at the start, but not with nonzero output projections."""
     plain, config = (pretrained.configure(config_of(folder, schedule)) for schedule in ("full*2", schedule))
-    given = load(config)
+    pretrained_params = load(config)
     start = flat(jax.jit(model_of(config).init)(jax.random.key(1)))
-    inserted = {name: x for name, x in start.items() if name not in flat(given)}
+    inserted = {name: x for name, x in start.items() if name not in flat(pretrained_params)}
     expected = logits(plain, load(plain))
-    np.testing.assert_array_equal(logits(config, _join(given, inserted)), expected)
+    np.testing.assert_array_equal(logits(config, _join(pretrained_params, inserted)), expected)
     ends = [name for name in inserted if name.endswith(("out_NHD", "down_FD"))]
     assert ends and not any(np.asarray(inserted[name]).any() for name in ends)
     assert all(np.asarray(x).any() for name, x in inserted.items() if name.endswith(("query_DNH", "up_DF")))
     for name in ends:
-        changed = logits(config, _join(given, inserted | {name: jnp.ones_like(inserted[name])}))
+        changed = logits(config, _join(pretrained_params, inserted | {name: jnp.ones_like(inserted[name])}))
         assert np.abs(changed - expected).max() > 1e-3
 
 
 @pytest.mark.parametrize("schedule", ["(full*2 +intra +inter)*2", "+inter full*4 +intra"])
 def test_inserted_layers_leave_bfloat16_as_it_was(tmp_path, schedule):
-    """Whatever else XLA fuses with the states between two layers."""
+    """Independently of what XLA fuses with the states between two layers."""
     at, found = write_model(tmp_path / "model", MODELS["llama3"] | {"num_hidden_layers": 4}), []
     for layers in ("full*4", schedule):
         config = pretrained.configure(config_of(at, layers, dtype="bfloat16"))
@@ -158,7 +158,7 @@ def test_inserted_layers_leave_bfloat16_as_it_was(tmp_path, schedule):
 
 @pytest.mark.parametrize(("kind", "away"), [("qwen2", 0), ("qwen3", 0), ("gpt2", 1e-5)])
 def test_inserted_layers_of_other_families(tmp_path, kind, away):
-    """GPT-2's two programs are compiled to other roundings, as those of two equal schedules can be."""
+    """The two programs of GPT-2 round differently, as two programs of equal schedules can."""
     layers = "n_layer" if kind == "gpt2" else "num_hidden_layers"
     at, found = write_model(tmp_path / "model", MODELS[kind] | {layers: 4}), []
     for schedule in ("full*4", "(full*2 +intra +inter)*2"):
@@ -183,7 +183,7 @@ def test_inserted_layers_leave_a_real_checkpoint_as_it_was(schedule, dtype):
 
 @cache
 def stories(schedule, dtype):
-    """The logits of a text."""
+    """Returns the logits of a text."""
     batch = batch_of(np.random.default_rng(0).integers(3, 105, (1, 200)).astype(np.int32))
     config = pretrained.configure(config_of(STORIES, schedule, row_tokens=256, dtype=dtype))
     model = model_of(config)

@@ -1,4 +1,4 @@
-"""Whole commands, each a process of its own, as a user types them."""
+"""Whole commands as a user types them, each in its own process."""
 
 import json
 import os
@@ -33,7 +33,7 @@ def config_text(fields, more=""):
 
 @pytest.fixture(scope="session")
 def steps(tiny):
-    """Long enough to be interrupted."""
+    """Settings of a run that is long enough to be interrupted."""
     return tiny | {"train.steps": 400, "train.eval_every": 150, "log.every": 5}
 
 
@@ -50,7 +50,7 @@ def start(folder, *arguments, **env):
 
 
 def run_anew(folder, *arguments, code=0, **env):
-    """forks.run in a process that begins with nothing."""
+    """`forks.run` in a fresh process."""
     process = start(folder, *arguments, **env)
     out, err = process.communicate(timeout=120)
     assert process.returncode == code, (out, err)
@@ -69,7 +69,7 @@ def contents(folder):
 
 
 def checkpoint(workdir, step):
-    """The state, on one device, whatever devices it was saved from."""
+    """The state of a checkpoint on one device, from any devices."""
     here, saved = jax.sharding.SingleDeviceSharding(jax.devices()[0]), {}
     checkpointer = ocp.Checkpointer(ocp.StandardCheckpointHandler())
     for item in ("params", "rest"):
@@ -98,11 +98,11 @@ def whole(folder):
     return run_anew(folder, "--config=tiny.py", "--workdir=whole")
 
 
-def test_a_run_says_what_it_did_and_leaves_its_files(folder, whole):
+def test_output_and_files_of_a_run(folder, whole):
     out, err = whole
     assert err == ""
-    for said in ("split ", "data ready in ", "validation ndcg@10", "test: 60 users", "wrote whole/evaluation.json"):
-        assert said in out
+    for message in ("split ", "data ready in ", "validation ndcg@10", "test: 60 users", "wrote whole/evaluation.json"):
+        assert message in out
     table = out[out.index("test: 60 users") :].splitlines()
     assert [line.split()[0] for line in table[3:8]] == ["model", "popularity", "last_item", "item_knn", "oracle"]
     names = {path.name for path in (folder / "whole").iterdir()}
@@ -115,13 +115,13 @@ def test_a_run_says_what_it_did_and_leaves_its_files(folder, whole):
     hr = {name: result["test"]["hr@10"] for name, result in evaluation["results"].items()}
     assert hr["oracle"] == max(hr.values()) and all(f"{value:.4f}" in out for value in hr.values())
     cost = json.loads((folder / "whole" / "run.json").read_text())
-    told = json.loads((folder / "whole" / "metrics.jsonl").read_text().splitlines()[-2])  # the last line is the validation's
-    assert (cost["steps"], cost["tokens_seen"]) == (told["step"], told["tokens_seen"]) and told["step"] == 400
+    last_step = json.loads((folder / "whole" / "metrics.jsonl").read_text().splitlines()[-2])  # the last line is a validation
+    assert (cost["steps"], cost["tokens_seen"]) == (last_step["step"], last_step["tokens_seen"]) and last_step["step"] == 400
     assert f"{cost['parameters']:,} parameters; " in out and cost["trained"] == cost["parameters"] and 0 < cost["minutes"] < 5
     assert pl.read_parquet(folder / "whole" / "ranks.parquet")["split"].value_counts().sort("split")["count"].to_list() == [60, 60]
-    others = pl.read_parquet(folder / "whole" / "baselines.parquet")
-    assert others["name"].unique(maintain_order=True).to_list() == list(hr)[1:]
-    for name, rows in others.filter(pl.col("split") == "test").group_by("name"):
+    baselines = pl.read_parquet(folder / "whole" / "baselines.parquet")
+    assert baselines["name"].unique(maintain_order=True).to_list() == list(hr)[1:]
+    for name, rows in baselines.filter(pl.col("split") == "test").group_by("name"):
         per_event = metrics.ranking_metrics(rows["rank"].to_numpy(), rows["ties"].to_numpy(), [10])
         assert len(rows) == 60 and per_event["hr@10"].mean() == pytest.approx(hr[name[0]])
 
@@ -156,7 +156,7 @@ def test_ctrl_c_and_sigterm_and_on_with_the_same_command(folder, whole):
         assert process.returncode == 75, (out, err)
         assert err == "stopped; the same command goes on from here\n"
         assert not (workdir / "evaluation.json").exists()
-        saved = sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())  # nothing but complete ones
+        saved = sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())  # only complete checkpoints
         assert 0 < saved[-1] < 400
         done = lines()
     out, _ = run(folder, *command)
@@ -167,16 +167,16 @@ def test_ctrl_c_and_sigterm_and_on_with_the_same_command(folder, whole):
 
     assert metrics_lines(workdir) == metrics_lines(folder / "whole")
     metrics = (workdir / "metrics.jsonl").read_bytes()
-    out, _ = run(folder, *command)  # finished: evaluated again, not trained
+    out, _ = run(folder, *command)  # a finished run is evaluated again but not trained
     assert (workdir / "metrics.jsonl").read_bytes() == metrics
     assert (workdir / "evaluation.json").read_bytes() == (folder / "whole" / "evaluation.json").read_bytes()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("where", ["config", "data"])
-def test_a_signal_before_training_leaves_nothing(tmp_path, tiny, number, where):
+@pytest.mark.parametrize("moment", ["config", "data"])
+def test_a_signal_before_training_leaves_nothing(tmp_path, tiny, number, moment):
     wait = "    import pathlib, time\n    pathlib.Path('here').touch()\n    time.sleep(60)\n"
-    if where == "data":  # a config file is part of the program: this one makes the shop slow
+    if moment == "data":  # a config file may contain code: this one makes the shop slow
         wait = "    def slow(*_, **__):\n" + wait.replace("    ", "        ")
         wait += "    from iam_jax.data.sources import synthetic\n    synthetic.generate = slow\n"
     (tmp_path / "tiny.py").write_text(config_text(tiny, wait))
@@ -185,11 +185,11 @@ def test_a_signal_before_training_leaves_nothing(tmp_path, tiny, number, where):
     process.send_signal(number)
     out, err = process.communicate(timeout=30)
     assert process.returncode == 75, (out, err)
-    assert err == ("stopped; the same command goes on from here\n" if where == "data" else "")
+    assert err == ("stopped; the same command goes on from here\n" if moment == "data" else "")
     assert {path.name for path in tmp_path.iterdir()} - {"__pycache__"} == {"tiny.py", "here"}
 
 
-def test_evaluate_needs_the_working_folder_only(folder, whole):
+def test_evaluate_needs_only_the_working_folder(folder, whole):
     def evaluation():
         return json.loads((folder / "whole" / "evaluation.json").read_text())
 
@@ -262,7 +262,7 @@ def wrong(tmp_path_factory, tiny):
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_wrong_input_is_told_in_one_line_and_nothing_is_written(wrong, case):
+def test_wrong_input_gives_a_one_line_error_and_writes_nothing(wrong, case):
     arguments, *named = WRONG[case]
     before = contents(wrong)
     _out, err = run(wrong, *arguments, code=2, XDG_CACHE_HOME=str(wrong / "cache"), PYTHONDONTWRITEBYTECODE="1")
@@ -282,7 +282,7 @@ def test_wrong_input_is_told_in_one_line_and_nothing_is_written(wrong, case):
         (("--mode=evaluate", "--step=newest"), ("--step=newest",)),
     ],
 )
-def test_a_run_is_left_as_it_is_by_what_does_not_fit(folder, whole, arguments, named):
+def test_conflicting_commands_leave_a_run_unchanged(folder, whole, arguments, named):
     before = contents(folder / "whole")
     _, err = run(folder, *arguments, "--workdir=whole", code=2)
     assert err.startswith("error: ") and err.count("\n") == 1 and all(name in err for name in named), err
@@ -295,14 +295,14 @@ def test_help(folder):
 
 
 @pytest.mark.parametrize(
-    ("raised", "code", "told"),
+    ("raised", "code", "printed"),
     [
         (NonFiniteError("step 3: item_sum not finite"), 4, "error: step 3: item_sum not finite\n"),
         (FloatingPointError("a score of user 'u' is not finite"), 4, "error: a score of user 'u' is not finite\n"),
         (PermissionError(13, "Permission denied", "closed/run/config.json"), 2, "error: closed/run/config.json: Permission denied\n"),
     ],
 )
-def test_exit_codes(monkeypatch, capsys, raised, code, told):
+def test_exit_codes(monkeypatch, capsys, raised, code, printed):
     def run(_):
         raise raised
 
@@ -310,7 +310,7 @@ def test_exit_codes(monkeypatch, capsys, raised, code, told):
     monkeypatch.setattr(Signals, "install", lambda self: None)
     with pytest.raises(SystemExit) as ended:
         main_lib._main([])
-    assert ended.value.code == code and capsys.readouterr().err == told
+    assert ended.value.code == code and capsys.readouterr().err == printed
 
 
 STOPPED = """
@@ -328,6 +328,6 @@ main._main([])
 """
 
 
-def test_a_thread_that_never_ends_does_not_hold_a_stopped_program():
+def test_a_thread_that_never_ends_does_not_block_a_stopped_program():
     done = subprocess.run([sys.executable, "-c", STOPPED], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (75, "begun\n", "stopped; the same command goes on from here\n")

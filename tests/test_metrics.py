@@ -14,7 +14,7 @@ ranks_and_ties = st.lists(st.tuples(st.integers(1, 70), st.integers(0, 70)), min
 
 
 def at_position(r, k):
-    """HR, Precision, NDCG, MRR of a target that stands at position r."""
+    """HR, Precision, NDCG and MRR of a target at position r."""
     return (1.0, 1 / k, 1 / math.log2(r + 1), 1 / r) if r <= k else (0.0, 0.0, 0.0, 0.0)
 
 
@@ -36,10 +36,10 @@ def test_values_by_hand():
     np.testing.assert_allclose(got["ndcg@10"], [1, 0.6309297535714575, 0.2890648263178879, 0, (0.30103 + 0.28906483) / 4], rtol=1e-7)
 
 
-def test_a_constant_scorer_gets_what_a_random_one_expects():
+def test_a_constant_scorer_gets_the_expectation_of_a_random_one():
     items, k = 37, 10
     constant = ranking_metrics(np.array([1]), np.array([items - 1]), [k])
-    random = ranking_metrics(np.arange(1, items + 1), np.zeros(items, int), [k])  # every position equally likely
+    random = ranking_metrics(np.arange(1, items + 1), np.zeros(items, int), [k])  # every position is equally likely
     for name, value in constant.items():
         assert value[0] == pytest.approx(random[name].mean(), abs=1e-14)
     assert constant["hr@10"][0] == pytest.approx(10 / 37)
@@ -59,7 +59,7 @@ def test_hr_is_the_clip_formula_and_metrics_are_ordered(pairs):
 
 
 @given(ranks_and_ties)
-def test_more_ahead_or_more_ties_never_help(pairs):
+def test_metrics_do_not_increase_with_rank_or_ties(pairs):
     rank, ties = np.array(pairs).T
     base = ranking_metrics(rank, ties, [10])
     for worse in (ranking_metrics(rank + 1, ties, [10]), ranking_metrics(rank, ties + 1, [10])):
@@ -94,7 +94,7 @@ def test_bootstrap_equals_a_slow_loop():
     rng, means = np.random.default_rng(7), []
     for _ in range(60):
         drawn = [ids[i] for i in rng.integers(len(ids), size=len(ids))]
-        events = [v for u in drawn for v in value[user == u]]  # a user drawn twice counts twice, all events with it
+        events = [v for u in drawn for v in value[user == u]]  # a user who is drawn twice counts twice, with all events
         means.append(sum(events) / len(events))
     assert got["ndcg@10"] == pytest.approx(value.mean())
     assert got["ndcg@10_ci"] == pytest.approx(np.percentile(means, [2.5, 97.5]).tolist())
@@ -112,7 +112,7 @@ def test_blocks_do_not_change_the_resamples(monkeypatch):
 
 
 def test_clusters_widen_the_interval():
-    """Ten identical events of one user carry one user's information."""
+    """Ten identical events of a user contain as much information as one."""
     hit = np.tile([1, 100], 50)
     alone = summarize(np.arange(100), hit, 0 * hit, hit < 0, ks=[10])
     clustered = summarize(np.repeat(np.arange(100), 10), np.repeat(hit, 10), np.zeros(1000, int), np.zeros(1000, bool), ks=[10])
@@ -122,7 +122,7 @@ def test_clusters_widen_the_interval():
         return summary["hr@10_ci"][1] - summary["hr@10_ci"][0]
 
     assert clustered["hr@10_ci"] == pytest.approx(alone["hr@10_ci"])
-    assert width(alone) == pytest.approx(2 * 1.96 * 0.05, rel=0.15)  # the binomial's standard error: sqrt(.25 / 100)
+    assert width(alone) == pytest.approx(2 * 1.96 * 0.05, rel=0.15)  # standard error of the binomial distribution: sqrt(.25 / 100)
     assert width(as_if_independent) < 0.5 * width(clustered)
 
 
@@ -147,7 +147,7 @@ def test_paired_difference():
     assert mirrored["ndcg@10_ci"] == pytest.approx([-x for x in difference["ndcg@10_ci"][::-1]], abs=1e-12)
     nothing = paired_difference(user, a, a)
     assert nothing["hr@10"] == 0 and nothing["hr@10_ci"] == [0, 0]
-    # Paired: a constant advantage has an interval of width nought, although each model's own interval is wide.
+    # A constant advantage has an interval of width zero, although the interval of each model is wide.
     shifted = {name: value + 0.25 for name, value in a.items()}
     assert paired_difference(user, shifted, a)["hr@10_ci"] == pytest.approx([0.25, 0.25])
     with pytest.raises(ValueError, match=r"the two models have different metrics: \["):
@@ -188,7 +188,7 @@ def test_summary_is_within_bounds(rows):
 
 
 def test_the_interval_of_many_users():
-    """That of the normal approximation: four standard errors wide, about, and around the mean."""
+    """The interval is close to the normal approximation: about four standard errors wide, around the mean."""
     users = 20_000
     rank = np.random.default_rng(0).integers(1, 1000, size=users)
     got = summarize(np.arange(users), rank, np.zeros(users, int), np.zeros(users, bool), resamples=400)

@@ -1,4 +1,4 @@
-"""The MovieLens source: parsing, the folder layouts, the download, and what is kept between runs."""
+"""The MovieLens source: parsing, folder layouts, the download, and the data kept between runs."""
 
 import functools
 import hashlib
@@ -55,7 +55,7 @@ def expect(tables) -> None:
 
 @pytest.fixture
 def server(tmp_path):
-    """A local web server over tmp_path/"web": (its address, the paths asked for)."""
+    """A local web server for tmp_path/"web": (address, requested paths)."""
     asked = []
 
     class Handler(http.server.SimpleHTTPRequestHandler):
@@ -100,7 +100,7 @@ def test_real_movies():
     assert movies[0] == ("1", "Toy Story (1995)", "Animation|Children's|Comedy")
     assert ("73", "Misérables, Les (1995)", "Drama|Musical") in movies
     genres = {genre for _, _, genres in movies for genre in genres.split("|")}
-    assert len(genres) == 18  # the number that GroupLens's README lists
+    assert len(genres) == 18  # the number in the README of GroupLens
 
 
 def test_zip_and_extracted_files_are_the_same_data(tmp_path, capsys):
@@ -126,7 +126,7 @@ def test_prepared_once_and_by_content(tmp_path, monkeypatch):
     write_zip(tmp_path / "zip")
     first = movielens.load(tmp_path / "zip", tmp_path / "tfds")
     with monkeypatch.context() as patch:
-        patch.setattr(movielens, "parse_ratings", None)  # whoever parses again fails
+        patch.setattr(movielens, "parse_ratings", None)  # so that parsing again fails
         again = movielens.load(tmp_path / "zip", tmp_path / "tfds")
         write_zip(tmp_path / "zip", ratings=RATINGS + "2::30::4::978301999\n")
         with pytest.raises(TypeError):
@@ -180,7 +180,7 @@ def test_missing_files(tmp_path):
 def test_damaged_archive(tmp_path):
     archive = write_zip(tmp_path / "zip")
     content = archive.read_bytes()
-    archive.write_bytes(content.replace(b"978302109", b"978302100"))  # stored uncompressed; its CRC is now another
+    archive.write_bytes(content.replace(b"978302109", b"978302100"))  # stored uncompressed, so its CRC is now wrong
     assert archive.read_bytes() != content
     with pytest.raises(InputError, match=r"ratings\.dat\): damaged or incomplete \(Bad CRC-32.*; remove .*ml-1m\.zip and fetch"):
         movielens.load(tmp_path / "zip", tmp_path / "tfds")

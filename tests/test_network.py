@@ -31,7 +31,7 @@ def rms(x, scale, epsilon=1e-6):
 
 
 @pytest.mark.parametrize(("text_layers", "layers"), [("leading", 2), ("all", 4)])
-def test_text_vectors_are_the_decoder_run_on_the_item_alone(text_layers, layers):
+def test_text_vectors_equal_the_decoder_on_the_item_alone(text_layers, layers):
     config, _, params = recommender(text_layers=text_layers)
     got = vectors_of(text_layers)(params, TOKEN)
     for vector, token, length in zip(got, TOKEN, LENGTH, strict=True):
@@ -55,7 +55,7 @@ def test_text_vectors_do_not_depend_on_the_padding():
     other = np.where(behind, np.random.default_rng(0).integers(0, 24, TOKEN.shape), TOKEN).astype(np.int32)
     assert (other != TOKEN).any()
     np.testing.assert_array_equal(vectors_of("all")(params, other), base)
-    for row, column in np.argwhere(~behind):  # every real token counts, for its own item alone
+    for row, column in np.argwhere(~behind):  # every real token has an effect, but only on its own item
         changed = TOKEN.copy()
         changed[row, column] = 20
         moved = (np.asarray(vectors_of("all")(params, changed)) != base).any(-1)
@@ -74,7 +74,7 @@ def test_states_are_normed_and_their_last_is_not_the_items_own_vector():
 
 
 def test_a_first_items_state_is_not_its_own_vector():
-    """Without a projection of its own, the text vector would be the state of the item that begins a history."""
+    """Without a separate projection, the text vector would equal the state of the first item of a history."""
     _, model, params = recommender()
     bound = model.bind(params)
     x_D = np.random.default_rng(0).standard_normal((1, 16)).astype(np.float32)

@@ -13,7 +13,7 @@ from iam_jax.model.softmax import cross_entropy, sampled_cross_entropy
 from iam_jax.training.objectives import counts, draw, losses, make_training_items, summed_up
 from iam_jax.training.objectives import item as item_objective
 
-# ---- the two softmaxes alone
+# ---- the two softmax losses
 
 RNG = np.random.default_rng(0)
 H, V = RNG.standard_normal((11, 4)).astype(np.float32), RNG.standard_normal((7, 4)).astype(np.float32)
@@ -22,7 +22,7 @@ ALLOWED = np.array([1, 0, 1, 1, 0, 1, 1], bool)
 
 
 def plain_cross_entropy(h, v, label, allowed=None):
-    """Value and gradients, float64, one position at a time."""
+    """Value and gradients in float64, one position at a time."""
     h, v = np.asarray(h, np.float64), np.asarray(v, np.float64)
     total, dh, dv = 0.0, np.zeros_like(h), np.zeros_like(v)
     keep = np.arange(len(v)) if allowed is None else np.flatnonzero(allowed)
@@ -41,7 +41,7 @@ def test_cross_entropy_is_the_plain_one(chunk, allowed):
     label = LABEL if allowed is None else np.where(np.isin(LABEL, np.flatnonzero(ALLOWED)), LABEL, -1)
     run = jax.value_and_grad(lambda h, v: cross_entropy(h, v, label, allowed_C=allowed, chunk=chunk), argnums=(0, 1))
     jaxpr = str(jax.make_jaxpr(run)(H, V))
-    assert ("scan[" in jaxpr, "f32[11,7]" in jaxpr) == (chunk < 11, chunk >= 11)  # all logits at once, or never
+    assert ("scan[" in jaxpr, "f32[11,7]" in jaxpr) == (chunk < 11, chunk >= 11)  # with all logits at once, or without such an array
     value, (dh, dv) = jax.jit(run)(H, V)
     for got, expected in zip((value, dh, dv), plain_cross_entropy(H, V, label, allowed), strict=True):
         np.testing.assert_allclose(got, expected, rtol=1e-5, atol=2e-6)
@@ -72,10 +72,10 @@ def test_sampled_with_every_item_once_is_the_full_softmax(chunk):
 
 @pytest.mark.parametrize("chunk", [2048, 3])
 def test_sampled_by_hand(chunk):
-    """Accidental hits and candidates that are none are left out; repeated candidates count as often as they come."""
+    """Accidental hits and invalid candidates are excluded; repeated candidates count as often as they occur."""
     candidate = np.array([3, 3, 6, -1, 2, 1], np.int32)
     expected_count = np.array([2.0, 2.0, 0.5, 9.0, 1.0, 4.0])
-    vc = RNG.standard_normal((6, 4)).astype(np.float32)  # each candidate its own vector: which one is left out shows
+    vc = RNG.standard_normal((6, 4)).astype(np.float32)  # distinct vectors show which candidate is excluded
     vt = RNG.standard_normal((11, 4)).astype(np.float32)
     total, used = 0.0, np.zeros((11, 6), bool)
     for x in np.flatnonzero(LABEL >= 0):
@@ -97,7 +97,7 @@ SHARE = np.array([0.4, 0.0, 0.1, 0.25, 0.05, 0.2, 0.0])
 
 
 def test_sampled_denominator_has_the_full_ones_expectation():
-    """Over 4,000 draws of 5 in-batch targets besides the own one and of 12 negatives: within 4 standard errors (about 2 %)."""
+    """Over 4,000 draws of 5 further in-batch targets and 12 negatives, within 4 standard errors (about 2 %)."""
     until, in_batch = summed_up(SHARE), SHARE[::-1].copy()
     in_batch_until = summed_up(in_batch)
     log_expected = np.log(5 * in_batch + 12 * SHARE)
@@ -120,11 +120,11 @@ def test_sampled_denominator_has_the_full_ones_expectation():
     error = got.std() / len(got) ** 0.5
     assert 0 < error < 0.01 * full
     assert abs(got.mean() - full) < 4 * error
-    assert abs(np.exp(V[reachable] @ h[0] + 0.3).sum() - full) > 4 * error  # a wrong count would show
+    assert abs(np.exp(V[reachable] @ h[0] + 0.3).sum() - full) > 4 * error  # a wrong count would be detected
 
 
 def test_draw_follows_the_shares():
-    """100,000 draws: every frequency within 4 standard deviations, and items without a share never."""
+    """In 100,000 draws every frequency is within 4 standard deviations, and items without a share never occur."""
     drawn = np.asarray(draw(jax.random.key(1), summed_up(SHARE), 100_000))
     frequency = np.bincount(drawn, minlength=7) / 100_000
     assert drawn.dtype == np.int32 and len(frequency) == 7
@@ -133,7 +133,7 @@ def test_draw_follows_the_shares():
 
 
 def test_shares_are_summed_up_exactly():
-    """Items without weight have no width at all, in a large catalogue and at both ends; the others their share within 2^-31."""
+    """In a large catalogue, items without weight have width zero, also at both ends; other items have their share within 2^-31."""
     rng = np.random.default_rng(0)
     weight = rng.poisson(1.0, 200_000) * (rng.random(200_000) > 0.3)
     weight[[0, -1]] = 0
@@ -142,7 +142,7 @@ def test_shares_are_summed_up_exactly():
     assert until.dtype == np.uint32 and until[-1] == 2**31
     assert (width[weight == 0] == 0).all() and (width >= 0).all()
     assert np.abs(width / 2**31 - weight / weight.sum()).max() <= 2**-31
-    # The bounds themselves: the first and the last unit that a draw can give.
+    # The bounds: the first and the last value that a draw can have.
     edges = np.searchsorted(until, np.array([0, 2**31 - 1], np.uint32), side="right")
     assert (weight[edges] > 0).all()
 
@@ -192,7 +192,7 @@ def vectors_of(name, chunk=1024):
 
 
 def plain_heads(name):
-    """h_XE of the targets and v_IE, from the model in plain NumPy."""
+    """h_XE of the targets and v_IE from the model in plain NumPy."""
     config, _model, params, _items, batch = case(name)
     x_BTD = reference_states(config.model, params["decoder"], batch)
     x_BTD = x_BTD / np.sqrt((x_BTD**2).mean(-1, keepdims=True) + 1e-6) * params["decoder"]["final_norm"]["scale"]
@@ -222,13 +222,13 @@ def test_token_labels_are_the_next_tokens_of_targets():
     batch = case("both and token")[-1]
     row, slot = np.nonzero(batch["label"] >= 0)
     np.testing.assert_array_equal(batch["label"][row, slot], batch["token"][row, slot + 1])
-    assert len(row) > (batch["target"] >= 0).sum()  # several tokens an item
+    assert len(row) > (batch["target"] >= 0).sum()  # several tokens per item
 
 
 @pytest.mark.parametrize("name", ["both and token", "cached"])
 def test_sums_do_not_depend_on_how_rows_are_split(name):
     config, _model, params, items, batch = case(name)
-    # One row's targets have fresh vectors, which the others read from the cache: so the cache must be fresh.
+    # The targets of one row have fresh vectors, which other rows read from the cache, so the cache must be fresh.
     cache = vectors_of(name)[0] if config.softmax == "cached" else None
     rows = [jax.tree.map(lambda x, i=i: x[i : i + 1], batch) for i in range(4)]
     whole = sums_of(name)(params, items, batch, None, cache)
@@ -245,18 +245,18 @@ def test_item_vectors_are_table_plus_text():
     bound = model.bind(params)
     text, ranked = vectors_of("both and token")
     np.testing.assert_allclose(ranked, text + bound.table(items.catalogue.trained_I), rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(vectors_of("both and token", chunk=4)[0], text, rtol=1e-5, atol=1e-6)  # 9 items in threes
+    np.testing.assert_allclose(vectors_of("both and token", chunk=4)[0], text, rtol=1e-5, atol=1e-6)  # 9 items in chunks of three
     one = jax.jit(bound.text_vectors)(items.catalogue.token_IT[5:6], items.catalogue.length_I[5:6])
     np.testing.assert_allclose(text[5:6], one, rtol=1e-5, atol=1e-6)
 
 
-# ---- cached
+# ---- cached softmax
 
 
-def test_a_fresh_cache_gives_the_full_loss_and_teaches_the_text():
+def test_a_fresh_cache_gives_the_full_loss_and_trains_the_text():
     config, model, params, items, batch = case("cached")
     targets = batch["target"][batch["target"] >= 0]
-    assert len(np.unique(targets)) < len(targets)  # some item is a target twice
+    assert len(np.unique(targets)) < len(targets)  # an item is a target twice
     cache = vectors_of("cached")[0]
     cached = float(sums_of("cached")(params, items, batch, None, cache)["item"])
     assert cached == pytest.approx(float(sums_of("text")(params, items, batch)["item"]), rel=1e-6)
@@ -265,7 +265,7 @@ def test_a_fresh_cache_gives_the_full_loss_and_teaches_the_text():
     full = dataclasses.replace(config, objective=dataclasses.replace(config.objective, softmax="full"))
 
     def loss(params):
-        """The full softmax, in which only the targets' vectors learn."""
+        """The full softmax, with gradients only for the vectors of the targets."""
         bound = model.bind(params)
         h_XE = bound.project(jnp.take_along_axis(bound.states(batch), batch["target_at"][..., None], axis=1).reshape(-1, 16))
         v_IE = item_vectors(bound, full, items.catalogue)
@@ -278,7 +278,7 @@ def test_a_fresh_cache_gives_the_full_loss_and_teaches_the_text():
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * max(1, np.abs(b).max()))
 
 
-def test_a_stale_cache_counts_for_the_items_that_are_no_targets():
+def test_a_stale_cache_is_used_for_items_that_are_not_targets():
     _, _model, params, items, batch = case("cached")
     batch = jax.tree.map(lambda x: x[:1], batch)
     is_target = np.isin(np.arange(9), batch["target"])
@@ -292,7 +292,7 @@ def test_a_stale_cache_counts_for_the_items_that_are_no_targets():
 
 
 def test_of_a_repeated_target_the_first_fresh_vector_counts(monkeypatch):
-    """With dropout the same item's fresh vectors differ. Here they are random, so that each shows its position."""
+    """With dropout, the fresh vectors of an item differ. Here they are random, so that each identifies its position."""
     config, model, params, items, batch = case("cached")
     flat = batch["target"].reshape(-1)
     fresh = np.random.default_rng(0).standard_normal((len(flat), 16)).astype(np.float32)
@@ -302,7 +302,7 @@ def test_of_a_repeated_target_the_first_fresh_vector_counts(monkeypatch):
         if item >= 0 and first.setdefault(item, x) == x:
             expected[item] = fresh[x]
     assert 1 < len(first) < (flat >= 0).sum() < len(flat) and 0 in flat
-    assert 0 < len(first) < 9  # rows of the cache remain
+    assert 0 < len(first) < 9  # some rows of the cache remain
     seen = {}
 
     def spy(h_XE, v_CE, label_X, **options):
@@ -321,12 +321,12 @@ def test_of_a_repeated_target_the_first_fresh_vector_counts(monkeypatch):
     assert np.flatnonzero(np.asarray(gradient).any(1)).tolist() == sorted(first.values())
 
 
-# ---- sampled
+# ---- sampled softmax
 
 
 def test_what_the_sampled_loss_samples(monkeypatch):
-    """Candidates: the batch's targets, then drawn items with training events. Each counts as often as it is expected among the
-    other positions' targets and the draws."""
+    """Candidates are the targets of the batch and drawn items with training events. Each counts as often as it is expected among the
+    targets of the other positions and the draws."""
     config, model, params, items, batch = case("sampled")
     seen = {}
 
@@ -358,7 +358,7 @@ def test_what_the_sampled_loss_samples(monkeypatch):
     assert np.isfinite(float(sums["item"])) and float(sums["item"]) > 0
 
 
-# ---- what is known of the items
+# ---- facts about the items
 
 
 @pytest.mark.parametrize("prompt", [0, 2])

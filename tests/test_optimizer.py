@@ -29,15 +29,15 @@ from iam_jax.training.optimizer import decayed, learning_rate, make_optimizer
 def test_learning_rate_by_hand(fields, expected):
     schedule = learning_rate(OptimizerConfig(learning_rate=2.0, **fields))
     assert {step: float(schedule(step)) for step in expected} == pytest.approx(expected, abs=1e-6)
-    assert float(jax.jit(schedule)(jnp.int32(4))) == pytest.approx(float(schedule(4)))  # as a training step calls it
+    assert float(jax.jit(schedule)(jnp.int32(4))) == pytest.approx(float(schedule(4)))  # as in a training step
 
 
 def names_of(tree):
     return {jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
 
 
-def test_what_is_decayed():
-    """Matrices, stacked ones too; no bias and no norm scale, although a stack of them has two or three axes as well."""
+def test_parameters_with_weight_decay():
+    """Matrices, also stacked ones, have weight decay. Biases and norm scales have none, although stacks of them have two or three axes."""
     config = make_config(
         model={
             "schedule": "(intra inter)*2 full",
@@ -80,7 +80,7 @@ def test_weight_decay_is_decoupled_and_spares_biases():
 
 
 def test_adam_by_hand():
-    """The first step is g / (|g| + epsilon), both moments being corrected for their start at 0."""
+    """The first step is g / (|g| + epsilon), since both moments are corrected for their start at 0."""
     grads = {"up_DF": jnp.full((2, 3), -3.0), "up_F": jnp.array([1.0, 4.0, 0.0])}
     stepped = first_step(grads, epsilon=1.0)
     np.testing.assert_allclose(stepped["up_DF"], 2 + 0.5 * 3 / 4, rtol=1e-6)
@@ -88,7 +88,7 @@ def test_adam_by_hand():
 
 
 def test_clipping_by_the_global_norm():
-    """Norm 5 over both parameters, clipped to 1: a fifth of each gradient. A large epsilon makes Adam's step linear."""
+    """The norm over both parameters is 5 and clipped to 1, a fifth of each gradient. A large epsilon makes Adam's step linear."""
     grads = {"up_DF": jnp.zeros((2, 3)).at[0, 0].set(3.0), "up_F": jnp.array([0.0, 4.0, 0.0])}
 
     def moved(**fields):
@@ -97,4 +97,4 @@ def test_clipping_by_the_global_norm():
 
     assert moved(clip_norm=0.0) == pytest.approx((3.0, 4.0), rel=1e-4)
     assert moved(clip_norm=1.0) == pytest.approx((0.6, 0.8), rel=1e-4)
-    assert moved(clip_norm=6.0) == pytest.approx((3.0, 4.0), rel=1e-4)  # within the bound: untouched
+    assert moved(clip_norm=6.0) == pytest.approx((3.0, 4.0), rel=1e-4)  # unchanged below the bound

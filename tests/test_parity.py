@@ -1,4 +1,4 @@
-"""Against transformers (extra `parity`). `python tests/test_parity.py --write` commits its logits for tests/test_pretrained.py."""
+"""Comparison with transformers (extra `parity`). `python tests/test_parity.py --write` commits its logits for tests/test_pretrained.py."""
 
 import dataclasses
 import json
@@ -26,7 +26,7 @@ CLASSES = {
 
 
 def their_logits(folder: Path) -> np.ndarray:
-    """[1, T, V] float32; every tensor of the folder was used and none was missing."""
+    """Logits [1, T, V] float32. Asserts that transformers uses every tensor of the folder and misses none."""
     options = {"dtype": torch.float32, "attn_implementation": "eager", "output_loading_info": True}
     model, info = transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
@@ -45,7 +45,7 @@ def test_logits_of_what_transformers_saves(tmp_path, name):
     torch.manual_seed(0)
     values = {key: value for key, value in MODELS[name].items() if key not in ("model_type", "torch_dtype", "dtype")}
     model = transformers.AutoModelForCausalLM.from_config(CLASSES[MODELS[name]["model_type"]](**values), dtype=torch.float32)
-    for parameter in model.parameters():  # as they come, biases are zero, and all logits nearly
+    for parameter in model.parameters():  # initially, biases are zero and logits are almost zero
         torch.nn.init.uniform_(parameter, -0.5, 0.5)
     model.save_pretrained(tmp_path, max_shard_size="20KB" if name in ("llama3", "gpt2") else "5GB")
     (tmp_path / "tokenizer.json").write_text("{}")
@@ -63,7 +63,7 @@ def test_committed_logits_are_those_of_transformers(tmp_path, name):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_transformers_reads_an_export(tmp_path, name):
-    """The parameters written back: its logits are bitwise those of the first folder."""
+    """After an export, the logits of transformers equal those of the first folder bitwise."""
     source = write_model(tmp_path / "in", MODELS[name])
     config = pretrained.configure(config_of(source))
     shards = 2 * 10**4 if name in ("qwen2", "gpt2-untied") else 5 * 10**9
@@ -73,7 +73,7 @@ def test_transformers_reads_an_export(tmp_path, name):
 
 @pytest.mark.parametrize("kind", CLASSES)
 def test_defaults_are_those_of_the_classes(tmp_path, kind):
-    """A config.json with nothing but the sizes means what transformers takes it for."""
+    """A config.json with only the sizes has the defaults of transformers."""
     least = {"vocab_size": 64, "hidden_size": 128, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 32}
     if kind == "gpt2":
         least = {"vocab_size": 64, "n_embd": 128, "n_layer": 2, "n_head": 32}
@@ -93,7 +93,7 @@ def test_defaults_are_those_of_the_classes(tmp_path, kind):
     assert (model.rope_theta, "default") == (theirs.rope_parameters["rope_theta"], theirs.rope_parameters["rope_type"])
     assert model.rope_scaling == "none" and model.max_positions == 0
     assert model.out_bias == getattr(theirs, "attention_bias", False) and model.mlp_bias == getattr(theirs, "mlp_bias", False)
-    # The window that applies, found by rows that are longer than any
+    # The effective window, measured with rows that are longer than it
     window = getattr(theirs, "sliding_window", None)
     long = dataclasses.replace(config_of(tmp_path), data=dataclasses.replace(config_of(tmp_path).data, row_tokens=10**6))
     if window is None:
@@ -104,7 +104,7 @@ def test_defaults_are_those_of_the_classes(tmp_path, kind):
 
 
 def test_rope_without_original_positions_means_the_longest(tmp_path):
-    """llama3 scaling that does not say original_max_position_embeddings."""
+    """llama3 scaling without original_max_position_embeddings."""
     values = MODELS["llama3"] | {"rope_scaling": {key: x for key, x in MODELS["llama3"]["rope_scaling"].items() if "original" not in key}}
     folder = write_model(tmp_path, values | {"max_position_embeddings": 64})
     assert pretrained.configure(config_of(folder)).model.rope_original == 64
@@ -112,7 +112,7 @@ def test_rope_without_original_positions_means_the_longest(tmp_path):
 
 
 def write() -> None:
-    """The logits of every model, to five decimals."""
+    """Writes the logits of every model with five decimals."""
     with tempfile.TemporaryDirectory() as folder:
         theirs = {name: their_logits(write_model(Path(folder) / name, values))[0] for name, values in MODELS.items()}
     rows = {name: [[round(float(x), 5) for x in row] for row in x_TV] for name, x_TV in theirs.items()}

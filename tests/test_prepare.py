@@ -1,4 +1,4 @@
-"""From tables on disk to what training reads: checked whole, kept by content, never half-written."""
+"""From tables on disk to prepared data: checked completely, cached by content, never partly written."""
 
 import dataclasses
 from pathlib import Path
@@ -72,12 +72,12 @@ def test_the_second_call_parses_nothing(config, monkeypatch, tmp_path):
         patch.setattr("iam_jax.data.tokenizer.train_bpe", never)
         patch.setattr("iam_jax.data.tokenizer.encode", never)
         same(first, prepare(config))
-        # Settings that shape neither split nor tokens are no part of the key, nor is the folder's name.
+        # Settings that affect neither the split nor the tokens are not part of the key, nor is the name of the folder.
         same(first, prepare(dataclasses.replace(config, row_tokens=500, context_items=2)))
         (tmp_path / "data").rename(tmp_path / "moved")
         moved = dataclasses.replace(config, path=str(tmp_path / "moved"))
         same(first, prepare(moved))
-        # The guards do guard: any other content or setting is read again.
+        # Any other content or setting is read again, so the patches above are effective.
         with pytest.raises(AssertionError, match="a cache hit"):
             prepare(dataclasses.replace(moved, last_n=2))
     write(tmp_path / "moved", "interactions", COLUMNS["interactions"], [*EVENTS, ("v", "b", "10")])
@@ -97,7 +97,7 @@ CHANGES += [{"untitled": "id"}, {"tokenizer": "id", "untitled": "error"}, {"text
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_every_setting_that_shapes_a_split_is_in_its_key(config, change):
+def test_every_setting_that_affects_a_split_is_in_its_key(config, change):
     write(Path(config.path), "interactions", COLUMNS["interactions"], [*EVENTS, ("v", "z", "3")])
     write(Path(config.path), "items", COLUMNS["items"], [*ITEMS, ("z", "", "Orlo")])
     config = dataclasses.replace(config, untitled="drop", **(TEMPORAL if "t2" in change else {}))
@@ -125,7 +125,7 @@ def test_with_drop_id_tokens_have_the_candidates_of_text_tokens(config):
     assert text.split.sha256 == ids.split.sha256 and text.events.item_ids.tolist() == ids.events.item_ids.tolist()
 
 
-BAD = {  # what is wrong -> changes of the config, tables that replace the good ones, and what the error says
+BAD = {  # error -> changes of the config, tables that replace the valid ones, and parts of the message
     "unknown item": ({}, {"interactions": [("u", "nowhere", "1")]}, "nowhere"),
     "bad timestamp": ({}, {"interactions": [("u", "a", "soon")]}, "soon"),
     "no events": ({}, {"interactions": []}, "no rows"),
@@ -159,7 +159,7 @@ def test_rows_that_cannot_hold_the_context(config):
     prepare(exact)
     with pytest.raises(InputError, match=rf"config\.data\.row_tokens = {3 * longest - 1} is too small.* need {3 * longest}$"):
         prepare(dataclasses.replace(exact, row_tokens=3 * longest - 1))
-    # A prompt and a suffix are needed once, however long they are; a separator with every item.
+    # A prompt and a suffix are needed once per row, a separator once per item.
     long = "a long text around the history of every single user: "
     framed = dataclasses.replace(config, prompt=long, suffix="and " + long, separator=" - ", context_items=2, row_tokens=500)
     catalogue = prepare(framed).catalogue

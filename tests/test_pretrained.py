@@ -1,4 +1,4 @@
-"""Model folders: what is read. Against transformers itself: tests/test_parity.py."""
+"""Import of model folders. Tests with transformers itself are in tests/test_parity.py."""
 
 import dataclasses
 import json
@@ -42,7 +42,7 @@ STORIES = Path(__file__).parents[2] / "shared" / "data" / "tiny-llama-stories"
 
 @pytest.mark.parametrize("name", MODELS)
 def test_logits(folders, name):
-    """Those that transformers computed from the same folder."""
+    """Our logits equal those that transformers computed from the same folder."""
     config = configured(folders[name])
     expected = np.array(json.loads(LOGITS.read_text())[name])
     assert expected.std() > 0.2
@@ -62,15 +62,15 @@ def test_logits(folders, name):
     ],
 )
 def test_the_logits_depend_on(folders, name, fields):
-    """What the tolerance of the test above would not hide."""
+    """These changes have larger effects than the tolerance of the test above."""
     config = configured(folders[name])
     other = dataclasses.replace(config, model=dataclasses.replace(config.model, **fields))
     assert np.abs(logits(other, load(other))[0] - np.array(json.loads(LOGITS.read_text())[name])).max() > 2e-3
 
 
 @pytest.mark.skipif(not STORIES.is_dir(), reason="the real checkpoint is not on this machine")
-def test_a_real_checkpoint_tells_its_story():
-    """The greedy continuation that transformers gives (the data folder's README)."""
+def test_a_real_checkpoint_continues_its_text():
+    """The greedy continuation equals that of transformers (in the README of the data folder)."""
     from iam_jax.data.tokenizer import load_pretrained
 
     config = configured(STORIES, row_tokens=160)
@@ -78,13 +78,13 @@ def test_a_real_checkpoint_tells_its_story():
     start = [1, *tokenizer.encode("Once upon a time", add_special_tokens=False).ids]
     story = ", there was a little girl named Lily. She loved to play outside in the sunshine. One day, she went to the park with her"
     expected = tokenizer.encode("Once upon a time" + story, add_special_tokens=False).ids
-    # Teacher forcing: every greedy choice behind the true beginning is the next token, which is what greedy decoding takes.
+    # Teacher forcing: after each prefix of the text, the most likely token is the next one, as in greedy decoding.
     x = logits(config, load(config), np.array([[1, *expected]], np.int32))
     assert x[0, len(start) - 1 : -1].argmax(-1).tolist() == expected[len(start) - 1 :] and len(expected) > 100
 
 
-def test_where_tensors_go(folders):
-    """By hand: heads before their sizes, matrices transposed, GPT-2's queries, keys and values side by side."""
+def test_layout_of_tensors(folders):
+    """By hand: axes of heads and head sizes, transposed matrices, queries, keys and values of GPT-2 in one tensor."""
     tensors, params = weights(MODELS["mistral"]), flat(load(configured(folders["mistral"])))
     q, o = params["decoder.blocks.0_0.attention.query_DNH"], params["decoder.blocks.0_0.attention.out_NHD"]
     assert q.shape == (2, 32, 4, 6) and o.shape == (2, 4, 6, 32)
@@ -103,8 +103,8 @@ def test_where_tensors_go(folders):
     np.testing.assert_array_equal(bias, tensors["transformer.h.1.attn.c_attn.bias"][32:64])
 
 
-def test_layers_go_where_the_schedule_has_them(tmp_path):
-    """Five layers in two stages, an inserted one between; nothing of it comes from the folder."""
+def test_layers_are_placed_by_the_schedule(tmp_path):
+    """Five layers in two stages with an inserted layer between, which gets nothing from the folder."""
     values = MODELS["llama2"] | {"num_hidden_layers": 5}
     config = configured(write_model(tmp_path, values), schedule="(intra +inter full)*2 full")
     names, params = pretrained.names(config), flat(load(config))
@@ -123,11 +123,11 @@ def test_every_tensor_is_read_and_every_parameter_of_the_base_model_is_given(fol
     assert {tensor for tensors in names.values() for tensor in tensors} == tensor_shapes(MODELS[name]).keys()
     own = {name for name in flat(model_of(config).shapes()) if name.startswith(("decoder.", "output_VD")) and "boundary" not in name}
     assert names.keys() == own
-    pretrained.fingerprint(config)  # checks that the folder holds those tensors and no others
+    pretrained.fingerprint(config)  # checks that the folder contains exactly these tensors
 
 
 def test_casting(tmp_path):
-    """Of files of any type to any type, rounded once, to nearest."""
+    """From files of any dtype to any dtype, rounded once, to nearest."""
     tensors, at = weights(MODELS["llama2"]), "decoder.blocks.0_0.mlp.up_DF"
     stored = {name: write_model(tmp_path / name, MODELS["llama2"], dtype=name) for name in ("float32", "bfloat16", "float16")}
     for name, folder in stored.items():
@@ -140,7 +140,7 @@ def test_casting(tmp_path):
             np.testing.assert_array_equal(np.asarray(got), expected)
 
 
-def test_what_load_is_asked_for(folders):
+def test_load_checks_the_requested_parameters(folders):
     config = configured(folders["llama2"])
     with pytest.raises(ValueError, match=r"decoder\.boundary_D is not a pretrained parameter"):
         pretrained.load(config, nested({"decoder.boundary_D": jax.ShapeDtypeStruct((32,), jnp.float32)}))
@@ -153,7 +153,7 @@ def test_what_load_is_asked_for(folders):
 
 
 class Recorder:
-    """A tensor that remembers what was read of it."""
+    """A tensor that records which parts are read."""
 
     def __init__(self, x):
         self.x, self.read = x, []
@@ -164,7 +164,7 @@ class Recorder:
 
 
 @pytest.mark.parametrize("piece_bytes", [1, 500, 2**20])
-def test_only_the_needed_part_is_read(monkeypatch, piece_bytes):
+def test_only_needed_parts_are_read(monkeypatch, piece_bytes):
     monkeypatch.setattr(table, "PIECE_BYTES", piece_bytes)
     sizes, x = {"D": 6, "N": 4, "H": 3}, np.arange(6 * 36, dtype=np.float32).reshape(6, 36)
     source, every = table.Source("", "D NH", 1, 3), slice(None)
@@ -176,13 +176,13 @@ def test_only_the_needed_part_is_read(monkeypatch, piece_bytes):
         steps = [(at, min(at + len(range(*rows)) // len(view.read), rows[1])) for at in range(*rows, len(range(*rows)) // len(view.read))]
         assert view.read == [(step, (12 + 3 * columns[0], 12 + 3 * columns[1])) for step in steps]
         assert len(view.read) == (len(range(*rows)) if piece_bytes == 1 else 1)
-    view = Recorder(x.T)  # heads first: what is stored by rows is read by rows
+    view = Recorder(x.T)  # heads first: stored by rows, so it is read by rows
     part = table.read_part(view, table.Source("", "NH D"), "DNH", sizes | {"N": 12}, (slice(2, 5), slice(1, 3), every), np.float32)
     np.testing.assert_array_equal(part, x[2:5, 3:9].reshape(3, 2, 3))
 
 
 def import_on(mesh_shape: tuple[int, int, int], folder: str) -> dict:
-    """Every parameter's bytes, and what part of it a device holds."""
+    """The bytes of every parameter, and the part that a device holds."""
     devices = np.array(jax.devices()[: int(np.prod(mesh_shape))]).reshape(mesh_shape)
     mesh = jax.sharding.Mesh(devices, ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
     config = configured(Path(folder))
@@ -195,8 +195,8 @@ def import_on(mesh_shape: tuple[int, int, int], folder: str) -> dict:
     return {name: [np.asarray(x).tobytes().hex(), x.addressable_shards[0].data.size / x.size] for name, x in flat(params).items()}
 
 
-def test_many_devices_hold_what_one_does(folders):
-    """Bitwise, on a (2, 2, 2) mesh, every device its part."""
+def test_import_on_many_devices_equals_one(folders):
+    """Bitwise, on a (2, 2, 2) mesh, where every device holds its part."""
     env = os.environ | on_devices(8)
     command = [sys.executable, __file__, folders["gpt2"], folders["llama3"]]
     done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=Path(__file__).parents[1], timeout=300)
@@ -212,7 +212,7 @@ def test_many_devices_hold_what_one_does(folders):
 
 
 def test_stacks_are_filled_in_place(folders, monkeypatch):
-    """A stack is given away for the one with another layer in it: two of them are never there."""
+    """The buffer of a stack is donated when a layer is written into it, so that there are never two copies."""
     put, given = importing._put, []
 
     def recorded(sharding):
@@ -225,14 +225,14 @@ def test_stacks_are_filled_in_place(folders, monkeypatch):
 
     monkeypatch.setattr(importing, "_put", recorded)
     load(configured(folders["gpt2"]))
-    assert given == [True] * 16 * 3  # parameters of a layer, layers
+    assert given == [True] * 16 * 3  # parameters per layer, layers
 
 
 # ---- harmless differences
 
 
 def test_names_that_differ_between_versions(tmp_path):
-    """GPT-2 without its prefix and with its masks; LLaMA with frequencies; a tied output embedding that is stored as well."""
+    """GPT-2 without its prefix and with masks; LLaMA with frequencies; a tied output embedding that is stored."""
     tensors = weights(MODELS["gpt2"])
     bare = {name.removeprefix("transformer."): x for name, x in tensors.items()}
     bare |= {"h.0.attn.bias": np.ones((1, 1, 48, 48), np.float32), "h.2.attn.masked_bias": np.float32([-1e4])}
@@ -270,7 +270,7 @@ def test_both_spellings_of_rotary_positions(tmp_path):
 
 
 def test_the_shape_comes_from_the_folder_alone(folders):
-    """Fields of the config that the family does not have, too; what is not shape stays."""
+    """Also fields that the family does not have; fields that do not describe the shape are kept."""
     ours = {"width": 8, "rope_factor": 3.0, "qk_norm": True, "norm": "layer", "positions": "learned", "max_positions": 99, "self_key": True}
     model = configured(folders["llama2"], **ours).model
     assert (model.width, model.norm, model.positions, model.max_positions) == (32, "rms", "rotary", 0)
@@ -288,7 +288,7 @@ def test_home_folder(folders, monkeypatch):
 
 
 def test_fingerprint(tmp_path, folders, monkeypatch):
-    """Of the content, wherever it lies; a single number changes it."""
+    """The fingerprint depends on the content, not on the path; a single changed number changes it."""
     first = pretrained.fingerprint(configured(folders["llama3"]))
     values = MODELS["llama3"] | {"torch_dtype": "bfloat16", "_name_or_path": "x", "transformers_version": "4.40"}
     assert pretrained.fingerprint(configured(write_model(tmp_path / "moved", values, files=3))) == first
@@ -305,7 +305,7 @@ def test_fingerprint(tmp_path, folders, monkeypatch):
     different["swapped"] = write_model(tmp_path / "swapped", MODELS["llama3"], swapped)
     found = {name: pretrained.fingerprint(configured(folder)) for name, folder in different.items()}
     assert len({first, *found.values()}) == len(found) + 1
-    # A large tensor is sampled: its ends are always in.
+    # A large tensor is sampled, always including its ends.
     monkeypatch.setattr("iam_jax.model.pretrained.importing._SAMPLES", 4)
     monkeypatch.setattr("iam_jax.model.pretrained.importing._SAMPLE_BYTES", 16)
     sampled = pretrained.fingerprint(configured(folders["llama3"]))

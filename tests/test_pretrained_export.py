@@ -1,4 +1,4 @@
-"""Model folders that are written, and read again."""
+"""Export of model folders, which are then read again."""
 
 import json
 from pathlib import Path
@@ -32,19 +32,19 @@ STORIES = Path(__file__).parents[2] / "shared" / "data" / "tiny-llama-stories"
 @pytest.mark.parametrize("name", MODELS)
 def test_import_export_import_is_bitwise(tmp_path, folders, name):
     config = configured(folders[name])
-    given = load(config)
-    assert pretrained.export(config, complete(config, given), tmp_path / "out") == []
+    pretrained_params = load(config)
+    assert pretrained.export(config, complete(config, pretrained_params), tmp_path / "out") == []
     written, source = load_file(tmp_path / "out" / "model.safetensors"), load_file(folders[name] / "model.safetensors")
     assert written.keys() == source.keys()
     for tensor, x in source.items():
         assert written[tensor].tobytes() == x.tobytes() and written[tensor].dtype == x.dtype, tensor
     again = load(configured(tmp_path / "out"))
-    jax.tree.map(np.testing.assert_array_equal, again, given)
+    jax.tree.map(np.testing.assert_array_equal, again, pretrained_params)
     assert json.loads((tmp_path / "out" / "config.json").read_text()) == json.loads((folders[name] / "config.json").read_text())
 
 
 def test_export_of_a_recommender(tmp_path):
-    """bf16 in shards; what the format has no place for lies beside it; the tokenizer's files are copied; the notes say what is lost."""
+    """bf16 in shards; parameters outside the format go to a separate file; tokenizer files are copied; notes name what is lost."""
     values = MODELS["qwen3"] | {"architectures": ["Qwen3ForCausalLM"]}
     source = write_model(tmp_path / "in", values, dtype="bfloat16", files=2)
     for file in ("tokenizer_config.json", "generation_config.json", "merges.txt"):
@@ -52,8 +52,8 @@ def test_export_of_a_recommender(tmp_path):
     (source / "README.md").write_text("the source's")
     config = configured(source, schedule="(full +inter)*2", row_tokens=16)
     shapes, known = flat(model_of(config).shapes()), pretrained.names(config)
-    given = pretrained.load(config, nested({name: shapes[name] for name in known}), jnp.bfloat16)
-    params = complete(config, given)
+    pretrained_params = pretrained.load(config, nested({name: shapes[name] for name in known}), jnp.bfloat16)
+    params = complete(config, pretrained_params)
     notes = pretrained.export(config, params, tmp_path / "new" / "out", max_shard_bytes=9000)
     out = tmp_path / "new" / "out"
     assert len(notes) == 1 and "ordinary attention, without the inserted layers" in notes[0] and "'(full +inter)*2'" in notes[0]
@@ -89,19 +89,19 @@ def test_export_of_a_recommender(tmp_path):
     load(configured(out, schedule="full*2"))
 
 
-def test_export_of_both_types_is_float32(tmp_path, folders):
+def test_export_of_mixed_dtypes_is_float32(tmp_path, folders):
     """Nothing is rounded."""
     config = configured(folders["gpt2"], schedule="intra*3")
-    given = flat(load(config))
-    given["decoder.embedding_VD"] = given["decoder.embedding_VD"].astype(jnp.bfloat16)
-    notes = pretrained.export(config, complete(config, nested(given)), tmp_path / "out")
+    pretrained_params = flat(load(config))
+    pretrained_params["decoder.embedding_VD"] = pretrained_params["decoder.embedding_VD"].astype(jnp.bfloat16)
+    notes = pretrained.export(config, complete(config, nested(pretrained_params)), tmp_path / "out")
     assert notes == ["transformers will run the exported layers with ordinary attention: config.model.schedule = 'intra*3'"]
     written = load_file(tmp_path / "out" / "model.safetensors")
     assert {x.dtype for x in written.values()} == {np.dtype(np.float32)}
-    np.testing.assert_array_equal(written["transformer.wte.weight"], given["decoder.embedding_VD"].astype(np.float32))
+    np.testing.assert_array_equal(written["transformer.wte.weight"], pretrained_params["decoder.embedding_VD"].astype(np.float32))
 
 
-def test_an_export_is_whole_or_not_there(tmp_path, folders, monkeypatch):
+def test_an_export_is_complete_or_absent(tmp_path, folders, monkeypatch):
     config = configured(folders["llama2"])
     params = complete(config, load(config))
     taken = tmp_path / "taken"

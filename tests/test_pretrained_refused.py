@@ -1,4 +1,4 @@
-"""Model folders that are refused: every one by a clear line."""
+"""Model folders that are refused, each with a clear one-line error."""
 
 import dataclasses
 import json
@@ -92,7 +92,7 @@ def test_settings_that_do_not_matter(tmp_path, name, values):
     load(configured(write_model(tmp_path, MODELS[name] | values, weights(MODELS[name]))))
 
 
-def test_mistral_has_a_window_unless_it_says_no(tmp_path):
+def test_mistral_has_a_window_unless_it_is_disabled(tmp_path):
     values = {key: x for key, x in MODELS["mistral"].items() if key != "sliding_window"}
     folder = write_model(tmp_path, values)
     configured(folder, row_tokens=4096)
@@ -109,7 +109,7 @@ def test_schedules_of_another_number_of_layers(folders):
         configured(folders["gpt2"], schedule="full")
 
 
-def test_folders_that_are_none(tmp_path, folders):
+def test_invalid_folders(tmp_path, folders):
     here = config_of(folders["llama2"])
 
     def at(path):
@@ -145,8 +145,8 @@ def test_folders_that_are_none(tmp_path, folders):
 
 
 @pytest.mark.parametrize("files", [1, 3])
-def test_tensors_that_are_wrong(tmp_path, files):
-    """Each is named, in one file and in several."""
+def test_wrong_tensors(tmp_path, files):
+    """Each wrong tensor is named, with one file and with several."""
     right, values = weights(MODELS["qwen2"]), MODELS["qwen2"]
     cases = {
         "missing": ({"model.layers.1.self_attn.v_proj.bias": None}, "{folder}: missing tensors: 'model.layers.1.self_attn.v_proj.bias'"),
@@ -184,7 +184,7 @@ def _file_of(tensors: dict, name: str, files: int) -> int:
 
 
 def _write_as_is(folder: Path, values: dict, tensors: dict, files: int) -> None:
-    """`write_model`, each tensor of its own type."""
+    """`write_model`, with every tensor in its own dtype."""
     write_model(folder, values, {name: np.zeros(1, np.float32) for name in tensors}, files)
     for file in folder.glob("*.safetensors"):
         with safe_open(file, framework="np") as held:
@@ -208,7 +208,7 @@ def test_truncated_files(tmp_path, keep):
     refused("{folder}/model.safetensors: a truncated or unreadable safetensors file (", folder)
 
 
-def test_shards_that_are_wrong(tmp_path):
+def test_wrong_shards(tmp_path):
     folder = write_model(tmp_path, MODELS["llama2"], files=3)
     index = folder / "model.safetensors.index.json"
     right = json.loads(index.read_text())

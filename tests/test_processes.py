@@ -1,6 +1,6 @@
-"""A trained model ranks alike on one device, on eight, and in two processes: what `--mode=evaluate` finds in one and the same checkpoint.
+"""`--mode=evaluate` gives the same ranks for the same checkpoint on one device, on eight devices, and in two processes.
 
-Rounding may move a rank only past items whose scores are within 1e-5 of the target's, relative, and for one user in 1,000.
+Rounding may move a target only past items whose scores are within 1e-5 of its score, relative, and only for one user in 1,000.
 """
 
 import functools
@@ -54,18 +54,18 @@ def trained(tmp_path_factory, tiny):
 
 
 def train_and_rank(workdir, settings):
-    """One device in one process: the working folder, and for every target how many items score within the bound."""
+    """Trains on one device. Returns the working folder, and for every target the number of items whose score is near its own."""
     fields = default_config()
     fields.update_from_flattened_dict(settings)
     config = resolve(fields)
-    this = make_run(config, prepare(config.data))
-    open_workdir(workdir, config, this.prepared, create=True)
-    evaluator, events = Evaluator(this.model, config, this.prepared, this.mesh), this.prepared.events
+    run_ = make_run(config, prepare(config.data))
+    open_workdir(workdir, config, run_.prepared, create=True)
+    evaluator, events = Evaluator(run_.model, config, run_.prepared, run_.mesh), run_.prepared.events
     targets = np.concatenate([events.targets(label) for label in (VALIDATION, TEST)])
-    with jax.set_mesh(this.mesh):
-        checkpoints = train(this, workdir, evaluator, Signals())
+    with jax.set_mesh(run_.mesh):
+        checkpoints = train(run_, workdir, evaluator, Signals())
         step = checkpoints.resolve("best")
-        params = checkpoints.restore_params(step, this.abstract_trained)
+        params = checkpoints.restore_params(step, run_.abstract_trained)
         checkpoints.close()
         evaluate_all(evaluator, params, step, workdir)
         if config.eval.ranking == "likelihood":
@@ -76,7 +76,7 @@ def train_and_rank(workdir, settings):
             v_IE = np.asarray(evaluator.ranker.item_vectors(params, leading))
             scores = h_nE.astype(np.float64) @ v_IE.T.astype(np.float64)
     own = scores[np.arange(len(targets)), events.item[targets]][:, None]
-    near = ((scores != own) & (np.abs(scores - own) <= 1e-5 * np.abs(own))).sum(1)  # equal texts tie wherever
+    near = ((scores != own) & (np.abs(scores - own) <= 1e-5 * np.abs(own))).sum(1)  # items with equal texts always tie
     assert (near == 0).mean() > 0.9
     return workdir, near
 
@@ -92,8 +92,8 @@ def test_ranks_of_a_trained_model(trained, tmp_path, kind, processes, devices, m
     if processes == 1:
         run(tmp_path, *flags, **on_devices(devices))
     else:
-        told = two_processes([sys.executable, "-c", MAIN, *flags], devices, tmp_path)
-        assert "wrote run/evaluation.json" in told[0] and not GLOO.sub("", told[1])
+        outputs = two_processes([sys.executable, "-c", MAIN, *flags], devices, tmp_path)
+        assert "wrote run/evaluation.json" in outputs[0] and not GLOO.sub("", outputs[1])
     before, after = (
         pl.read_parquet(folder / "ranks.parquet").with_columns(last=pl.col("rank") + pl.col("ties"))
         for folder in (workdir, tmp_path / "run")

@@ -1,4 +1,4 @@
-"""One suite for every backend of range_attention; the kernels are interpreted, with blocks so small that a row has several."""
+"""One suite for all backends of range_attention. Kernels are interpreted, with blocks so small that a row has several."""
 
 import logging
 from functools import cache, partial
@@ -31,11 +31,11 @@ def small_blocks():
 
 
 @cache
-def compiled(backend, include_self=False, two=False, reach=None):
+def compiled(backend, include_self=False, two_ranges=False, reach=None):
     @jax.jit
     def run(q, k, v, do, start, stop, *second):
         def attend(q, k, v):
-            options = {"include_self": include_self, "second": second if two else None, "reach": reach, "implementation": backend}
+            options = {"include_self": include_self, "second": second if two_ranges else None, "reach": reach, "implementation": backend}
             return range_attention(q, k, v, start, stop, **options)
 
         o, pullback = jax.vjp(attend, q, k, v)
@@ -59,7 +59,7 @@ def agree(got, expected, dtype=np.float32):
             assert x.dtype == np.float32
             np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)
         return
-    # 8 bits: inputs are the same, weights and results are rounded.
+    # bfloat16 has 8 bits: inputs are equal, weights and results are rounded.
     for x, y in zip(got, expected, strict=True):
         assert x.dtype == dtype
         assert np.linalg.norm(np.asarray(x, np.float64) - y) <= 0.015 * np.linalg.norm(y)
@@ -71,7 +71,7 @@ def agree(got, expected, dtype=np.float32):
 
 @st.composite
 def packings(draw, slots=SHAPE[1], longest=SHAPE[1]):
-    """Two rows; an item may be longer than a block, or a single token."""
+    """Two rows. An item may be longer than a block, or a single token."""
     rows = []
     for _ in range(2):
         users, free = [], slots
@@ -82,7 +82,7 @@ def packings(draw, slots=SHAPE[1], longest=SHAPE[1]):
                 users.append(user)
                 free -= size
         row = pack_row(slots, *users)
-        # The last items of some users are candidates behind the rest.
+        # The last items of some users are candidates after the others.
         row["candidate"] = np.zeros(slots, np.int32)
         for number, (_, items) in enumerate(users, start=1):
             history = draw(st.integers(1, len(items)))
@@ -119,7 +119,7 @@ def test_local_relations_in_float32(packing, relation, candidates, include_self,
 
 
 def random_ranges(shape, seed, parts, reach=None):
-    """Any ranges, disjoint where there are two; a third of the rows is empty in each part, some with a start behind their stop."""
+    """Random ranges; two ranges are disjoint. A third of the queries have no keys, some because the stop is before the start."""
     B, T, S = shape[:3]
     rng = np.random.default_rng(seed)
     bounds = np.sort(rng.integers(0, S + 1, (2 * parts, B, T)), axis=0)
@@ -137,7 +137,7 @@ def random_ranges(shape, seed, parts, reach=None):
 @pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16], ids=["f32", "bf16"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_any_ranges(backend, dtype, shape):
-    """Lengths that differ and are no multiple of a block, odd groups of heads, no structure at all."""
+    """Lengths that differ and are not multiples of a block, odd numbers of heads, ranges without structure."""
     reach = (11, 5) if backend == "local" else None
     if backend == "local" and shape[1] != shape[2]:
         pytest.skip("local: as many keys as queries")
@@ -164,7 +164,7 @@ def test_empty_rows_are_exactly_zero_with_zero_gradients(backend):
     q, k, v, do = attention_arrays(SHAPE, 0)
     empty = np.broadcast_to(np.arange(40) % 2 == 1, (2, 40))
     start, stop = np.where(empty, 3, 1).astype(np.int32), np.where(empty, 3, 26).astype(np.int32)
-    q = q * 1e4  # logits far beyond exp's range
+    q = q * 1e4  # logits far outside the range of exp
     run = compiled(backend, reach=reach)
     o, dq, dk, dv = run(q, k, v, do, start, stop)
     assert (np.asarray(o)[empty] == 0).all() and (np.asarray(dq)[empty] == 0).all()
@@ -172,7 +172,7 @@ def test_empty_rows_are_exactly_zero_with_zero_gradients(backend):
     assert all(np.isfinite(x).all() for x in (o, dq, dk, dv))
     only_empty = np.where(empty[..., None, None], do, 0)
     assert not any(np.asarray(x).any() for x in run(q, k, v, only_empty, start, stop)[1:])
-    # A start behind its stop is empty too, and so is a batch without a single key.
+    # A range whose stop is before its start is empty, and so is a batch without any key.
     o, *grads = run(q, k, v, do, np.full_like(start, 5), np.full_like(stop, 2))
     assert not any(np.asarray(x).any() for x in (o, *grads))
 
@@ -199,8 +199,8 @@ def test_self_key_counts_once(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("include_self", [False, True])
-def test_keys_outside_the_ranges_leave_no_bit(backend, include_self):
-    """Bitwise within one compiled program: values, and the gradients of what is seen."""
+def test_keys_outside_the_ranges_have_no_effect(backend, include_self):
+    """Bitwise within one compiled program, for values and for gradients of visible keys."""
     reach = (39, 39) if backend == "local" else None
     q, k, v, do = attention_arrays(SHAPE, 2)
     first = np.full((2, 40), 2, np.int32), np.full((2, 40), 5, np.int32)
@@ -211,7 +211,7 @@ def test_keys_outside_the_ranges_leave_no_bit(backend, include_self):
     o, dq, dk, dv = run(k, v, do, *first, *second)
     outside = np.flatnonzero(~allowed)
     o2, dq2, dk2, dv2 = run(k.at[:, outside].add(1e4), v.at[:, outside].add(1e4), do, *first, *second)
-    # A token that is its own key sees itself; the others keep every bit.
+    # A token that is its own key sees itself; the results of other tokens do not change.
     for a, b in ((o, o2), (dq, dq2)):
         np.testing.assert_array_equal(np.asarray(a)[:, allowed], np.asarray(b)[:, allowed])
         assert include_self or (np.asarray(a) == b).all()
@@ -237,13 +237,13 @@ def test_one_query_has_no_influence_on_another(backend):
         same[0, changed] = False
         np.testing.assert_array_equal((np.asarray(o2) == o).all((2, 3)) | ~same, True)
         np.testing.assert_array_equal((np.asarray(dq2) == dq).all((2, 3)) | ~same, True)
-        # Row 0 has one key: its weight is 1 whatever the query.
+        # Row 0 has one key, so its weight is 1 for any query.
         assert (np.asarray(o2)[0, changed] != o[0, changed]).any() == (changed > 0)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_gradients_of_parts_are_those_of_the_whole(backend):
-    """Two neighbouring ranges are one range: what a merge outside the gradient would get wrong."""
+    """Two adjacent ranges equal one range. A merge outside the custom gradient would fail here."""
     reach = (39, 0) if backend == "local" else None
     arrays = attention_arrays(SHAPE, 4)
     t = np.broadcast_to(np.arange(40, dtype=np.int32), (2, 40))
@@ -253,7 +253,7 @@ def test_gradients_of_parts_are_those_of_the_whole(backend):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-6)
 
 
-def test_local_says_where_a_range_goes_beyond_its_reach():
+def test_local_returns_nan_where_a_range_exceeds_its_reach():
     q, k, v, _ = attention_arrays(SHAPE, 0)
     t = np.broadcast_to(np.arange(40, dtype=np.int32), (2, 40))
     start = np.maximum(t - 4, 0)
@@ -265,7 +265,7 @@ def test_local_says_where_a_range_goes_beyond_its_reach():
     assert np.isnan(o)[:, :38].all() and np.isfinite(o[:, 39]).all()
 
 
-# ---- the choice
+# ---- choice of the backend
 
 
 def shapes(dtype=jnp.float32, H=16, T=4096, S=None):
@@ -317,7 +317,7 @@ def test_a_fallback_warns_once_on_stderr(no_warning_yet, monkeypatch, capsys, tm
     )
 
 
-def test_what_cannot_be_done_is_refused():
+def test_unsupported_inputs_are_refused():
     q, k, v, _ = attention_arrays(SHAPE, 0)
     t = np.zeros((2, 40), np.int32)
     with pytest.raises(ValueError, match=r"implementation 'local' needs `reach`, the largest distance between a query and its keys"):
@@ -337,7 +337,7 @@ def test_what_cannot_be_done_is_refused():
             range_attention(*(jnp.zeros((2, 40, 2, 300)),) * 3, t, t, implementation=backend)
 
 
-def test_cudnn_is_for_what_it_can_do():
+def test_inputs_that_cudnn_does_not_support():
     assert cudnn_unsupported_reason(*shapes(jnp.float32, 64)) == "does not support float32"
     assert cudnn_unsupported_reason(*shapes(jnp.bfloat16, 20)) == "does not support head size 20"
     assert cudnn_unsupported_reason(*shapes(jnp.bfloat16, 256)) == "does not support head size 256"
@@ -346,7 +346,7 @@ def test_cudnn_is_for_what_it_can_do():
 
 
 def test_no_array_in_the_square_of_the_length(monkeypatch):
-    monkeypatch.setattr(blocked, "block_size", lambda *args: 128)  # the real one
+    monkeypatch.setattr(blocked, "block_size", lambda *args: 128)  # the real block size
 
     def memory(backend, T):
         q, k = shapes(T=T)

@@ -1,5 +1,5 @@
-"""Ranking a catalogue that is spread over devices and processes and cut into chunks: integer for integer what plain loops give. Other
-numbers of devices live in processes of their own, which print what they found, or write it, as JSON."""
+"""Ranks of a catalogue that is sharded over devices and processes and ranked in chunks equal those of plain loops exactly. Other numbers of
+devices run in separate processes, which print or write their results as JSON."""
 
 import json
 import os
@@ -22,15 +22,15 @@ from iam_jax.ranking.evaluate import seen_lists
 from iam_jax.ranking.metrics import ranking_metrics
 from iam_jax.ranking.scores import rank_catalogue, ranking_program
 
-USERS, ITEMS = 53, 12_501  # neither divides by 8, nor by any chunk
+USERS, ITEMS = 53, 12_501  # neither is divisible by 8 or by a chunk
 CHUNKS = (64, 1000, 4096, 12_000)
 ENDS = CHUNKS[:1] + CHUNKS[-1:]
 MESHES = ((1, 1, 1), (8, 1, 1), (2, 2, 2))
-JOBS = {1: (2, 1, 1), 2: (2, 1, 2)}  # two processes, by the devices of each
+JOBS = {1: (2, 1, 1), 2: (2, 1, 2)}  # two processes, by their devices
 
 
 def large_data():
-    """Most targets among the items of others' histories, the last items cold."""
+    """Most targets are items of other users' histories; the last items are cold."""
     return tiny_data(users=USERS, items=ITEMS, cold=5)
 
 
@@ -59,7 +59,7 @@ def ranks_on(shape: tuple[int, int, int], chunks: tuple[int, ...] = CHUNKS) -> d
 
 
 def not_finite_on(mesh) -> list:
-    """Of a NaN in one state, the targets that are told."""
+    """The targets that are reported for a NaN in one state."""
     h, v = np.ones((5, 3), np.float32), np.ones((21, 3), np.float32)
     h[3, 1] = np.nan
     v = jax.jit(lambda v: spread_rows(mesh, v))(v)
@@ -96,7 +96,7 @@ def eight():
 def check(found, expected, held, chunks=CHUNKS):
     for chunk in chunks:
         assert found[str(chunk)] == expected, chunk
-    assert found["held"] == held  # a device holds but its own part
+    assert found["held"] == held  # a device holds only its own part
     assert "is not finite" in found["nan"]
     assert found["errors"] == [True, True, True, False, True]
 
@@ -109,7 +109,7 @@ def test_ranks_depend_on_no_chunk_and_no_device(expected, request, shape):
 
 @pytest.mark.parametrize("devices", JOBS)
 def test_ranks_depend_on_no_process(expected, tmp_path, devices):
-    """Both processes end with all ranks, and with the same error."""
+    """Both processes return all ranks and raise the same error."""
     two_processes([sys.executable, __file__, str(devices), str(tmp_path)], devices)
     for process in (0, 1):
         check(json.loads((tmp_path / f"{process}.json").read_text()), expected, [-(-ITEMS // (2 * devices))] * devices, ENDS)
@@ -119,15 +119,15 @@ def test_ranks_depend_on_no_process(expected, tmp_path, devices):
     ("users", "items", "width", "chunk"), [(64, 5000, 128, 512), (33, 3001, 60, 700), (5, 1111, 128, 300), (300, 257, 16, 64)]
 )
 def test_a_targets_score_is_one_of_the_catalogues(users, items, width, chunk):
-    """Of numbers that are not exact: the target always ties with itself, and with no other item whose score differs at all."""
+    """With inexact numbers, the target always ties with itself, and never with an item whose score differs."""
     rng = np.random.default_rng(0)
     h, v = (rng.standard_normal((n, width)).astype(np.float32) for n in (users, items))
     target = rng.integers(items, size=users)
     ranker = optimized_jit(
         lambda *arrays: rank_catalogue(*arrays, chunk=chunk)
-    )  # as users compile: products may be fused with what follows
+    )  # with the usual compilation, which may fuse products with other operations
     rank, ties, finite = ranker(h, v, target, np.full((users, 1), -1))
-    assert finite.all() and not np.asarray(ties).any()  # -1 where it does not
+    assert finite.all() and not np.asarray(ties).any()  # it would be -1 otherwise
     score = h.astype(np.float64) @ v.T.astype(np.float64)
     own = score[np.arange(users), target][:, None]
     exact = 1 + (score > own).sum(1)
@@ -147,11 +147,11 @@ def test_memory_does_not_grow_with_the_catalogue():
     assert small > 64 * 256 * 4
 
 
-# ---- metrics, from scores to means, once more
+# ---- a second implementation of the metrics, from scores to means
 
 
 def slow_metrics(scores: np.ndarray, target: np.ndarray, k: int) -> dict[str, float]:
-    """Means over all users, the target's place counted in a sorted list."""
+    """Means over all users, with the position of the target in a sorted list."""
     places = [1 + sorted(range(len(row)), key=lambda i, row=row: -row[i]).index(t) for row, t in zip(scores, target, strict=True)]
     inside = [place for place in places if place <= k]
     sums = {
@@ -170,7 +170,7 @@ def random_ranking(users=40, items=120):
 
 
 def metrics_of(scores, target, ks):
-    """By the evaluator's function: the scores are products with unit vectors."""
+    """From the evaluator's function, with scores as products with unit vectors."""
     found = jax.jit(rank_catalogue, static_argnames="chunk")(jnp.float32(scores), jnp.eye(scores.shape[1]), target, chunk=50)
     return {name: float(value.mean()) for name, value in ranking_metrics(np.asarray(found[0]), np.asarray(found[1]), ks).items()}
 

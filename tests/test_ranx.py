@@ -1,4 +1,4 @@
-"""The metrics beside those of ranx (the extra `parity`), on rankings without ties: ranx orders tied items somehow."""
+"""Comparison of the metrics with ranx (extra `parity`), on rankings without ties, since ranx orders tied items arbitrarily."""
 
 import pytest
 from test_ranking import metrics_of, random_ranking

@@ -1,4 +1,4 @@
-"""launch/reproduce.py: equal budgets, learning rates by validation, seeds paired, empty cells, and nothing run twice."""
+"""launch/reproduce.py: equal budgets, learning rates selected on validation, paired seeds, empty cells, and no repeated runs."""
 
 import importlib.util
 import json
@@ -34,15 +34,15 @@ def reproduce(monkeypatch):
 
 @pytest.fixture
 def ran(reproduce, monkeypatch):
-    """Commands that are told instead of run: SASRec is better with a smaller rate, the others with a larger one, and seed 1 diverges for
-    item-aware attention."""
-    told = []
+    """Records commands instead of running them. SASRec is better with a smaller rate, the others with a larger one, and seed 1 diverges
+    for item-aware attention."""
+    recorded = []
 
     def run(workdir, flags):
-        given = dict(flag.lstrip("-").split("=", 1) for flag in flags)
-        told.append((workdir.parent.name, given))
+        values = dict(flag.lstrip("-").split("=", 1) for flag in flags)
+        recorded.append((workdir.parent.name, values))
         if workdir.name.startswith("calibration"):
-            # Lines of 5 steps: the first is the compilation's, then 3, 1, 2 and 9 seconds, the second time a second more each.
+            # Lines of 5 steps: the first includes compilation, then 3, 1, 2 and 9 seconds; in the second calibration one second more each.
             times = np.array([100, 3, 1, 2, 9]) + int(workdir.name[-1])
             lines = [{"step": 5 * k + 5, "tokens_seen": 50 * k + 50, "tokens_per_second": 50 / t} for k, t in enumerate(times)]
             workdir.mkdir(parents=True)
@@ -52,7 +52,7 @@ def ran(reproduce, monkeypatch):
             (workdir / "evaluation.json").write_text("{}")
             module.mark(workdir, flags)
             return 0
-        rate, seed = float(given["config.optimizer.learning_rate"]), int(given["config.train.seed"])
+        rate, seed = float(values["config.optimizer.learning_rate"]), int(values["config.train.seed"])
         sasrec = workdir.parent.name == "sasrec"
         if workdir.parent.name == "iam" and seed == 1:
             workdir.parent.mkdir(parents=True, exist_ok=True)
@@ -72,7 +72,7 @@ def ran(reproduce, monkeypatch):
 
     module = reproduce.commands
     monkeypatch.setattr(module, "run", run)
-    return told
+    return recorded
 
 
 def arguments(tmp_path, *more):
@@ -89,19 +89,19 @@ def rows_of(tmp_path):
 def test_two_models_two_seeds_two_trials(reproduce, ran, tmp_path, capsys):
     assert reproduce.main(arguments(tmp_path, "--seeds", "0", "1")) == 0
     assert [model for model, _ in ran[:4]] == ["ordinary", "sasrec"] * 2  # calibrations take turns
-    assert {given["config.train.steps"] for _, given in ran[:4]} == {"40"}
+    assert {values["config.train.steps"] for _, values in ran[:4]} == {"40"}
     ran = ran[4:]
     assert [model for model, _ in ran] == ["ordinary"] * 2 + ["sasrec"] * 2 + ["ordinary", "sasrec"] * 2
-    # The median of 3, 1, 2 and 9 seconds for five steps is half a second a step; 2 and 8 minutes, a quarter of it a trial.
-    assert {given["config.train.steps"] for _, given in ran[:4]} == {"240"}
-    assert {given["config.train.steps"] for _, given in ran[4:]} == {"960"}
-    assert ["config.eval.test" in given for _, given in ran] == [True] * 4 + [False] * 4 and ran[0][1]["config.eval.test"] == "false"
-    for _, given in ran:  # warm-up, decay and validations at the same shares of every run
-        steps = int(given["config.train.steps"])
+    # The median of 3, 1, 2 and 9 seconds for five steps is half a second per step. A trial takes 2 minutes, a run 8.
+    assert {values["config.train.steps"] for _, values in ran[:4]} == {"240"}
+    assert {values["config.train.steps"] for _, values in ran[4:]} == {"960"}
+    assert ["config.eval.test" in values for _, values in ran] == [True] * 4 + [False] * 4 and ran[0][1]["config.eval.test"] == "false"
+    for _, values in ran:  # warm-up, decay and validations at the same shares of every run
+        steps = int(values["config.train.steps"])
         expected = {"optimizer.decay_steps": steps, "optimizer.warmup_steps": steps // 10, "train.eval_every": steps // 8}
-        assert {name: int(given[f"config.{name}"]) for name in expected} == expected
-        assert given["config.train.max_minutes"] == "0.0" and given["config.train.patience"] == "0"
-    rates = [given["config.optimizer.learning_rate"] for _, given in ran]
+        assert {name: int(values[f"config.{name}"]) for name in expected} == expected
+        assert values["config.train.max_minutes"] == "0.0" and values["config.train.patience"] == "0"
+    rates = [values["config.optimizer.learning_rate"] for _, values in ran]
     assert rates == ["0.003", "0.009", "0.001", "0.003", *["0.009", "0.001"] * 2]
     assert "2 x (2 trials of 2 minutes + 2 seeds of 8), at most 0.7 hours" in capsys.readouterr().out
 
@@ -110,17 +110,17 @@ def test_two_models_two_seeds_two_trials(reproduce, ran, tmp_path, capsys):
         "ordinary attention", "item-aware attention", "without intra", "without inter", "HatLLM's order", "SASRec",
         "popularity", "last_item", "item_knn",
     ]  # fmt: skip
-    gain = 1 / np.log2(3)  # of rank 2
+    gain = 1 / np.log2(3)  # NDCG at rank 2
     by_seed = {"ordinary attention": [1, (1 + gain) / 2], "SASRec": [(gain + 1) / 2, gain]}
     for name, values in by_seed.items():
         assert rows[name][2] == f"{np.mean(values):.4f} ± {np.std(values, ddof=1):.4f}"
         assert rows[name][1] == "0, 1" and rows[name][5:] == ["10", "2", "150", "0.5"]
-    # The first user is at rank 2 instead of 1 with both seeds, the second never differs: the difference is -x for a resample of
+    # The first user is at rank 2 instead of 1 with both seeds, the second never differs. The difference is -x for a resample with
     # the first user twice, 0 for the second twice.
     low, high = -(1 - gain), 0
     assert rows["SASRec"][4] == f"{(low + high) / 2:+.4f} [{low:+.4f}, {high:+.4f}]" and rows["ordinary attention"][4] == ""
     assert rows["popularity"][2] != "" and rows["popularity"][:2] == ["", ""]
-    # The second user is at rank 1 instead of 1 and 2; the first at 9 instead of 1, which is worth 1 / log2(10).
+    # The second user is at rank 1 instead of 1 and 2; the first at rank 9 instead of 1, with NDCG 1 / log2(10).
     far = 1 / np.log2(10)
     low, high = far - 1, (1 - gain) / 2
     assert rows["popularity"][4] == f"{(low + high) / 2:+.4f} [{low:+.4f}, {high:+.4f}]"
@@ -136,16 +136,16 @@ def test_two_models_two_seeds_two_trials(reproduce, ran, tmp_path, capsys):
     assert saved["data"]["demo"]["rows"]["sasrec"]["seconds_per_step"] == pytest.approx(0.5)
 
 
-def test_what_is_finished_is_not_run_again(reproduce, ran, tmp_path):
+def test_finished_runs_are_not_repeated(reproduce, ran, tmp_path):
     assert reproduce.main(arguments(tmp_path, "--seeds", "0", "1")) == 0
     before = len(ran)
     assert reproduce.main(arguments(tmp_path, "--seeds", "0", "1")) == 0 and len(ran) == before
     assert reproduce.main(arguments(tmp_path, "--seeds", "2")) == 0 and len(ran) == before + 2
-    assert rows_of(tmp_path)["SASRec"][1] == "0, 1, 2"  # what is there stays in the table
+    assert rows_of(tmp_path)["SASRec"][1] == "0, 1, 2"  # earlier seeds stay in the table
 
 
-def test_the_table_keeps_what_is_there(reproduce, ran, tmp_path, capsys):
-    """Another data set, where the data lie and what is told take nothing away; another budget has folders of its own."""
+def test_the_table_keeps_earlier_results(reproduce, ran, tmp_path, capsys):
+    """Another data set, another path of the data and logging flags keep earlier results; another budget has its own folders."""
     folder = tmp_path / "runs"
     assert reproduce.main(arguments(tmp_path, "--path", f"demo={tmp_path}", "--", "--config.log.progress=false")) == 0
     filled = rows_of(tmp_path)
@@ -155,44 +155,45 @@ def test_the_table_keeps_what_is_there(reproduce, ran, tmp_path, capsys):
     assert markdown.index("**toys**") < markdown.index("**demo**") and filled["SASRec"][4] in markdown
     before = len(ran)
     assert reproduce.main([*arguments(tmp_path), "--minutes=4", "--seeds", "0"]) == 0 and len(ran) == before + 6
-    assert {given["config.train.steps"] for _, given in ran[before:]} == {"120", "480"}
+    assert {values["config.train.steps"] for _, values in ran[before:]} == {"120", "480"}
     assert reproduce.main(arguments(tmp_path, "--table")) == 0 and rows_of(tmp_path)["SASRec"] == filled["SASRec"]
     capsys.readouterr()
     assert reproduce.main(arguments(tmp_path, "--table", "--", "--config.model.dropout=0.5")) == 2
-    told = capsys.readouterr().err
-    assert told.startswith("error: ") and "was run with other flags (only one of the two commands has '--config.model.dropout=0.5')" in told
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert "was run with other flags (only one of the two commands has '--config.model.dropout=0.5')" in error
 
 
-def test_a_run_whose_folder_is_gone_is_run_again(reproduce, ran, tmp_path):
+def test_a_run_whose_folder_was_deleted_is_repeated(reproduce, ran, tmp_path):
     assert reproduce.main(arguments(tmp_path, "--seeds", "0")) == 0
-    before, gone = len(ran), next((tmp_path / "runs" / "demo" / "sasrec").glob("8min-*-seed0"))
-    for path in gone.iterdir():
+    before, deleted = len(ran), next((tmp_path / "runs" / "demo" / "sasrec").glob("8min-*-seed0"))
+    for path in deleted.iterdir():
         path.unlink()
-    gone.rmdir()
-    assert reproduce.main(arguments(tmp_path, "--seeds", "0")) == 0 and len(ran) == before + 1 and (gone / "evaluation.json").exists()
+    deleted.rmdir()
+    assert reproduce.main(arguments(tmp_path, "--seeds", "0")) == 0 and len(ran) == before + 1 and (deleted / "evaluation.json").exists()
 
 
-def test_what_diverges_or_is_interrupted_leaves_its_cells_empty(reproduce, ran, tmp_path):
+def test_diverged_and_interrupted_runs_have_empty_cells(reproduce, ran, tmp_path):
     command = ["demo", "--models", "ordinary", "iam", "hatllm", "--minutes=8", "--trials=1", "--folder", str(tmp_path / "runs")]
     assert reproduce.main([*command, "--seeds", "0", "1"]) == 75  # hatllm's second seed is interrupted
     rows = rows_of(tmp_path)
     assert rows["ordinary attention"][1] == "0, 1" and rows["HatLLM's order"][1] == "0"
     assert rows["item-aware attention"][1] == "0; 1 diverged"
-    assert rows["item-aware attention"][4] == "+0.0000 [+0.0000, +0.0000]"  # over the seed that both have
+    assert rows["item-aware attention"][4] == "+0.0000 [+0.0000, +0.0000]"  # over the common seed
     assert [model for model, _ in ran].count("iam") == 2 + 3
     assert reproduce.main([*command, "--seeds", "0", "1"]) == 75
-    assert [model for model, _ in ran].count("iam") == 2 + 3  # a run that diverged is not run again
+    assert [model for model, _ in ran].count("iam") == 2 + 3  # a diverged run is not repeated
     assert reproduce.main([*command, "--seeds", "1", "0"]) == 75 and rows_of(tmp_path) == rows
 
 
 def test_a_dry_run_and_a_table_run_nothing(reproduce, ran, tmp_path, capsys):
     assert reproduce.main(arguments(tmp_path, "--seeds", "5", "--dry-run", "--", "--config.train.steps=7")) == 0
-    told = [shlex.split(line[3:]) for line in capsys.readouterr().out.splitlines() if " -m iam_jax.main " in line]
-    assert len(told) == 2 * (2 + 2 + 1) and not ran and not (tmp_path / "runs").exists()
-    runs = [flags for flags in told if not any("calibration" in flag for flag in flags)]
+    printed = [shlex.split(line[3:]) for line in capsys.readouterr().out.splitlines() if " -m iam_jax.main " in line]
+    assert len(printed) == 2 * (2 + 2 + 1) and not ran and not (tmp_path / "runs").exists()
+    runs = [flags for flags in printed if not any("calibration" in flag for flag in flags)]
     assert len(runs) == 6 and all(flags[-1] == "--config.train.steps=7" for flags in runs)  # the last of equal flags counts
-    seeds = [next(flag for flag in flags if flag.startswith("--config.train.seed=")) for flags in told]
-    assert sorted(seed[-1] for seed in seeds) == ["0"] * 8 + ["5"] * 2  # calibrations and trials have a seed of their own
+    seeds = [next(flag for flag in flags if flag.startswith("--config.train.seed=")) for flags in printed]
+    assert sorted(seed[-1] for seed in seeds) == ["0"] * 8 + ["5"] * 2  # calibrations and trials have their own seed
     assert reproduce.main(arguments(tmp_path, "--table")) == 0 and not ran
     assert all(cells == [""] * 9 for cells in list(rows_of(tmp_path).values())[1:])
     for wrong in (["--minutes=0"], ["--trials=0"], ["--seeds", "1", "1"], ["--path", "toys=x"], ["--", "--config.eval.test=false"]):
@@ -228,7 +229,7 @@ def test_every_models_config_resolves_and_shares_the_protocol(reproduce, tmp_pat
         toys("half")
 
 
-def test_a_stop_is_not_lost_where_the_command_was_just_ending(reproduce, tmp_path, monkeypatch):
+def test_a_signal_is_not_lost_when_the_command_is_about_to_end(reproduce, tmp_path, monkeypatch):
     child, commands = tmp_path / "child", reproduce.commands
     child.write_text(f"#!/bin/sh\ntrap '' TERM INT\ntouch {tmp_path}/there\nsleep 0.3\nexit 0\n")
     child.chmod(0o755)
@@ -242,7 +243,7 @@ def test_a_stop_is_not_lost_where_the_command_was_just_ending(reproduce, tmp_pat
 
     threading.Thread(target=stop).start()
     assert commands.run(tmp_path / "run", ["--flag"]) == 75
-    assert (tmp_path / "run.command").read_text() == "--flag"  # finished all the same
+    assert (tmp_path / "run.command").read_text() == "--flag"  # marked as finished nevertheless
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
     assert commands.run(tmp_path / "run", ["--flag"]) == 0
 
@@ -254,10 +255,10 @@ def configs_of(file):
 
 
 def test_end_to_end(tmp_path, tiny):
-    few = {"train.steps": 2, "eval.resamples": 5, "log.progress": False, "log.tensorboard": False}
-    few |= {name: value for name, value in tiny.items() if name.startswith("data.synthetic.")}
+    fields = {"train.steps": 2, "eval.resamples": 5, "log.progress": False, "log.tensorboard": False}
+    fields |= {name: value for name, value in tiny.items() if name.startswith("data.synthetic.")}
     command = [sys.executable, ROOT / "launch" / "reproduce.py", "demo", "--models", "sasrec", "--seeds", "0", "--trials=1", "--minutes=1"]
-    command += [f"--folder={tmp_path / 'runs'}", "--", *(f"--config.{name}={value}" for name, value in few.items())]
+    command += [f"--folder={tmp_path / 'runs'}", "--", *(f"--config.{name}={value}" for name, value in fields.items())]
     process = subprocess.run(command, cwd=ROOT, env=None, capture_output=True, text=True, timeout=180)
     assert process.returncode == 0, process.stderr
     folders = sorted((tmp_path / "runs" / "demo" / "sasrec").glob("*min-rate0.001-seed0"))
@@ -285,9 +286,9 @@ def test_calibrations_and_trials_that_diverge(reproduce, ran, tmp_path, capsys, 
     command = ["demo", "--models", "ordinary", "iam", "no_intra", "--minutes=8", "--trials=2", "--seeds", "0"]
     for more in ([], ["--table"], ["--dry-run"]):
         assert reproduce.main([*command, f"--folder={tmp_path / 'runs'}", *more]) == 0
-    told = capsys.readouterr().out
-    assert "demo, iam, seed 0: not run, a calibration diverged" in told
-    assert "demo, no_intra, seed 0: not run, every trial diverged" in told
+    printed = capsys.readouterr().out
+    assert "demo, iam, seed 0: not run, a calibration diverged" in printed
+    assert "demo, no_intra, seed 0: not run, every trial diverged" in printed
     rows = rows_of(tmp_path)
     assert rows["ordinary attention"][1] == "0" and rows["item-aware attention"] == [""] * 9
     assert rows["without intra"] == ["", "every trial diverged", *[""] * 7]

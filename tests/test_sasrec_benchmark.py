@@ -1,4 +1,4 @@
-"""benchmarks/sasrec.py beside RecTools, at toy size, where RecTools is there. No time is looked at."""
+"""benchmarks/sasrec.py at toy size, if RecTools is installed. No time is asserted."""
 
 import importlib.util
 import json
@@ -27,7 +27,7 @@ def run(*flags: object) -> subprocess.CompletedProcess:
 
 @pytest.fixture(scope="module")
 def tables(tmp_path_factory) -> Path:
-    """User 0 has 70 events, more than a session; items i40 to i45 are one user's, i44 and i45 in no training event; times tie."""
+    """User 0 has 70 events, more than a session; only one user has items i40 to i45, and i44 and i45 have no training event; times tie."""
     folder, rng = tmp_path_factory.mktemp("tables"), np.random.default_rng(0)
     lines = ["user\titem\ttimestamp"]
     for user in range(40):
@@ -57,7 +57,7 @@ def test_speed(tables, tmp_path):
             assert sample["events_per_second"] == pytest.approx(sample["events"] / sample["seconds"])
         rates = [sample["events_per_second"] for sample in side["samples"]]
         assert side["events_per_second"] == pytest.approx(np.mean(rates)) and side["events_spread"] == [min(rates), max(rates)]
-    # A session's real tokens are its targets; a window of a long history has context tokens without a target.
+    # The real tokens of a session are its targets; a window of a long history has context tokens without targets.
     assert all(sample["events"] == sample["tokens"] > 0 for sample in theirs["samples"])
     assert all(0 < sample["events"] <= sample["tokens"] for sample in ours["samples"])
     assert all(sample["slots"] == sample["steps"] * 4 * 64 for sample in ours["samples"])
@@ -70,7 +70,7 @@ def test_speed(tables, tmp_path):
 
 @needs_rectools
 def test_quality(tables, tmp_path, monkeypatch):
-    """Two seeds, then the same as a run of ours: the difference is 0; finished seeds are kept; what differs is refused."""
+    """Two seeds; the same results as runs of ours give a difference of 0; finished seeds are kept; other settings are refused."""
     folder, output = tmp_path / "peer", tmp_path / "q.json"
     flags = ["quality", f"--path={tables}", "--epochs=2", "--batch_size=16", f"--output={output}"]
     flags += ["--learning_rate", 0.01, 0.001]
@@ -118,7 +118,7 @@ def test_quality(tables, tmp_path, monkeypatch):
 
 @needs_rectools
 def test_a_wrong_input_is_found_by_rectools_own_recommend(tables, monkeypatch):
-    """Sessions without the last event do not give its top 10."""
+    """Sessions without the last event give another top 10."""
     monkeypatch.syspath_prepend(FOLDER)
     import rectools_peer
     import sasrec
@@ -128,17 +128,17 @@ def test_a_wrong_input_is_found_by_rectools_own_recommend(tables, monkeypatch):
     args = sasrec.parse(["quality", f"--path={tables}", "--epochs=1", "--threads=1", "--set", *SMALL])
     config = sasrec.config_of(args)
     prepared = prepare(config.data)
-    told = rectools_peer.ValidationCallback(config, prepared, args, 0, 0.0)
-    model = rectools_peer.fit(config, args, prepared.events, told, 16, 0, 1e-3)
-    evaluator = told.evaluator
+    callback = rectools_peer.ValidationCallback(config, prepared, args, 0, 0.0)
+    model = rectools_peer.fit(config, args, prepared.events, callback, 16, 0, 1e-3)
+    evaluator = callback.evaluator
     assert rectools_peer.same_recommendations(model, evaluator, 30)["equal"]
     right = evaluator.history_vectors
     monkeypatch.setattr(evaluator, "history_vectors", lambda params, targets: right(params, targets - 1))
     assert not rectools_peer.same_recommendations(model, evaluator, 30)["equal"]
 
 
-def test_what_cannot_be_measured_is_one_line(tmp_path):
+def test_wrong_settings_give_a_one_line_error(tmp_path):
     done = run("quality", f"--path={tmp_path}", "--epochs=1", "--set", "objective.softmax=sampled")
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
-    there = importlib.util.find_spec("rectools") is not None
-    assert ("the config is not SASRec" if there else "rectools is not installed: pip install") in done.stderr
+    has_rectools = importlib.util.find_spec("rectools") is not None
+    assert ("the config is not SASRec" if has_rectools else "rectools is not installed: pip install") in done.stderr

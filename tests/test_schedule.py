@@ -32,7 +32,7 @@ def test_layers(text, relations, leading):
     assert schedule.relations == tuple(relations) and schedule.leading_intra == leading
 
 
-def test_stages_keep_what_repeats():
+def test_stages_keep_repeats():
     stages = (Stage(("intra", "inter"), 3), Stage(("full",), 1))
     assert parse_schedule("(intra inter)*3 full") == Schedule(stages)
 
@@ -78,7 +78,7 @@ def test_inserted_layers():
         ("full*2inter", "cannot read 'full*2inter'"),
     ],
 )
-def test_errors_name_the_field_and_the_place(text, what):
+def test_errors_name_the_field_and_the_position(text, what):
     with pytest.raises(InputError) as caught:
         parse_schedule(text, field="model.schedule")
     assert str(caught.value).startswith("config.model.schedule") and what in str(caught.value)
@@ -88,7 +88,7 @@ terms = st.tuples(st.lists(st.sampled_from(list(RELATIONS)), min_size=1, max_siz
 
 
 @given(st.lists(terms, min_size=1, max_size=4), st.booleans())
-def test_what_is_written_is_read(stages, spaced):
+def test_a_formatted_schedule_is_parsed_again(stages, spaced):
     space = " " if spaced else ""
     written = [
         (f"({space}{' '.join(relations)}{space})" if len(relations) > 1 else relations[0])

@@ -1,4 +1,4 @@
-"""Meshes of eight simulated devices live in a process of their own, which prints what it found as JSON."""
+"""Meshes of eight simulated devices run in a separate process, which prints its results as JSON."""
 
 import dataclasses
 import json
@@ -36,7 +36,7 @@ CONFIG = {
         "tie_tokens": False,
     },
     "objective": {"vectors": "both", "softmax": "full", "token": 0.5},
-    # Adam's first step is the sign of a gradient unless epsilon is large: noise where the gradient is zero but for rounding
+    # With a small epsilon, Adam's first step is the sign of the gradient, which is noise if the gradient is zero up to rounding
     "optimizer": {"warmup_steps": 0, "decay_steps": 0, "learning_rate": 0.1, "epsilon": 1e-2, "clip_norm": 0.0},
 }
 DATA = {"users": 40, "items": 16, "vocabulary": 16}
@@ -57,7 +57,7 @@ EXPECTED = {
     "text_DE": ("fsdp", None),
     "output_VD": ("tensor", "fsdp"),
 }
-# What a device holds of each, on the other meshes. Eight devices along `tensor` are more than there are key-value heads.
+# The part of each that a device holds, on the other meshes. Eight devices along `tensor` exceed the number of key-value heads.
 ALONG_D = {name for name, axes in EXPECTED.items() if "fsdp" in axes}
 ALONG_HEADS = {name for name, axes in EXPECTED.items() if "tensor" in axes and "key" not in name}
 
@@ -67,7 +67,7 @@ def names_of(tree) -> dict:
 
 
 def part_of(x: jax.Array) -> float:
-    """The part of an array that each device really holds, the same for all of them."""
+    """The part of an array that each device holds, which is equal for all devices."""
     (held,) = {shard.data.nbytes for shard in x.addressable_shards}
     assert len(x.addressable_shards) == x.sharding.num_devices
     return held / x.nbytes
@@ -79,8 +79,8 @@ def mesh_of(mesh_shape: tuple[int, int, int]) -> jax.sharding.Mesh:
 
 
 def attend_on(mesh_shape: tuple[int, int, int]) -> dict:
-    """Values and gradients of every backend, of two key-value heads and of one (which is fewer than (2, 2, 2) has tensor shards), of
-    rows that divide and of rows that do not."""
+    """Values and gradients of every backend, for two key-value heads and for one (fewer than the tensor shards of (2, 2, 2)), and for
+    divisible and other numbers of rows."""
     from iam_jax.kernels.range_attention import range_attention
 
     results, rng = {}, np.random.default_rng(0)
@@ -109,7 +109,7 @@ def attend_on(mesh_shape: tuple[int, int, int]) -> dict:
 
 
 def constraints_on(mesh_shape: tuple[int, int, int]) -> list:
-    """How many constraints the decoder has on whole rows and on rows that do not divide, and where a block leaves its rows."""
+    """The numbers of sharding constraints in the decoder for divisible and other numbers of rows, and the sharding of a block's output."""
     model = make_model(make_config(**CONFIG), 16, 16)
     mesh, counts = mesh_of(mesh_shape), []
     with jax.set_mesh(mesh):
@@ -123,7 +123,7 @@ def constraints_on(mesh_shape: tuple[int, int, int]) -> list:
 
 
 def parts_on(mesh_shape: tuple[int, int, int]) -> list:
-    """Where the parts of sharded rows are: a loop goes over the first axis."""
+    """The sharding of parts of rows, where a loop goes over the first axis."""
     mesh = mesh_of(mesh_shape)
     with jax.set_mesh(mesh):
         rows = jax.device_put(np.zeros((32, 5)), jax.sharding.NamedSharding(mesh, BATCH))
@@ -132,8 +132,8 @@ def parts_on(mesh_shape: tuple[int, int, int]) -> list:
 
 
 def train_on(mesh_shape: tuple[int, int, int], once: bool = False) -> dict:
-    """Training steps on the first devices: what is where, the losses, the first gradients, and the parameters after the first step. once:
-    the leading intra layers once per distinct item."""
+    """Training steps on the first devices: shardings, losses, the first gradients, and the parameters after the first step. once:
+    whether the leading intra layers are computed once per distinct item."""
     from iam_jax.data.batches import training_rows
     from iam_jax.data.item_rows import DistinctItems, without_items
     from iam_jax.training.objectives import make_training_items
@@ -180,15 +180,15 @@ def train_on(mesh_shape: tuple[int, int, int], once: bool = False) -> dict:
             if "/mu/" in name
         }
         stays = jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), state, wanted)
-        told = [metrics]
+        step_metrics = [metrics]
         for k in range(1, 2 if once else STEPS):
             state, more = step(state, shard_batch(mesh, batches[k]), run.items, np.int32(k))
-            told.append(more)
+            step_metrics.append(more)
     return {
         "held": held, "moments": moments, "specs": specs, "optimizer": optimizer, "donated": donated,
         "compiled": sum("train_step" in name for name in compiled),
         "strayed": [name for name, stay in names_of(stays).items() if not stay],
-        "losses": [float(x["item_sum"] + x["token_sum"]) for x in told],
+        "losses": [float(x["item_sum"] + x["token_sum"]) for x in step_metrics],
         "gradients": {name: x.tolist() for name, x in gradients.items()},
         "loss": float(metrics["item_sum"] + metrics["token_sum"]), "norm": float(metrics["gradient_norm"]),
         "after": {name: x.tolist() for name, x in after.items()},
@@ -198,7 +198,7 @@ def train_on(mesh_shape: tuple[int, int, int], once: bool = False) -> dict:
 
 
 def finetune_on(mesh_shape: tuple[int, int, int], folder: Path) -> dict:
-    """A step of a pretrained model's adapters, inserted layers and table, the model itself frozen in bfloat16."""
+    """A training step of the adapters, inserted layers and table of a pretrained model, which is frozen in bfloat16."""
     from pretrained_models import config_of
 
     from iam_jax.config import LoraConfig
@@ -236,9 +236,9 @@ def results():
 
 
 @pytest.mark.parametrize("shape", [*MESHES[1:], "once"], ids=str)
-def test_a_step_is_that_of_one_device(results, shape):
-    """The step moves every parameter by up to 0.1; what many devices make of it is within 1e-5 of the largest parameter. once: the
-    (2, 2, 2) mesh with each distinct item once, against one device with every occurrence."""
+def test_a_step_equals_that_of_one_device(results, shape):
+    """The step changes every parameter by up to 0.1; the result of many devices is within 1e-5 of the largest parameter. once: the
+    (2, 2, 2) mesh with each distinct item once, compared with one device with every occurrence."""
     one, many = results[(1, 1, 1)], results[shape]
     assert many["loss"] == pytest.approx(one["loss"], rel=1e-5) and many["norm"] == pytest.approx(one["norm"], rel=1e-5)
     for name, x in one["after"].items():
@@ -247,7 +247,7 @@ def test_a_step_is_that_of_one_device(results, shape):
 
 
 @pytest.mark.parametrize("shape", [*MESHES[1:], "once"], ids=str)
-def test_gradients_and_losses_are_those_of_one_device(results, shape):
+def test_gradients_and_losses_equal_those_of_one_device(results, shape):
     one, many = results[(1, 1, 1)], results[shape]
     assert many["gradients"].keys() == one["gradients"].keys() == one["after"].keys()
     for name, x in one["gradients"].items():
@@ -259,11 +259,11 @@ def test_gradients_and_losses_are_those_of_one_device(results, shape):
     assert one["losses"][-1] < 0.8 * one["losses"][0]
 
 
-def test_a_step_of_adapters_is_that_of_one_device(results):
+def test_a_step_of_adapters_equals_that_of_one_device(results):
     one, many = results["finetuning"]
     assert many["loss"] == pytest.approx(one["loss"], rel=1e-5) and many["norm"] == pytest.approx(one["norm"], rel=1e-4)
     assert many["start"] == pytest.approx(one["start"], rel=1e-5, abs=1e-4)
-    # 192 positions in three chunks: a device has the logits of its own quarter of a chunk. (37 by 32 is the embedding.)
+    # 192 positions in three chunks: a device computes the logits of its quarter of a chunk. (37 by 32 is the embedding.)
     assert 64 in one["logits"] and 16 in many["logits"] and 64 not in many["logits"]
     block = "decoder/blocks/0_0/attention/"
     for name, part in {
@@ -274,20 +274,20 @@ def test_a_step_of_adapters_is_that_of_one_device(results):
         assert one["held"][name] == 1 and many["held"][name] == part, name
 
 
-def test_activations_are_split_by_rows_at_the_ends_of_blocks(results):
-    """Of the embeddings and of two blocks; not where rows do not divide, and nothing is added to the program of one device. With the width
-    split (fsdp), the table of embeddings is made whole along it: one more."""
+def test_activations_are_sharded_by_rows_between_blocks(results):
+    """There are constraints for the embeddings and for two blocks, but none if rows are not divisible or with one device. If the width is
+    sharded (fsdp), there is another one that replicates the embedding table along it."""
     one, by_tensor, many = results["constraints"]
     assert one[:2] == [0, 0] and by_tensor[:2] == [3, 3] and many[:2] == [4, 1]
     assert many[2][0] == ["data", "fsdp"] and not any(many[2][1:]) and not any(axis == "tensor" for axis in by_tensor[2])
 
 
-def test_parts_of_rows_stay_split_over_the_devices(results):
+def test_parts_of_rows_stay_sharded(results):
     assert results["parts"] == [[None, ["data", "fsdp"]], 4, 3]
 
 
-def test_attention_is_that_of_one_device(results):
-    """The kernels, which XLA cannot split, are split by hand over rows and heads."""
+def test_attention_equals_that_of_one_device(results):
+    """Kernels, which XLA cannot partition, are sharded explicitly over rows and heads."""
     one, many = results["attention"]
     assert len(one) == 9
     for name, alone in one.items():
@@ -300,14 +300,14 @@ def test_attention_is_that_of_one_device(results):
 def test_buffers_are_donated_and_parameters_stay_where_they_are(results, shape):
     assert results[shape]["donated"] and all(results[shape]["donated"])
     assert results[shape]["strayed"] == []
-    assert results[shape]["compiled"] == 1  # the second step's state is placed like the first one's
+    assert results[shape]["compiled"] == 1  # the state of the second step has the sharding of the first
 
 
 def test_parameters_are_sharded_by_their_names(results):
     specs, held = results[(2, 2, 2)]["specs"], results[(2, 2, 2)]["held"]
     for name, expected in EXPECTED.items():
         assert tuple(specs[name]) == expected, name
-        assert held[name] == 0.5 ** len([axis for axis in expected if axis]), name  # the device really holds but its part
+        assert held[name] == 0.5 ** len([axis for axis in expected if axis]), name  # the device holds only its part
     assert results[(2, 2, 2)]["optimizer"] == specs
     assert set(results[(8, 1, 1)]["held"].values()) == {1.0}  # data parallel: every device holds everything
     for name in EXPECTED:
@@ -320,7 +320,7 @@ def test_parameters_are_sharded_by_their_names(results):
     assert results[(2, 2, 2)]["batch"] == [[["data", "fsdp"]], 2] and results[(8, 1, 1)]["batch"] == [[["data", "fsdp"]], 1]
 
 
-# ---- in this process: names, errors, and a mesh of whatever there is
+# ---- in this process: names, errors, and a mesh of the available devices
 
 
 @pytest.mark.parametrize(
@@ -340,7 +340,7 @@ def test_axes_of(name, axes):
     assert axes_of((jax.tree_util.DictKey("out_NHD"), jax.tree_util.DictKey(name))) == axes
 
 
-def test_every_axis_in_a_parameters_name_is_known():
+def test_every_axis_letter_in_a_parameter_name_has_a_meaning():
     shapes = make_model(make_config(**CONFIG), vocabulary=13, items=10).shapes()
     for path, x in jax.tree_util.tree_leaves_with_path(shapes):
         axes = axes_of(path)
@@ -354,7 +354,7 @@ def test_meshes_that_do_not_fit(fields):
         make_mesh(MeshConfig(**fields))
 
 
-def test_the_rest_of_the_devices_goes_to_data():
+def test_remaining_devices_go_to_data():
     mesh = make_mesh(MeshConfig())
     assert dict(mesh.shape) == {"data": jax.device_count(), "fsdp": 1, "tensor": 1}
     assert mesh_sizes(MeshConfig(tensor=2), 8) == (4, 1, 2)
@@ -380,7 +380,7 @@ def test_sizes_that_do_not_divide_are_replicated(monkeypatch):
     tree = {name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in shapes.items()}
     assert param_sharding(FakeMesh, tree) == {
         "up_DF": P("fsdp", "tensor"),
-        "down_FD": P(None, None, "fsdp"),  # the repeats in front; 10 is no multiple of 3
+        "down_FD": P(None, None, "fsdp"),  # the leading axis is that of repeats; 10 is not a multiple of 3
         "table_IE": P("tensor", None),
         "out_NHD": P("tensor", None, None),
         "pair_DD": P("fsdp", None),  # a mesh axis is used once

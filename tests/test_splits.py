@@ -1,4 +1,4 @@
-"""Order, filters, splits and the split's hash, against plain Python written from the protocol."""
+"""Order, filters, splits and the hash of the split, compared with plain Python that follows the protocol."""
 
 import csv
 import dataclasses
@@ -22,7 +22,7 @@ from iam_jax.errors import InputError
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 EPOCH = datetime.datetime(2014, 7, 23, tzinfo=datetime.UTC)
-TIMES = {  # kind -> timestamps that a careless comparison or rendering gets wrong, and t1, t2 as a user writes them
+TIMES = {  # kind -> timestamps that an inexact comparison or conversion would change, and t1, t2 as a user writes them
     "integer": ([-5, 0, 7, 2**53, 2**53 + 1, 10**18], "7", str(2**53 + 1)),
     "float": ([-2.5, -0.0, 0.1, 1e-7, 1.5e17, 3.0], "0", "2.9"),
     "iso": (
@@ -36,7 +36,7 @@ ITEMS = ["i", "2", "10", "木", "x|y", "unused", "I"]
 
 
 def make_tables(rows, items=ITEMS, titles=None):
-    """Tables of (user, item, timestamp) rows; an item's title is its id unless `titles` says otherwise."""
+    """Makes tables from (user, item, timestamp) rows. The title of an item is its id unless `titles` contains another."""
     user, item, timestamp = zip(*rows, strict=True)
     dtype = {int: pl.Int64, float: pl.Float64}.get(type(timestamp[0]), pl.Datetime("us", "UTC"))
     interactions = pl.DataFrame({"user": user, "item": item, "timestamp": pl.Series(timestamp, dtype=dtype)})
@@ -71,7 +71,7 @@ def tie_hash(user, item):
 
 
 def slow_split(rows, k_core=0, last_n=0, bounds=None):
-    """[(split, user, item, timestamp)] by user and time, by the protocol's words alone, and the items that its filters leave.
+    """[(split, user, item, timestamp)] by user and time, from the text of the protocol, and the items that remain after its filters.
     `bounds` (t1, t2) make it temporal."""
     rows = list(rows)
     while True:
@@ -103,7 +103,7 @@ def slow_sha256(labelled):
 
 
 def comparable(labelled):
-    """Datetimes as the microseconds that Events holds."""
+    """Converts datetimes to microseconds, as in Events."""
     second = datetime.timedelta(microseconds=1)
     zero = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
     return [(*row[:3], (row[3] - zero) // second if isinstance(row[3], datetime.datetime) else row[3]) for row in labelled]
@@ -133,7 +133,7 @@ def test_every_filter_and_split_is_the_slow_one(data, kind, k_core, last_n, temp
     assert split.sha256 == slow_sha256(expected)
     assert split.events.item_ids.tolist() == split.items["item"].to_list() == candidates
 
-    # What Events derives.
+    # Derived fields of Events.
     events = split.events
     places = defaultdict(list)
     for place, (label, user, *_) in enumerate(expected):
@@ -152,7 +152,7 @@ def test_every_filter_and_split_is_the_slow_one(data, kind, k_core, last_n, temp
 
 
 def test_the_order_of_the_file_does_not_leak():
-    """One user, everything on one day: the order is the hash's, whatever order or alphabet the file has."""
+    """One user with all events on one day: the hash determines the order, not the file or the item ids."""
     items = [f"i{n}" for n in range(30)]
     rows = [("u", item, 5) for item in items]
     by_hash = sorted(items, key=lambda item: tie_hash("u", item))
@@ -161,7 +161,7 @@ def test_the_order_of_the_file_does_not_leak():
         random.Random(seed).shuffle(rows)
         events = split_of(rows, items=items).events
         assert events.item_ids[events.item].tolist() == by_hash
-    # Another user's ties fall differently: the user is part of the hash.
+    # The ties of another user are ordered differently, because the user is part of the hash.
     events = split_of([("v", item, 5) for item in items], items=items).events
     assert events.item_ids[events.item].tolist() == sorted(items, key=lambda item: tie_hash("v", item)) != by_hash
 
@@ -184,7 +184,7 @@ def test_leave_one_out_by_hand():
         ("train", "u", "i", 1),
         ("train", "u", "10", 2),
         ("validation", "u", "2", 3),
-        ("test", "u", "i", 4),  # bought before: a repeated pair stays
+        ("test", "u", "i", 4),  # a repeated pair stays
     ]
     events = split.events
     assert [events.targets(k).tolist() for k in (TRAIN, VALIDATION, TEST)] == [[2, 4], [5], [6]]
@@ -201,7 +201,7 @@ def test_temporal_by_hand():
     config = DataConfig(split="temporal", t1="10", t2="20")
     split = split_of(rows, config)
     assert split.events.label.tolist() == [TEST, VALIDATION, VALIDATION, TEST, TRAIN, VALIDATION, VALIDATION, TEST]
-    # User 10's only event and user 9's first are targets without history: counted and left out, all others are targets.
+    # The only event of user 10 and the first of user 9 have no history: they are counted and left out; all others are targets.
     assert split.events.targets(VALIDATION).tolist() == [2, 5, 6]
     assert split.events.targets(TEST).tolist() == [3, 7]
     assert split.events.train_ends.tolist() == [0, 1, 5]
@@ -209,7 +209,7 @@ def test_temporal_by_hand():
 
 
 def test_bounds_are_compared_exactly():
-    """Nanoseconds are beyond a float's integers: 10^18 − 1 is before t1, however t1 is written."""
+    """Nanoseconds exceed the integers of a float: 10^18 − 1 is before t1, in any notation of t1."""
     rows = [("u", "i", 10**18 - 1), ("u", "2", 10**18), ("u", "10", 10**18 + 1), ("u", "i", 2 * 10**18)]
     labels = ["train", "validation", "validation", "test"]
     for t1, t2 in (("1000000000000000000", "2000000000000000000"), ("1e18", "2e18")):
@@ -246,7 +246,7 @@ def test_k_core_goes_to_its_fixed_point():
     split = split_of(chain + core, DataConfig(k_core=2))
     assert {row[1] for row in rows_of(split)} == {"u", "9"}
     assert split.events.item_ids.tolist() == ["I", "x|y"]
-    assert "2-core removed 4 interactions, 2 users and 5 items" in split.notes  # of the 7 items two are left
+    assert "2-core removed 4 interactions, 2 users and 5 items" in split.notes  # two of the 7 items remain
     with pytest.raises(InputError, match=r"config\.data\.k_core = 2 leaves nothing of 4 interactions"):
         split_of(chain, DataConfig(k_core=2))
     assert rows_of(split_of(chain)) != []
@@ -259,7 +259,7 @@ def test_last_n_is_counted():
     assert split.events.label.tolist() == [TRAIN, TRAIN, VALIDATION, TEST]
     assert "data.last_n = 3 removed 2 interactions" in split.notes
     assert not any("last_n" in note for note in split_of(rows, DataConfig(last_n=5)).notes)
-    assert len(split.events.item_ids) == len(ITEMS)  # the others stay candidates
+    assert len(split.events.item_ids) == len(ITEMS)  # the other items stay candidates
 
 
 def test_untitled_items():
@@ -274,7 +274,7 @@ def test_untitled_items():
     assert "removed 2 items without text, and their 2 interactions" in split.notes
     assert [row[2] for row in rows_of(split)] == ["i", "10", "I", "x|y"]
     assert split.events.item_ids.tolist() == ["10", "I", "i", "x|y", "木"]
-    # Only what the filter leaves counts for the k-core that follows.
+    # The k-core counts only the events that remain after the filter.
     pairs = [(u, i, 0) for u in ("u", "9") for i in ("i", "2")]
     with pytest.raises(InputError, match="k_core = 2 leaves nothing of 2 interactions"):
         split_of(pairs, DataConfig(untitled="drop", k_core=2), titles={"2": ""})
@@ -286,7 +286,7 @@ def test_unknown_items_are_dropped_and_counted():
     rows = [("u", "i", 1), ("u", "nowhere", 2), ("u", "2", 3), ("9", "nowhere", 1)]
     split = split_of(rows, DataConfig(untitled="drop"))
     assert "removed 2 interactions with items that are not in the items table" in split.notes
-    assert rows_of(split) == [("train", "u", "i", 1), ("train", "u", "2", 3)]  # user 9 is gone with its event
+    assert rows_of(split) == [("train", "u", "i", 1), ("train", "u", "2", 3)]  # user 9 had no other event
     assert split.events.user_ids.tolist() == ["u"]
 
 
@@ -307,18 +307,18 @@ def sequence(user, items):
 
 
 def test_unseen_items_by_hand():
-    """The heads of the ids' SHA-256 are a .79, b .24, c .18, d .10: a share of .2 draws c and d, whatever else there is."""
+    """The first digits of the ids' SHA-256 are a .79, b .24, c .18, d .10, so a share of .2 selects c and d in every table."""
     rows = sequence("u", "acbda") + sequence("v", "cdba") + sequence("w", "dc") + sequence("x", "abca")
     config = DataConfig(unseen_items=0.2)
     split = split_of(rows, config, items=list("abcd"))
     assert rows_of(split) == [
         ("train", "u", "a", 0),
-        ("train", "u", "b", 2),  # the training event with c is gone
+        ("train", "u", "b", 2),  # the training event with c is removed
         ("validation", "u", "d", 3),  # a target with an unseen item stays
         ("test", "u", "a", 4),
-        ("validation", "v", "b", 2),  # no history is left
+        ("validation", "v", "b", 2),  # no history remains
         ("test", "v", "a", 3),
-        ("train", "x", "a", 0),  # w had nothing else
+        ("train", "x", "a", 0),  # w had no other event
         ("train", "x", "b", 1),
         ("validation", "x", "c", 2),
         ("test", "x", "a", 3),
@@ -354,14 +354,14 @@ def test_shuffled_order_by_hand():
     assert split.sha256 == straight.sha256 and rows_of(shuffle_training(straight)) == after
     moved = sum(a != b for a, b in zip(after, before, strict=True))
     assert split.notes == (*straight.notes, f"data.shuffled_order: {moved} of 15 training events have another item now")
-    # Every order of three comes up about equally often (600 users, a multinomial with 100 each).
+    # Every order of three items occurs about equally often (600 users, a multinomial with 100 each).
     many = split_of([row for k in range(600) for row in sequence(f"u{k:03}", "abcde")], items=list("abcde"))
     counts = Counter("".join(row[2] for row in rows_of(shuffle_training(many))[5 * k : 5 * k + 3]) for k in range(600))
     assert len(counts) == 6 and all(60 < count < 140 for count in counts.values())
 
 
 def test_events_without_users_in_the_middle():
-    """train_ends and targets of users without events or training events, which a subset of users may have."""
+    """train_ends and targets for users without events or training events, as in a subset of users."""
     events = split_of([("u", "i", 1), ("u", "2", 2), ("9", "i", 1)]).events  # users 9, u
     events = dataclasses.replace(events, user_ids=np.array(list("abcd")), offsets=np.array([0, 1, 1, 3, 3]))
     assert events.train_ends.tolist() == [1, 1, 3, 3]

@@ -1,5 +1,5 @@
-"""Working folders on object storage: whole commands against emulators of S3 and of Google Cloud Storage, where the extra `emulators` is
-installed; the code of the small files, everywhere, on a store in memory."""
+"""Working folders on object storage: whole commands with emulators of S3 and Google Cloud Storage, if the extra `emulators` is installed,
+and the code for small files with a store in memory."""
 
 import importlib.util
 import json
@@ -28,11 +28,11 @@ from iam_jax.storage import remote as storage
 from iam_jax.storage.files import to_path, write_atomically
 from iam_jax.training.telemetry import Profile
 
-# ---- on a store in memory
+# ---- with a store in memory
 
 
 class Store(MemoryFileSystem):
-    """Objects by name, as gs://; like there, a folder is what has objects."""
+    """Objects by name for gs://. As there, a folder exists if it contains objects."""
 
     store, pseudo_dirs, protocol = {}, [""], ("gs", "gcs")
 
@@ -46,7 +46,7 @@ def bucket(monkeypatch):
     for name in Store.protocol:
         fsspec.register_implementation(name, Store, clobber=True)
     monkeypatch.setattr(storage, "_CLIENTS", {"gs": ("fsspec", "gcs")})
-    monkeypatch.setattr(storage, "check_writable", lambda folder: None)  # TensorStore's client knows no other store
+    monkeypatch.setattr(storage, "check_writable", lambda folder: None)  # TensorStore's client cannot use this store
     storage.remote_folder.cache_clear()
     Store.store.clear()
     return "gs://bucket"
@@ -56,7 +56,7 @@ def objects():
     return {name: data.getvalue() for name, data in Store.store.items()}
 
 
-def test_local_paths_stay_pathlibs():
+def test_local_paths_are_pathlib_paths():
     for name in ("runs/a", "/runs/a", "~/a", "gs:/bucket", "a/gs://b", Path("a")):
         assert type(to_path(name)) is type(Path(name)) and to_path(name) == Path(name) and not storage.is_remote(to_path(name))
 
@@ -64,7 +64,7 @@ def test_local_paths_stay_pathlibs():
 def test_other_storage_and_missing_clients_are_refused(monkeypatch):
     storage.remote_folder.cache_clear()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    for name, told in {
+    for name, message in {
         "az://bucket/run": "az://bucket/run: only gs:// and s3:// are supported as object storage",
         "gs://": "gs://: the bucket name is missing",
         "s3:///run": "s3:///run: the bucket name is missing",
@@ -73,10 +73,10 @@ def test_other_storage_and_missing_clients_are_refused(monkeypatch):
     }.items():
         with pytest.raises(InputError) as error:
             to_path(name)
-        assert str(error.value) == told
+        assert str(error.value) == message
 
 
-def test_what_the_storage_refuses_is_one_line(bucket, monkeypatch):
+def test_errors_of_the_storage_are_one_line(bucket, monkeypatch):
     def refuse(*_, **__):
         raise RuntimeError("no access:\n  to this bucket")
 
@@ -104,7 +104,7 @@ def test_a_profile(bucket):
     assert trace.startswith("/bucket/run/profile/process-0/") and objects()[trace]
 
 
-def test_a_working_folder_is_what_it_is_on_a_disk(bucket, tmp_path):
+def test_a_working_folder_equals_that_on_a_disk(bucket, tmp_path):
     config, data, workdir = make_config(), tiny_data(), to_path(f"{bucket}/runs/a")
     with lock_workdir(workdir):
         open_workdir(workdir, config, data, create=False)
@@ -113,7 +113,7 @@ def test_a_working_folder_is_what_it_is_on_a_disk(bucket, tmp_path):
     open_workdir(tmp_path, config, data, create=True)
     before = objects()
     assert before == {f"/bucket/runs/a/{path.name}": path.read_bytes() for path in tmp_path.iterdir()}
-    open_workdir(workdir, config, data, create=True)  # the same run's: goes on
+    open_workdir(workdir, config, data, create=True)  # the same run continues
     assert get_config(f"{bucket}/runs/a") == get_config(str(tmp_path))
     assert read_stored(workdir, make_config(data={"tokenizer": "id"}).data).known == 8
     with pytest.raises(InputError, match=r"gs://bucket/runs/a was made by another config: model\.dropout"):
@@ -125,12 +125,12 @@ def test_a_working_folder_is_what_it_is_on_a_disk(bucket, tmp_path):
     assert objects() == before
 
 
-def test_metrics_read_as_if_nothing_had_been_interrupted(bucket, monkeypatch):
+def test_metrics_after_an_interruption_equal_an_uninterrupted_run(bucket, monkeypatch):
     workdir, name = to_path(f"{bucket}/run"), "/bucket/run/metrics.jsonl"
     log = MetricsLog(workdir, 0, LogConfig())
     for step in (2, 4):
         log.write(step, {"item_loss": 1 / step})
-    assert objects() == {}  # nothing for every line
+    assert objects() == {}  # lines are not uploaded one by one
     log.upload()
     log.write(6, {"item_loss": 1.0})
     uploaded = objects()
@@ -144,7 +144,7 @@ def test_metrics_read_as_if_nothing_had_been_interrupted(bucket, monkeypatch):
     assert [json.loads(line) for line in objects()[name].splitlines()] == [{"step": 2, "item_loss": 0.5}, {"step": 4, "item_loss": 9.0}]
 
 
-def test_metrics_are_uploaded_from_time_to_time(bucket, monkeypatch, capsys):
+def test_metrics_are_uploaded_at_intervals(bucket, monkeypatch, capsys):
     log = MetricsLog(to_path(f"{bucket}/run"), 0, LogConfig(tensorboard=False))
     now = time.monotonic()
     monkeypatch.setattr(time, "monotonic", lambda: now + 31)
@@ -154,7 +154,7 @@ def test_metrics_are_uploaded_from_time_to_time(bucket, monkeypatch, capsys):
 
     with monkeypatch.context() as patch:
         patch.setattr(Store, "pipe_file", refuse)
-        log.write(2, {"item_loss": 0.5})  # a run does not end for that
+        log.write(2, {"item_loss": 0.5})  # the error does not end the run
         assert capsys.readouterr().out == "gs://bucket/run/metrics.jsonl: not uploaded yet (busy)\n"
         with pytest.raises(InputError, match=r"^gs://bucket/run/metrics\.jsonl: cannot be read or written \(busy\)$"):
             log.upload()
@@ -177,7 +177,7 @@ def test_specs_for_tensorstore(monkeypatch):
     }  # fmt: skip
 
 
-# ---- on emulators
+# ---- with emulators
 
 SETTINGS = {
     "AWS_ACCESS_KEY_ID": "a",
@@ -195,7 +195,7 @@ def get_config():
 
 
 def serve(*command):
-    """The process, and its address."""
+    """Starts a server; returns the process and its address."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -213,11 +213,11 @@ def serve(*command):
 
 @pytest.fixture(scope="module")
 def clients():
-    """{scheme: a client of its emulator}, and the environment that leads commands to them."""
+    """{scheme: client of its emulator}, and the environment with which commands use the emulators."""
     missing = [name for name in ("moto", "s3fs", "gcsfs", "gcp_storage_emulator") if importlib.util.find_spec(name) is None]
     if missing:
         pytest.skip(f"the extra emulators is not installed: no {', '.join(missing)}")
-    os.environ |= {name: value for name, value in SETTINGS.items() if name.startswith("GCSFS_")}  # of this process' client too
+    os.environ |= {name: value for name, value in SETTINGS.items() if name.startswith("GCSFS_")}  # also for the client of this process
     import gcsfs
     import s3fs
 
@@ -250,7 +250,7 @@ def run(folder, env, *arguments, code=0):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, tiny):
-    """A shop, the config of its run, and the run on a disk."""
+    """A shop, the config of a run, and this run on a local disk."""
     folder = tmp_path_factory.mktemp("storage")
     (folder / "items.csv").write_text("item,title\n" + "".join(f"i{n},{'red blue old'.split()[n % 3]} thing {n}\n" for n in range(12)))
     events = "".join(f"u{u},i{(7 * u + t * (t + u)) % 12},{t}\n" for u in range(40) for t in range(6))
@@ -266,7 +266,7 @@ def folder(tmp_path_factory, tiny):
 
 
 def fetched(client, url, to):
-    """The folder of the URL as a local one."""
+    """Downloads the folder of a URL."""
     place = url.partition("://")[2]
     for name in client.find(place):
         path = to / name.removeprefix(place).strip("/")
@@ -280,7 +280,7 @@ def trained(workdir):
 
 
 @pytest.mark.parametrize("scheme", ["s3", "gs"])
-def test_a_run_stopped_and_resumed_ends_where_it_would_have_on_a_disk(folder, clients, tmp_path, scheme):
+def test_a_stopped_and_resumed_run_equals_the_run_on_a_disk(folder, clients, tmp_path, scheme):
     client, env, url = clients[0][scheme], clients[1], f"{scheme}://bucket/runs/a"
 
     def saved():
@@ -296,7 +296,7 @@ def test_a_run_stopped_and_resumed_ends_where_it_would_have_on_a_disk(folder, cl
     assert process.returncode == 75 and err.endswith("stopped; the same command goes on from here\n"), (out, err)
     *_, before, last = saved()
     assert 0 < before < last < 300
-    client.rm_file(f"bucket/runs/a/checkpoints/{last}/commit_success.txt")  # as if it had been killed while it saved
+    client.rm_file(f"bucket/runs/a/checkpoints/{last}/commit_success.txt")  # as after a kill during a save
     out, _ = run(folder, env, "--config=run.py", f"--workdir={url}")
     assert f"continuing from step {before}\n" in out and f"wrote {url}/evaluation.json" in out
 
@@ -311,7 +311,7 @@ def test_a_run_stopped_and_resumed_ends_where_it_would_have_on_a_disk(folder, cl
             np.testing.assert_array_equal(value, theirs[name], name)
     left = {path.name for path in here.iterdir()}
     assert left == {path.name for path in whole.iterdir()} - {".lock"}
-    assert len(list((here / "tensorboard").iterdir())) == 2  # one of each command
+    assert len(list((here / "tensorboard").iterdir())) == 2  # one file per command
 
 
 def _flat(tree, name=""):
@@ -355,7 +355,7 @@ def test_evaluation_scores_and_comparison_read_and_write_there(folder, clients, 
         ("s3://bucket/run", {"AWS_ACCESS_KEY_ID": None, "AWS_CONFIG_FILE": "none"}, "cannot be read (Unable to locate credentials)"),
     ],
 )
-def test_storage_that_cannot_be_used_is_told_before_the_data_are_read(folder, clients, url, env, named, monkeypatch):
+def test_unusable_storage_is_reported_before_the_data_are_read(folder, clients, url, env, named, monkeypatch):
     given = {name: value for name, value in (clients[1] | env).items() if value is not None}
     for name in env.keys() - given.keys():
         monkeypatch.delenv(name, raising=False)

@@ -14,7 +14,7 @@ from iam_jax.ranking.metrics import ranking_metrics
 
 
 def events_of(tables, keep=True):
-    """Leave-one-out events of the tables' interactions; the catalogue is what remains of it."""
+    """Leave-one-out events of the tables' interactions, and the items that remain."""
     rows = tables.interactions.filter(keep).sort("user", "timestamp")
     item_ids = np.array(sorted(set(rows["item"])), object)
     user_ids, lengths = np.unique(rows["user"].to_numpy().astype(object), return_counts=True)
@@ -50,13 +50,13 @@ def test_default_sizes_and_tables(shop):
     assert tables.items.height == tables.items["item"].n_unique() == 800 and tables.interactions["user"].n_unique() == 2000
     assert tables.interactions.null_count().sum_horizontal().item() == 0
     assert 23_000 < tables.interactions.height < 25_000  # a mean of 12
-    assert tables.interactions.select("user", "item").is_unique().all()  # nobody buys an item twice
+    assert tables.interactions.select("user", "item").is_unique().all()  # no user buys an item twice
     gaps = tables.interactions.select(pl.col("timestamp").diff().over("user").drop_nulls())["timestamp"]
     assert gaps.min() >= 3600
     assert set(tables.interactions["item"]) <= set(tables.items["item"])
 
 
-def test_titles_say_the_attributes(shop):
+def test_titles_contain_the_attributes(shop):
     words = [word for values in VALUES.values() for value in values for word in value]
     assert len(words) == len(set(words))  # no word means two things
     meaning = {word: (facet, k) for facet, values in VALUES.items() for k, value in enumerate(values) for word in value}
@@ -73,7 +73,7 @@ def test_the_same_seed_gives_the_same_tables(shop, monkeypatch):
     assert generate(seed=1).tables().fingerprint != tables.fingerprint
     monkeypatch.setattr(synthetic, "_BLOCK", 800 * 300)  # the purchases are drawn for 300 users at a time
     assert generate().tables().fingerprint == tables.fingerprint
-    # Fixed for ever: results on this shop can be quoted.
+    # These values must never change, so that results on this shop can be cited.
     assert tables.fingerprint == "f2ec5fc3f080a3d1cb35911974a45018ba9f55a9db1cb1840b543038bd1d9d89"
 
 
@@ -88,7 +88,7 @@ def test_probabilities(shop):
 
 
 def slow_probabilities(shop, user, position):
-    """The equation of the module's docstring, item by item."""
+    """The equation of the module docstring, item by item."""
     history = shop.item[user, :position].tolist()
     category = shop.value["category"]
     odds = []
@@ -115,7 +115,7 @@ def test_probabilities_against_the_equation(shop):
 
 
 def test_purchases_follow_the_probabilities(shop):
-    """If items are drawn from p, then p(item) − Σ p² has mean zero, and so has any other function of item and p."""
+    """If items are drawn from p, p(item) − Σ p² has mean zero; the same holds for other functions of item and p."""
     user, position = positions(shop)
     p = shop.probabilities(user, position)
     item = shop.item[user, position]
@@ -135,7 +135,7 @@ def test_purchases_follow_the_probabilities(shop):
 
 
 def test_partners_match(shop):
-    """The partner is of the category that follows, and no other item there has more in common."""
+    """The partner belongs to the next category, and no other item there shares more attributes."""
     category = shop.value["category"]
     assert np.all(category[shop.partner] == shop.follows[category])
     for i in range(0, 800, 50):
@@ -150,7 +150,7 @@ def test_partners_match(shop):
 def test_the_oracle_is_best_and_needs_tastes_and_transitions(shop, events):
     best, tastes, transitions = (ndcg(shop.oracle(*flags).scores, events) for flags in ((True, True), (True, False), (False, True)))
     popular, markov = ndcg(popularity(events), events), ndcg(last_item_transitions(events), events)
-    # The module's docstring quotes them.
+    # The module docstring contains these values.
     assert [round(float(x), 3) for x in (best, tastes, transitions, markov, popular)] == [0.321, 0.235, 0.097, 0.075, 0.009]
 
 
@@ -161,11 +161,11 @@ def test_an_ablated_generator_is_less_predictable(shop, events, ablation):
     best = ndcg(ablated.oracle().scores, ablated_events)
     assert best < (0.3 if "taste" in ablation else 0.8) * ndcg(shop.oracle().scores, events)
     blind = ablated.oracle(tastes="taste" not in ablation, transitions="taste" in ablation)
-    assert ndcg(blind.scores, ablated_events) == pytest.approx(best, abs=1e-12)  # what was taken away is worth nothing there
+    assert ndcg(blind.scores, ablated_events) == pytest.approx(best, abs=1e-12)  # the removed effect has no value in this shop
 
 
 def test_the_oracle_finds_users_and_items_by_id(shop):
-    """After a filter has removed users and items, the same purchase has the same probabilities."""
+    """After a filter removes users and items, the probabilities of a purchase do not change."""
     tables = shop.tables()
     whole = events_of(tables)
     part = events_of(tables, (pl.col("user") > "u0000100") & ~pl.col("item").str.ends_with("7"))
@@ -202,7 +202,7 @@ def test_bad_arguments_raise(arguments):
 
 
 def test_a_tiny_shop():
-    """Fewer items than categories times a few: some categories are empty, some items have no partner."""
+    """With few items per category, some categories are empty and some items have no partner."""
     shop = generate(users=5, items=12, events_per_user=3)
     user, position = positions(shop)
     np.testing.assert_allclose(shop.probabilities(user, position).sum(1), 1)

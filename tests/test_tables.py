@@ -1,4 +1,4 @@
-"""The user's tables: read exactly, the same from every format, or refused in one line that says where."""
+"""The user's tables are read exactly and equally from every format, or refused with one line that names the location."""
 
 import csv
 import datetime
@@ -27,13 +27,13 @@ from iam_jax.errors import InputError
 DATA = Path(__file__).parents[2] / "shared" / "data"
 UTC = datetime.UTC
 
-# Ids that a careless reader changes: leading zeros, "1.0", blanks, words that mean null elsewhere, another script.
+# Ids that a reader may change by mistake: leading zeros, "1.0", blanks, words that mean null elsewhere, another script.
 EVENTS = [("007", "1.0", 5), ("7", "1", 5), (" u ", "NA", -3), ("null", "été", 2**53 + 1), ("None", "NaN", 2**53)]
 ITEMS = [("1.0", "Drill, 24", ""), ("1", "Café 木", "x"), ("NA", "null", "007"), ("été", " padded ", "|"), ("NaN", "t", "NA")]
 
 
 def write(path: Path, names: list[str], rows: list[tuple]) -> Path:
-    """Writes `rows` in the format `path` ends in, by other means than polars' own text writer."""
+    """Writes `rows` in the format of `path`, without polars' own text writer."""
     if path.suffix == ".parquet":
         pl.DataFrame(rows, schema=names, orient="row").write_parquet(path)
         return path
@@ -71,7 +71,7 @@ def times(tmp_path: Path, *values: str) -> pl.Series:
 
 @pytest.mark.parametrize("ending", tables_lib.ENDINGS)
 def test_every_format_gives_the_same_frames(tmp_path, ending):
-    # `rating` is a further column of interactions, to be ignored; the order of the columns is not ours either.
+    # `rating` is a further column that must be ignored; the order of the columns also differs from ours.
     write(tmp_path / f"interactions{ending}", ["rating", "timestamp", "user", "item"], [(9.5, t, u, i) for u, i, t in EVENTS])
     write(tmp_path / f"items{ending}", ["title", "item", "extra"], [(t, i, e) for i, t, e in ITEMS])
     tables = read_tables(tmp_path)
@@ -269,7 +269,7 @@ def test_lines_are_counted_in_the_file_not_in_records(tmp_path):
     assert "'oops' (line 3)" in refused(read_table, put(tmp_path / "t.tsv.gz", text), ["timestamp"])
 
 
-# What is refused
+# Refused tables
 
 
 @pytest.mark.parametrize(
@@ -350,7 +350,7 @@ def test_long_values_are_cut(tmp_path):
     assert len(refused(read_table, put(tmp_path / "t.csv", "a," * 5_000 + "b\n1\n"), ["user"])) < 500
 
 
-def test_finding_the_tables(tmp_path):
+def test_find_tables(tmp_path):
     layout = "should hold interactions.* (columns user, item, timestamp) and items.* (column item, then text columns)"
     message = refused(read_tables, tmp_path / "nowhere")
     assert f"{tmp_path / 'nowhere'}: no such folder" in message and layout in message
@@ -416,7 +416,7 @@ def test_fingerprint(tmp_path):
     assert first == hashlib.sha256("".join(lines).encode()).hexdigest() == read_tables(tmp_path).fingerprint
     assert fingerprint_tables(folder(tmp_path, items="item,title\n1,y\n")) != first
     assert fingerprint_tables(folder(tmp_path)) == first
-    (tmp_path / "items.csv").rename(tmp_path / "items.tsv")  # the same bytes, read as other columns
+    (tmp_path / "items.csv").rename(tmp_path / "items.tsv")  # the same bytes would be read as other columns
     assert fingerprint_tables(tmp_path) != first
 
 

@@ -1,4 +1,4 @@
-"""What a run tells of itself: times without validations, figures of every process, memory, a profile of the steps asked for."""
+"""Telemetry of a run: times without validations, figures of every process, memory, a profile of selected steps."""
 
 import json
 import sys
@@ -51,7 +51,7 @@ def test_a_window_of_steps(clock):
     assert figures["mfu"] == pytest.approx(3 * 3e12 / 197e12 / jax.device_count() / 8)
     assert all(map(is_timing, figures)) and not any(name.endswith("_by_process") for name in figures)
 
-    clock(3)  # the next window knows nothing of the last
+    clock(3)  # the next window does not depend on the previous one
     meter.step(6, 3)
     figures = meter.take()
     assert (figures["step_seconds"], figures["tokens_per_second"], figures["data_wait"]) == (3, 2, 0)
@@ -68,7 +68,7 @@ def test_memory(monkeypatch):
     before = memory()["host_bytes"]
     held = np.ones(2**27, np.uint8)
     assert abs(memory()["host_bytes"] - before - held.nbytes) < 2**25
-    assert memory().keys() == {"host_bytes"}  # CPUs tell no more
+    assert memory().keys() == {"host_bytes"}  # CPUs report nothing else
     stats = [{"bytes_in_use": 5, "peak_bytes_in_use": 9}, {"bytes_in_use": 7, "peak_bytes_in_use": 8}]
     devices = [SimpleNamespace(memory_stats=lambda one=one: one) for one in stats]
     monkeypatch.setattr(jax, "local_devices", lambda: devices)
@@ -96,18 +96,18 @@ print(json.dumps(meter.take()), file=sys.stderr)
 """
 
 
-def test_every_process_is_told():
-    told = two_processes([sys.executable, "-c", TWO])
-    first, second = (json.loads(next(line for line in out.splitlines() if line.startswith("{"))) for out in told)
-    every = {
+def test_figures_of_every_process():
+    outputs = two_processes([sys.executable, "-c", TWO])
+    first, second = (json.loads(next(line for line in out.splitlines() if line.startswith("{"))) for out in outputs)
+    shared = {
         "step_seconds_by_process": [1, 4],
         "data_wait": 0.75,
         "data_wait_by_process": [0, 0.75],
         "host_bytes": 3e10,
         "host_bytes_by_process": [3e10, 2e10],
     }
-    assert first == every | {"step_seconds": 1, "tokens_per_second": 70, "targets_per_second": 7}
-    assert second == every | {"step_seconds": 4, "tokens_per_second": 17.5, "targets_per_second": 1.75}
+    assert first == shared | {"step_seconds": 1, "tokens_per_second": 70, "targets_per_second": 7}
+    assert second == shared | {"step_seconds": 4, "tokens_per_second": 17.5, "targets_per_second": 1.75}
     assert all(map(is_timing, first))
 
 
@@ -116,7 +116,7 @@ def test_every_process_is_told():
 
 @pytest.fixture(scope="module")
 def make(tiny):
-    """A run of six steps, one of test_train.py's, whose step may be in the cache; its compiled step and its initial state, once for all."""
+    """A run of six steps from test_train.py, whose step may be in the cache. Its step and initial state are made once for all tests."""
     once, tiny = [], tiny | {"objective.token": 0.1, "log.every": 1}
 
     def make(**changes):
@@ -134,7 +134,7 @@ def make(tiny):
 
 def go(monkeypatch, run, workdir, step, initial, signals=None):
     monkeypatch.setattr(train_lib, "make_train_step", lambda _: step)
-    monkeypatch.setattr(train_lib, "init_state", lambda _: jax.tree.map(jnp.copy, initial))  # a step takes its buffers
+    monkeypatch.setattr(train_lib, "init_state", lambda _: jax.tree.map(jnp.copy, initial))  # a step donates its buffers
     monkeypatch.setattr(train_lib, "validation_subset", lambda *_: np.zeros(0, np.int64))
     with jax.set_mesh(run.mesh):
         train(run, workdir, None, signals or Signals())
@@ -181,7 +181,7 @@ def test_a_profile_ends_with_the_run(make, monkeypatch, tmp_path, ending, error)
     with pytest.raises(error):
         go(monkeypatch, run, tmp_path, last, initial, signals)
     assert len(traces(tmp_path)) == 1
-    jax.profiler.start_trace(str(tmp_path / "another"))  # none goes on
+    jax.profiler.start_trace(str(tmp_path / "another"))  # no trace is active
     jax.profiler.stop_trace()
 
 
@@ -195,7 +195,7 @@ def test_a_profile_that_cannot_be_written(tmp_path):
     assert not profile.due(1)
 
 
-def test_utilisation_where_the_chip_is_known(make, monkeypatch, tmp_path, capsys):
+def test_utilisation_if_the_chip_is_known(make, monkeypatch, tmp_path, capsys):
     run, step, initial = make()
     monkeypatch.setattr(train_lib, "find_chip", lambda kind: CHIP if kind == jax.devices()[0].device_kind else None)
     monkeypatch.setattr(train_lib, "step_flops", lambda _: StepFlops(Counter({"bfloat16": 197e9}), Counter()))

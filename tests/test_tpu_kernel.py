@@ -1,4 +1,4 @@
-"""What is the TPU kernels' alone: the list of pairs, blocks of the real size, parts, refusals. The rest: test_kernels.py."""
+"""Parts that only the TPU kernels have: lists of pairs, real block sizes, parts, unsupported inputs. Shared tests: test_kernels.py."""
 
 from functools import partial
 
@@ -35,7 +35,7 @@ def test_a_block_of_the_real_size():
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("make", [packing, any_ranges])
 @pytest.mark.parametrize("by_keys", [False, True])
-def test_what_is_needed_is_listed_once_and_in_order(make, seed, by_keys):
+def test_needed_pairs_are_listed_once_and_in_order(make, seed, by_keys):
     B, T, S = (3, 122, 122) if make is packing else (2, 74, 140)
     start, stop = packing(seed, B, T) if make is packing else any_ranges((B, T, S), seed, longest=22)
     pairs, count = tpu.visited_pairs(start, stop, S, BLOCK, by_keys)
@@ -47,18 +47,18 @@ def test_what_is_needed_is_listed_once_and_in_order(make, seed, by_keys):
     assert last == [n + 1 == count or target[n + 1] != target[n] for n in range(count)]
 
 
-def test_where_nothing_is_needed_one_pair_is_visited():
+def test_if_nothing_is_needed_one_pair_is_visited():
     pairs, count = tpu.visited_pairs(np.full((2, 19), 5, np.int32), np.full((2, 19), 2, np.int32), 27, BLOCK)
     assert count == 1 and [int(x[0]) for x in tpu.unpack_pair(pairs, 2, 2)] == [0, 0, 0, 1, 1]
 
 
-def test_rows_in_parts_where_the_list_is_too_long(monkeypatch):
+def test_rows_are_computed_in_parts_if_the_list_is_too_long(monkeypatch):
     shape = (3, 40, 40, 2, 1, 4)
     arrays, bounds = attention_arrays(shape, 0), any_ranges(shape, 0)
     monkeypatch.setattr(tpu, "block_size", lambda *args: BLOCK)
     attend.clear_cache()
     whole = attend(*arrays, *bounds)
-    monkeypatch.setattr(tpu, "MAX_PAIRS", 18)  # 9 in a row
+    monkeypatch.setattr(tpu, "MAX_PAIRS", 18)  # 9 per row
     attend.clear_cache()
     assert str(jax.make_jaxpr(partial(tpu.forward, reach=None, dtype=jnp.float32))(*arrays[:3], *bounds)).count("name=range_attention") == 4
     for x, y in zip(whole, attend(*arrays, *bounds), strict=True):
@@ -66,7 +66,7 @@ def test_rows_in_parts_where_the_list_is_too_long(monkeypatch):
     attend.clear_cache()
 
 
-# ---- choices
+# ---- block sizes and unsupported inputs
 
 
 def test_blocks_grow_with_the_rows():
@@ -75,7 +75,7 @@ def test_blocks_grow_with_the_rows():
     assert tpu.block_size(64, 16384, 16384, (300, 0)) == 512  # 64 * 64**2 pairs are too many
 
 
-def test_refusals():
+def test_unsupported_inputs():
     def reason(T=8, H=8, dtype=jnp.float32):
         x = jax.ShapeDtypeStruct((1, T, 1, H), dtype)
         return tpu.unsupported_reason(x, x, None)

@@ -1,4 +1,4 @@
-"""A run is what it would have been without its interruptions, bitwise; and it keeps what is best and what was last good."""
+"""An interrupted run equals an uninterrupted one bitwise, and keeps the best and the last good checkpoints."""
 
 import dataclasses
 import itertools
@@ -35,7 +35,7 @@ BATCHES = train_lib.training_batches
 
 
 def once(function):
-    """`function` of a run, called once for all runs that compile the same."""
+    """Caches `function` of a run for all runs that compile to the same program."""
     results = {}
 
     def wrapped(run):
@@ -54,7 +54,7 @@ INITIAL, STEP = once(init_state), once(make_train_step)
 @pytest.fixture(autouse=True)
 def compiled_once(monkeypatch):
     monkeypatch.setattr(train_lib, "make_train_step", STEP)
-    monkeypatch.setattr(train_lib, "init_state", lambda run: jax.tree.map(jnp.copy, INITIAL(run)))  # a step takes its buffers
+    monkeypatch.setattr(train_lib, "init_state", lambda run: jax.tree.map(jnp.copy, INITIAL(run)))  # a step donates its buffers
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def make(tiny):
 
 
 class Counted:
-    """training_batches that counts, and asks to stop while a chosen step runs."""
+    """training_batches that counts batches, and requests a stop during a chosen step."""
 
     def __init__(self, signals, stop):
         self.signals, self.stop, self.drawn = signals, stop, []
@@ -98,7 +98,7 @@ def go(monkeypatch, run, workdir, stop=None, evaluator=None):
 
 
 def saved(run, workdir, step):
-    """The whole state and the progress of a checkpoint; minutes left out."""
+    """The whole state and the progress of a checkpoint, without minutes."""
     with jax.set_mesh(run.mesh):
         checkpoints = Checkpoints(workdir, 2, "ndcg@10", read_only=True)
         state = checkpoints.restore(step, INITIAL(run))
@@ -134,7 +134,7 @@ def test_interruptions_change_nothing(make, monkeypatch, tmp_path, name):
         assert differ(state["params"], whole[0]["params"]) == (stop < 6)
         if name == "cached":
             assert jax.numpy.any(state["cache"] != 0) == (stop > 0)
-    assert go(monkeypatch, run, parts) == []  # what was left is the last validation
+    assert go(monkeypatch, run, parts) == []  # only the last validation remained
     state, progress = saved(run, parts, 6)
     assert_same(state, whole[0])
     assert progress == whole[1] and progress["window"] == {}
@@ -142,7 +142,7 @@ def test_interruptions_change_nothing(make, monkeypatch, tmp_path, name):
     assert [line["step"] for line in lines(parts)] == [2, 4, 4, 6, 6]
 
 
-def test_a_killed_run_goes_on_from_its_newest_checkpoint(make, monkeypatch, tmp_path):
+def test_a_killed_run_continues_from_its_newest_checkpoint(make, monkeypatch, tmp_path):
     run = make(**OBJECTIVES["full"], train__save_every=2, train__keep=1, log__every=1)
     go(monkeypatch, run, tmp_path / "whole")
 
@@ -162,7 +162,7 @@ def test_a_killed_run_goes_on_from_its_newest_checkpoint(make, monkeypatch, tmp_
     assert lines(tmp_path / "parts") == lines(tmp_path / "whole")
 
 
-def test_a_larger_number_of_steps_continues_and_a_finished_run_rests(make, monkeypatch, tmp_path):
+def test_more_steps_continue_a_run_and_a_finished_run_does_nothing(make, monkeypatch, tmp_path):
     long, short = make(**OBJECTIVES["full"], train__steps=9), make(**OBJECTIVES["full"])
     go(monkeypatch, long, tmp_path / "whole")
     go(monkeypatch, short, tmp_path / "parts")
@@ -175,21 +175,21 @@ def test_a_larger_number_of_steps_continues_and_a_finished_run_rests(make, monke
     assert_same(saved(long, tmp_path / "parts", 9)[0], saved(long, tmp_path / "whole", 9)[0])
 
 
-# ---- what training computes
+# ---- losses
 
 
 def test_the_loss_falls(make, monkeypatch, tmp_path):
     run = make(**OBJECTIVES["full"], train__steps=80, train__eval_every=80, log__every=20, model__dropout=0.0)
     go(monkeypatch, run, tmp_path)
-    told = [line for line in lines(tmp_path) if "item_loss" in line]
-    assert [line["step"] for line in told] == [20, 40, 60, 80]
-    assert told[-1]["item_loss"] < told[0]["item_loss"] - 0.5
-    assert told[-1]["token_loss"] < told[0]["token_loss"] - 0.5
-    assert told[-1]["epoch"] == 80 * 4 / len(run.rows)
+    train_lines = [line for line in lines(tmp_path) if "item_loss" in line]
+    assert [line["step"] for line in train_lines] == [20, 40, 60, 80]
+    assert train_lines[-1]["item_loss"] < train_lines[0]["item_loss"] - 0.5
+    assert train_lines[-1]["token_loss"] < train_lines[0]["token_loss"] - 0.5
+    assert train_lines[-1]["epoch"] == 80 * 4 / len(run.rows)
     progress = saved(run, tmp_path, 80)[1]
     batches = list(itertools.islice(BATCHES(run.rows, 4, run.config.train.seed), 80))
     assert progress["tokens"] == sum(int((batch["user"] > 0).sum()) for batch in batches)
-    assert told[-1]["tokens_seen"] == progress["tokens"]
+    assert train_lines[-1]["tokens_seen"] == progress["tokens"]
 
 
 def test_micro_batches_add_up_to_the_batch(make):
@@ -200,7 +200,7 @@ def test_micro_batches_add_up_to_the_batch(make):
         with jax.set_mesh(run.mesh):
             results[parts] = make_train_step(run)(init_state(run), batch, run.items, np.int32(0))
     counts = (batch["target"] >= 0).reshape(2, -1).sum(1)
-    assert counts[0] != counts[1]  # so that a mean of the micro-batches' means would not do
+    assert counts[0] != counts[1]  # so that the mean over micro-batches of their means would be wrong
     state, metrics = results[1]
     assert metrics["item_count"] == counts.sum() and metrics["token_count"] == (batch["label"] >= 0).sum()
     (mu,) = [s.mu for s in jax.tree.leaves(state["optimizer"], is_leaf=lambda s: hasattr(s, "mu")) if hasattr(s, "mu")]
@@ -209,11 +209,11 @@ def test_micro_batches_add_up_to_the_batch(make):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), tree, other)
 
 
-# ---- which steps are kept, and when it ends
+# ---- kept steps, and the end of training
 
 
 class Scripted:
-    """An evaluator by which every target gets the next rank of a list."""
+    """An evaluator that gives every target the next rank of a list."""
 
     def __init__(self, ranks):
         self.ranks = iter(ranks)
@@ -237,8 +237,8 @@ def test_the_best_step_outlives_newer_ones(make, monkeypatch, tmp_path, capsys):
     assert checkpoints.resolve("best") == 2 and checkpoints.resolve("last") == 6
     progress = saved(run, tmp_path, 6)[1]
     assert (progress["best"], progress["best_step"], progress["since_best"], progress["stopped"]) == (1.0, 2, 4, "")
-    told = [line.split(": ")[0] for line in capsys.readouterr().out.splitlines() if "(best)" in line]
-    assert told == ["step 1", "step 2"]
+    printed = [line.split(": ")[0] for line in capsys.readouterr().out.splitlines() if "(best)" in line]
+    assert printed == ["step 1", "step 2"]
 
 
 def test_patience(make, monkeypatch, tmp_path, capsys):
@@ -246,14 +246,14 @@ def test_patience(make, monkeypatch, tmp_path, capsys):
     run, drawn, checkpoints = scripted(make, monkeypatch, tmp_path, [5, 3, 3, 4, 1, 1], **changes)
     assert drawn == [0, 1, 2, 3] and checkpoints.steps() == [2, 4]
     assert "training ended at step 4: no better ndcg@10 in 2 validations" in capsys.readouterr().out
-    assert go(monkeypatch, run, tmp_path) == []  # the same command does not go on
+    assert go(monkeypatch, run, tmp_path) == []  # the same command does not continue
 
 
 def test_another_metric_compares_with_its_own_best(make, monkeypatch, tmp_path):
     scripted(make, monkeypatch, tmp_path, [9, 8])  # hr@10 is 1 and ndcg@10 below 0.5
     run, drawn, checkpoints = scripted(make, monkeypatch, tmp_path, [9, 8, 8, 20], eval__metric="hr@10")
     assert drawn == [2, 3] and saved(run, tmp_path, 4)[1]["best"] == 1.0
-    assert checkpoints.resolve("best") == 1  # of equals the first
+    assert checkpoints.resolve("best") == 1  # the first of equal values
 
 
 def test_time_ends_training_after_a_validation(make, monkeypatch, tmp_path):
@@ -287,7 +287,7 @@ def test_without_validation_targets_the_last_step_is_the_best(make, monkeypatch,
     assert go(monkeypatch, run, tmp_path) == []
 
 
-# ---- what is not finite
+# ---- non-finite values
 
 
 def with_nan_loss(value, model):
@@ -295,11 +295,11 @@ def with_nan_loss(value, model):
 
 
 def with_nan_gradient(value, model):
-    return value + jnp.sqrt(0 * jnp.square(model.state_DE[...]).sum())  # zero, its derivative inf * 0
+    return value + jnp.sqrt(0 * jnp.square(model.state_DE[...]).sum())  # zero, with the derivative inf * 0
 
 
 def poisoned(patch, poison, when=lambda batch: jnp.bool_(True)):
-    """From here on training steps are compiled whose losses are poisoned: those of batches for which `when` is true."""
+    """Makes training steps whose losses are not finite for batches for which `when` is true."""
     real = objectives.losses
 
     def losses(model, config, items, batch, *rest):
@@ -339,7 +339,7 @@ def test_a_step_that_is_not_finite_leaves_the_state_bitwise_as_it_was(make, pois
             state, metrics = step(state, next(batches), run.items, np.int32(number), {})
             norms.append(float(metrics[named]))
             assert differ(state, before) == (number != 1)
-            follows = learning_rate(run.config.optimizer)([0, 1, 1][number])  # the updates, not the steps
+            follows = learning_rate(run.config.optimizer)([0, 1, 1][number])  # counts updates, not steps
             assert float(metrics["learning_rate"]) == pytest.approx(float(follows), rel=1e-6)
         assert np.isnan(norms[1]) and np.isfinite(norms[0]) and np.isfinite(norms[2])
 
@@ -351,13 +351,13 @@ def test_skipped_steps_are_counted_and_named_and_resumed_bitwise(make, monkeypat
     with monkeypatch.context() as patch:
         poisoned(patch, with_nan_loss, lambda batch: bad[0](batch) | bad[1](batch))
         assert go(patch, run, tmp_path / "whole") == list(range(8))
-        told = [line for line in capsys.readouterr().out.splitlines() if "skipped" in line]
-        assert len(told) == 2
-        for number, count, line in ((2, 1, told[0]), (3, 2, told[1])):
+        printed = [line for line in capsys.readouterr().out.splitlines() if "skipped" in line]
+        assert len(printed) == 2
+        for number, count, line in ((2, 1, printed[0]), (3, 2, printed[1])):
             users = users_of(run, number)
             assert line.startswith(f"step {number + 1}: ") and f"item_sum not finite: skipped, {count} of at most 2; users" in line
             assert line.endswith(f"batch: {', '.join(map(repr, users[:3]))} and {len(users) - 3} more")
-        for stop in (3, 4, 6):  # between the two, behind them, later
+        for stop in (3, 4, 6):  # between the two, after them, later
             go(patch, run, tmp_path / "parts", stop=stop)
         go(patch, run, tmp_path / "parts")
         with pytest.raises(NonFiniteError) as caught:
@@ -373,12 +373,12 @@ def test_skipped_steps_are_counted_and_named_and_resumed_bitwise(make, monkeypat
     assert "step 4: " in str(caught.value) and ", after 1 skipped steps (train.skip_limit); " in str(caught.value)
     assert repr(users_of(run, 3)[0]) in str(caught.value)
     assert Checkpoints(tmp_path / "limited", 2, "ndcg@10", read_only=True).steps() == [3]
-    assert go(monkeypatch, run, tmp_path / "limited") == [3, 4, 5, 6, 7]  # with what made it not finite gone
+    assert go(monkeypatch, run, tmp_path / "limited") == [3, 4, 5, 6, 7]  # after the cause was removed
     assert saved(run, tmp_path / "limited", 8)[1]["skipped"] == 1
 
 
 @pytest.mark.parametrize(("poison", "named"), [(with_nan_loss, "item_sum"), (with_nan_gradient, "gradient_norm")])
-def test_training_stops_on_what_is_not_finite(make, monkeypatch, tmp_path, poison, named):
+def test_training_stops_on_non_finite_losses(make, monkeypatch, tmp_path, poison, named):
     run = make(**OBJECTIVES["full"], train__steps=8, train__skip_limit=0)
     go(monkeypatch, run, tmp_path / "whole")
     go(monkeypatch, run, tmp_path / "parts", stop=5)
@@ -406,6 +406,6 @@ def test_nothing_to_train_on(make):
 
 @pytest.mark.parametrize("name", ["tpu", "gpu"])
 def test_kernels_of_another_platform_are_refused(name):
-    """They would be interpreted: a run of another machine, continued here, would crawl."""
+    """They would be interpreted, so a run from another machine would be very slow here."""
     with pytest.raises(InputError, match=rf"^config\.model\.attention = '{name}': there is a cpu here"):
         make_run(make_config(model={"attention": name}), tiny_data())

@@ -1,4 +1,4 @@
-"""The working folder: refused before any work where it is another's, left unchanged then."""
+"""The working folder: a folder of another run is refused before any work and not changed."""
 
 import dataclasses
 import errno
@@ -39,7 +39,7 @@ def test_one_run_at_a_time(tmp_path, config):
     with lock_workdir(tmp_path / "a" / "b"), pytest.raises(InputError, match="another process is training there"):
         lock_workdir(tmp_path / "a" / "b")
     lock_workdir(tmp_path / "a" / "b").close()
-    check_workdir(tmp_path / "a" / "b", config)  # the lock's file makes it no other folder
+    check_workdir(tmp_path / "a" / "b", config)  # the lock file does not change the folder's contents
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match=r"--workdir=.*file: "):
         lock_workdir(tmp_path / "file")
@@ -83,7 +83,7 @@ def test_other_data_are_refused(tmp_path, config):
     open_workdir(tmp_path / "w", config, data, create=True)
     before = listing(tmp_path)
     ids = data.events.item_ids.copy()
-    ids[0] = "another"  # neither the split's hash nor the tokens need show it: an item may have no event
+    ids[0] = "another"  # neither the hash of the split nor the tokens show it, since an item may have no events
     renamed = dataclasses.replace(data.events, item_ids=ids)
     for other, name in (
         (dataclasses.replace(data, split=dataclasses.replace(data.split, sha256="0")), "split_sha256"),
@@ -94,12 +94,12 @@ def test_other_data_are_refused(tmp_path, config):
     assert listing(tmp_path) == before
 
 
-def test_what_is_no_working_folder_is_refused(tmp_path, config):
+def test_other_folders_are_refused(tmp_path, config):
     (tmp_path / "file").write_text("x")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").write_text("x")
     (tmp_path / "begun").mkdir()
-    (tmp_path / "begun" / "data.json").write_text("{}")  # killed before the config was written: begun again
+    (tmp_path / "begun" / "data.json").write_text("{}")  # killed before the config was written, so it starts again
     before = listing(tmp_path)
     for name, message in (("file", "not a folder"), ("full", "not empty"), ("file/below", "cannot be written")):
         with pytest.raises(InputError, match=message):

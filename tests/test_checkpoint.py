@@ -291,7 +291,7 @@ def test_if_no_step_can_be_read_nothing_is_used_or_moved(tmp_path):
             Checkpoints(tmp_path, 2, "ndcg@10").load(abstract(state_of(0)))
     (tmp_path / "checkpoints" / "1").rename(tmp_path / "checkpoints" / "1.damaged")
     (tmp_path / "checkpoints" / "2").rename(tmp_path / "checkpoints" / "2.damaged")
-    with pytest.raises(InputError, match=r"no checkpoint but damaged ones, set aside as '1\.damaged', '2\.damaged'"):
+    with pytest.raises(InputError, match=r"all checkpoints are damaged; they were set aside as '1\.damaged', '2\.damaged'"):
         Checkpoints(tmp_path, 2, "ndcg@10").load(abstract(state_of(0)))
     assert Checkpoints(tmp_path / "new", 2, "ndcg@10").load(abstract(state_of(0))) is None
 

@@ -149,7 +149,7 @@ def test_one_table_as_text_and_markdown(two_runs, tmp_path):
             {"protocol": {"ks": [3, 1], "candidates": 9}},
             ["protocol.candidates is 1234 in one, 9 in two; protocol.ks is [1, 3]"],
         ),
-        ({"users": ["u0", "v"]}, ["ranks.parquet is of other events"]),
+        ({"users": ["u0", "v"]}, ["ranks.parquet has other events"]),
     ],
 )
 def test_runs_that_cannot_be_compared(tmp_path, other, named):
@@ -163,7 +163,7 @@ def test_intervals_of_one_table_are_of_one_kind(tmp_path):
     folders = [write_run(tmp_path / name, [1, 2]) for name in ("one", "two")]
     path = folders[1] / "evaluation.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"bootstrap": {"resamples": 7, "seed": 0}}))
-    with pytest.raises(InputError, match=r"two: the intervals were made otherwise .*'resamples': 7"):
+    with pytest.raises(InputError, match=r"two: the intervals have other settings .*'resamples': 7"):
         compare.collect(compare.named(folders))
 
 
@@ -181,7 +181,7 @@ def test_ranks_of_another_evaluation_than_the_means(tmp_path):
     folders = [write_run(tmp_path / "one", [1, 2]), write_run(tmp_path / "two", [1, 2])]
     write_run(tmp_path / "later", [2, 2])
     (tmp_path / "later" / "ranks.parquet").rename(folders[1] / "ranks.parquet")
-    with pytest.raises(InputError, match="of two evaluations, one of them interrupted; evaluate again"):
+    with pytest.raises(InputError, match="from two evaluations, one of them interrupted; evaluate again"):
         compare.collect(compare.named(folders))
 
 
@@ -191,7 +191,7 @@ def test_folders_without_an_evaluation(tmp_path, missing, how):
     folders = [write_run(tmp_path / "one", [1, 2]), write_run(tmp_path / "two", [1, 2])]
     path = folders[1] / missing
     path.unlink() if how == "absent" else path.write_text("{")
-    with pytest.raises(InputError, match=f"^{folders[1]}: " + (f"no {missing} there" if how == "absent" else "what an evaluation")):
+    with pytest.raises(InputError, match=f"^{folders[1]}: " + (f"no {missing} there" if how == "absent" else "the results of")):
         compare.collect(compare.named(folders))
 
 

@@ -242,7 +242,7 @@ def _temporal(timestamp: np.ndarray, time_kind: pl.DataType, config: DataConfig)
         if (bound.dtype == pl.Datetime) != (time_kind == pl.Datetime):
             raise InputError(f"config.data.{field} = {text!r} is not in the format of the table's timestamps ({time_kind})")
         value = (bound.dt.epoch("us") if time_kind == pl.Datetime else bound)[0]
-        # An integer is at or after 1.5 where it is at or after 2; compared as floats, large integers would be rounded.
+        # For an integer, >= 1.5 means >= 2. Comparing as floats would round large integers.
         bounds.append(math.ceil(value) if time_kind == pl.Int64 else value)
     if not bounds[0] < bounds[1]:
         raise InputError(f"config.data.t1 = {config.t1!r} must be before config.data.t2 = {config.t2!r}")

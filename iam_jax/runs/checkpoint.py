@@ -1,6 +1,7 @@
 """Checkpoints by Orbax: parameters, optimizer state, and the run's progress with its data position.
 
-They are written in the background, while training goes on, and read without barriers, so that processes can agree on what cannot be read.
+They are written in the background, during training. They are read without barriers, so that the processes of a job can agree on which of
+them cannot be read.
 """
 
 import contextlib
@@ -25,40 +26,43 @@ from iam_jax.errors import DamagedError, InputError, os_error_reason, quote_firs
 from iam_jax.storage import remote as storage
 from iam_jax.storage.files import write_atomically
 
-_PROGRESS, _METRICS = "progress/metadata", "metrics/metrics"  # where Orbax puts the two JSON items of a step
-_UNFINISHED = ".orbax-checkpoint-tmp"  # in the names of what Orbax is still writing
+_PROGRESS, _METRICS = "progress/metadata", "metrics/metrics"  # the paths of the two JSON items of a step in Orbax
+_UNFINISHED = ".orbax-checkpoint-tmp"  # part of the names of unfinished checkpoints
 _ASIDE = ".damaged"
 
 T = TypeVar("T")
 
 
 class Checkpoints:
-    """The checkpoints of a working folder: the newest few and the best by a validation metric. A checkpoint appears under its step only
-    when it is complete; one that was damaged afterwards is told of and passed over, in training also set aside (`STEP.damaged`)."""
+    """The checkpoints of a working folder: the newest few and the best one by a validation metric.
+
+    A checkpoint appears under its step when it is complete. A damaged one is reported and skipped. In training it is also set aside, as
+    `STEP.damaged`.
+    """
 
     def __init__(self, workdir: Path, keep: int, metric: str, read_only: bool = False):
         folder, self.metric = workdir / "checkpoints", metric
         self.folder = storage.patch_orbax_for_s3(folder) if storage.is_remote(folder) else folder.absolute()
-        for name in ("absl", "asyncio"):  # Orbax tells every step of a save, and every error twice
+        for name in ("absl", "asyncio"):  # Orbax logs every step of a save, and every error twice
             logging.getLogger(name).setLevel(logging.CRITICAL)
         _forget_closed_loops()
         if self.folder.exists() and not self.folder.is_dir():
             raise InputError(f"{self.folder} is not a folder")
         if read_only and not self.folder.is_dir():
             raise InputError(f"{workdir}: no checkpoints there; train first")
-        self._damaged: dict[int, str] = {}  # step: why
-        self._untold: list[str] = []  # of them
+        self._damaged: dict[int, str] = {}  # step -> reason
+        self._unreported: list[str] = []  # reasons that are not printed yet
         self._metrics: dict[int, dict] = {}  # of the steps with a validation
-        self._saving = -1  # the step whose save was begun last
-        self._manager: Any = None  # an ocp.CheckpointManager; None where nothing is written
+        self._saving = -1  # the step of the save that started last
+        self._manager: Any = None  # an ocp.CheckpointManager; None if nothing is written
         with self._as_input_error("cannot be read"):
             self._look()
             if not read_only:
-                self._tell_unfinished()
+                self._report_unfinished()
                 self._manager = self._make_manager(keep)
 
     def _look(self) -> None:
-        """Which steps there are, and what was measured at them."""
+        """Finds the steps and reads their metrics."""
         found = ocp.path.step.standard_name_format().find_all(epath.Path(self.folder)) if self.folder.is_dir() else ()
         self._steps = {found.step for found in found}
         for step in self._steps:
@@ -67,10 +71,10 @@ class Checkpoints:
                     self._metrics[step] = self._read_json(step, _METRICS)
             except DamagedError as error:
                 self._damaged[step] = str(error)
-                self._untold.append(str(error))
+                self._unreported.append(str(error))
 
-    def _tell_unfinished(self) -> None:
-        """Of saves that a kill interrupted, before the manager removes what they left. On object storage nothing names it."""
+    def _report_unfinished(self) -> None:
+        """Prints which saves were interrupted, before the manager removes what they left. Object storage does not show them."""
         names = [path.name for path in self.folder.iterdir()] if self.folder.is_dir() and not storage.is_remote(self.folder) else []
         left = sorted({int(step) for step, mark, _ in (name.partition(_UNFINISHED) for name in names) if mark and step.isdecimal()})
         if left and jax.process_index() == 0:
@@ -82,19 +86,21 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             preservation_policy=preservation_policy.AnyPreservationPolicy([preservation_policy.LatestN(keep), best]),
             best_fn=quality,
-            cleanup_tmp_directories=True,  # what an interrupted save left
-            lightweight_initialize=bool(self._damaged),  # else it reads all metrics
+            cleanup_tmp_directories=True,  # left by interrupted saves
+            lightweight_initialize=bool(self._damaged),  # otherwise it reads all metrics, also damaged ones
         )
         return ocp.CheckpointManager(self.folder, options=options, item_names=("params", "rest", "progress"))
 
     # ---- writing
 
     def save(self, step: int, state: dict, progress: dict, metrics: dict | None) -> None:
-        """Begins to write: `state` may be changed or donated as soon as this returns. Of a step that is there only progress and metrics are
-        written, since its state is the same. An error of the save before is raised here.
+        """Starts to write. `state` may be changed or donated as soon as this returns. An error of the previous save is raised here.
 
-        state: a dict with `params`; what else it holds is stored apart, so that evaluation and scoring read the parameters alone.
-        metrics: of the validation at this step, None without one."""
+        If the step is already saved, only progress and metrics are written: its state is the same.
+
+        state: a dict with `params`. Its other parts are stored separately, so that evaluation and scoring only read the parameters.
+        metrics: of the validation at this step; None without one.
+        """
         self.wait()
         metrics = None if metrics is None else {**metrics, "step": step}
         rest = {name: value for name, value in state.items() if name != "params"}
@@ -113,8 +119,8 @@ class Checkpoints:
         self._steps = set(self._manager.all_steps())
 
     def _amend(self, step: int, progress: dict, metrics: dict | None) -> None:
-        """Whatever moment a process is killed at, the step stays a whole checkpoint: without its metrics, or with metrics whose validation
-        will be repeated (progress comes last)."""
+        """Adds progress and metrics to a saved step. If the process is killed meanwhile, the step is still a complete checkpoint: without
+        metrics, or with metrics whose validation will be repeated, because progress is written last."""
         if jax.process_index() == 0:
             for name, value in ((_METRICS, metrics), (_PROGRESS, progress)):
                 if value is not None:
@@ -125,7 +131,7 @@ class Checkpoints:
         self._manager.reload()
 
     def wait(self) -> None:
-        """Until the save that was begun last is complete. Raises InputError where the disk refused it."""
+        """Waits until the last save is complete. Raises InputError if it could not be written."""
         if self._manager is not None:
             try:
                 with self._as_input_error("cannot be saved"):
@@ -148,24 +154,24 @@ class Checkpoints:
             where = f"{self.folder}/{self._saving}" if self._saving >= 0 else self.folder
             raise InputError(f"{where} {what}: {reason}") from error
 
-    # ---- which steps there are
+    # ---- steps
 
     def _quality(self, metrics: dict) -> tuple[float, int]:
-        """Orders checkpoints from worst to best; of equals the first is the best."""
+        """Orders checkpoints from worst to best. The first one of equals is the best."""
         if self.metric not in metrics:
             raise InputError(f"config.eval.metric = {self.metric!r} was not measured when {self.folder} was written: {', '.join(metrics)}")
         return metrics[self.metric], -metrics["step"]
 
     def steps(self) -> list[int]:
-        """Those that are not known to be damaged."""
+        """The steps that are not known to be damaged."""
         return sorted(self._steps - self._damaged.keys())
 
     def resolve(self, step: str) -> int:
-        """The step that "best", "last" or a number names. Raises InputError where there is none."""
+        """The step of "best", "last" or a number. Raises InputError if there is none."""
         return self._named(step)[0]
 
     def _named(self, step: str) -> list[int]:
-        """The step that is meant, and behind it those that stand in for it if it cannot be read."""
+        """The step of a name, followed by the steps to use if it cannot be read."""
         steps = self.steps()
         if not steps and not self._damaged:
             raise InputError(f"{self.folder}: no complete checkpoint")
@@ -184,7 +190,7 @@ class Checkpoints:
         return [int(step)]
 
     def best(self) -> tuple[int, float] | None:
-        """The best step and its validation metric; None without a validation. Raises InputError where validations lack the metric."""
+        """The best step and its validation metric; None without a validation. Raises InputError if the metric was not measured."""
         measured = self._metrics.keys() & set(self.steps())
         if not measured:
             return None
@@ -200,17 +206,21 @@ class Checkpoints:
         return self._first_readable("last", self.progress)[1]
 
     def load_params(self, step: str, abstract: dict) -> tuple[int, dict]:
-        """What "best", "last" or a number names and its parameters, in the types and shardings of `abstract`. Where best or last is
-        damaged, the next best or the one before. Raises InputError where none can be read."""
+        """The step of "best", "last" or a number, and its parameters in the types and shardings of `abstract`.
+
+        If the best or last step is damaged, it is the next best or the previous one. Raises InputError if none can be read.
+        """
         return self._first_readable(step, lambda step: self.restore_params(step, abstract))
 
     def load(self, abstract: dict) -> tuple[int, dict, dict] | None:
-        """The newest step that can be read, its state and progress, to go on from there; None where nothing was ever saved. Newer steps
-        are set aside, so that they can be saved again. Raises InputError where there are steps, but none can be read."""
+        """The newest readable step with its state and progress, to continue training. None if nothing was ever saved.
+
+        Newer steps, which are damaged, are set aside, so that they can be saved again. Raises InputError if no step can be read.
+        """
         if not self._steps:
             there = self.folder.iterdir() if self.folder.is_dir() else ()  # object storage has no empty folders
             if aside := sorted(path.name for path in there if path.name.endswith(_ASIDE)):
-                raise InputError(f"{self.folder}: no checkpoint but damaged ones, set aside as {quote_first(aside)}")
+                raise InputError(f"{self.folder}: all checkpoints are damaged; they were set aside as {quote_first(aside)}")
             return None
         step, (state, progress) = self._first_readable("last", lambda step: (self.restore(step, abstract), self.progress(step)))
         if self._damaged:
@@ -227,8 +237,8 @@ class Checkpoints:
         return step, state, progress
 
     def restore_params(self, step: int, abstract: dict) -> dict:
-        """The parameters saved at `step`, in the types and shardings of `abstract`. Raises InputError where their shapes differ,
-        DamagedError where they cannot be read."""
+        """The parameters saved at `step`, in the types and shardings of `abstract`. Raises InputError if their shapes differ,
+        DamagedError if they cannot be read."""
         return self._restore(step, "params", abstract)
 
     def restore(self, step: int, abstract: dict) -> dict:
@@ -245,12 +255,12 @@ class Checkpoints:
             except DamagedError as caught:
                 error = caught
             if not _anywhere(error is not None):
-                if self._untold and not jax.process_index():
-                    print(f"{'; '.join(self._untold)}; using step {candidate:,}", flush=True)
-                self._untold = []
+                if self._unreported and not jax.process_index():
+                    print(f"{'; '.join(self._unreported)}; using step {candidate:,}", flush=True)
+                self._unreported = []
                 return candidate, result
             self._damaged[candidate] = str(error or f"{self.folder}/{candidate} is damaged: another process cannot read it")
-            self._untold.append(self._damaged[candidate])
+            self._unreported.append(self._damaged[candidate])
         raise InputError(self._damaged[int(step)] if step.isdecimal() else self._none_readable())
 
     def _none_readable(self) -> str:
@@ -279,23 +289,23 @@ class Checkpoints:
         with _quiet():
             try:
                 return read()
-            except jax.errors.JaxRuntimeError:  # the devices' memory, not the files
+            except jax.errors.JaxRuntimeError:  # from the devices' memory, not from the files
                 raise
-            except Exception as error:  # of whatever type: tensorstore raises ValueError, Orbax at times Exception itself
+            except Exception as error:  # of any type: tensorstore raises ValueError, Orbax sometimes Exception itself
                 damage = self._damage(step, item, error)
             gc.collect()
-        raise damage  # without the other, whose frames hold the reads that were under way
+        raise damage  # not from the other error, whose frames hold the unfinished reads
 
     def _damage(self, step: int, name: str, error: BaseException) -> DamagedError:
         while type(error) is Exception and error.__cause__ is not None:
-            error = error.__cause__  # Orbax's own says which array it was, its cause what is wrong
+            error = error.__cause__  # Orbax's own error names the array, its cause the reason
         reason = os_error_reason(error) or " ".join(str(error).partition(" [tensorstore_spec=")[0].split())
         return DamagedError(f"{self.folder}/{step} is damaged ({name}: {reason[:160]}{'…' * (len(reason) > 160)})")
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """When a read fails, others are under way, and what becomes of them would be printed."""
+    """Suppresses the messages of other reads that are unfinished when one fails."""
     hooks = sys.excepthook, sys.unraisablehook
     sys.excepthook = sys.unraisablehook = lambda *_: None
     try:
@@ -307,13 +317,13 @@ def _quiet() -> Iterator[None]:
 
 @functools.cache
 def _forget_closed_loops() -> None:
-    """When one of many reads or writes fails, the others end later, and each would tell that the event loop it reports to is closed."""
+    """Suppresses "Event loop is closed": when one of many reads or writes fails, the others end later, and each would report it."""
 
     def but_closed_loops(hook: Callable, error_of: Callable[..., BaseException | None]) -> Callable:
-        return lambda *told: None if "Event loop is closed" in str(error_of(*told)) else hook(*told)
+        return lambda *args: None if "Event loop is closed" in str(error_of(*args)) else hook(*args)
 
     sys.excepthook = but_closed_loops(sys.excepthook, lambda kind, error, traceback: error)
-    sys.unraisablehook = but_closed_loops(sys.unraisablehook, lambda told: told.exc_value)
+    sys.unraisablehook = but_closed_loops(sys.unraisablehook, lambda unraisable: unraisable.exc_value)
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
@@ -322,5 +332,5 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
 
 
 def _anywhere(flag: bool) -> bool:
-    """Whether the flag is set in any of the processes."""
+    """Whether the flag is set in any process."""
     return flag if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.int32(flag)).any())

@@ -1,8 +1,8 @@
-"""One table of finished runs: every metric with its interval, paired differences to the first run, and what each run cost.
+"""Compares finished runs in one table: every metric with its interval, paired differences to the first run, and the cost of each run.
 
-Runs are comparable where split hash, candidates and protocol are equal; others are refused. Differences are of the same target events,
-ranked by both (`ranks.parquet`, `baselines.parquet`), with the bootstrap over users of the first run. The baselines of the first run stand
-beside the runs.
+Runs can be compared if split hash, candidates and protocol are equal; others are refused. Differences are between the ranks of the same
+target events (`ranks.parquet`, `baselines.parquet`), with the bootstrap over users of the first run. The table also has the baselines of
+the first run.
 """
 
 import dataclasses
@@ -20,8 +20,8 @@ from iam_jax.storage.files import make_folder, parquet_source, to_path, write_at
 from iam_jax.storage.remote import is_remote
 
 _EVENT = ["split", "user", "timestamp", "target"]
-_LOSSES = ("token_loss", "text_loss")  # of the validation, where a run has the token objective
-_COST = {  # of run.json: what it is called in the table
+_LOSSES = ("token_loss", "text_loss")  # of the validation, if a run has the token objective
+_COST = {  # field of run.json -> its name in the table
     "step": "step evaluated",
     "parameters": "parameters",
     "trained": "of them trained",
@@ -33,17 +33,17 @@ _COST = {  # of run.json: what it is called in the table
 
 @dataclasses.dataclass(frozen=True)
 class Finished:
-    """What an evaluated run left in its working folder."""
+    """The results in the working folder of an evaluated run."""
 
     evaluation: dict
     ranks: pl.DataFrame
-    cost: dict  # run.json; empty for a run from before there was one
+    cost: dict  # run.json; empty for a run of a version without it
     baselines: pl.DataFrame | None = None  # rank and ties of each baseline, in the order of `ranks`
     items_sha256: str | None = None  # of the candidates' ids
 
     @property
     def identity(self) -> dict:
-        """What two runs must share; the candidates only where both tell."""
+        """What two runs must have in common (the candidates only if both have stored them)."""
         protocol = {f"protocol.{name}": value for name, value in self.evaluation["protocol"].items()}
         return {"split_sha256": self.evaluation["split_sha256"], "items_sha256": self.items_sha256} | protocol
 
@@ -52,7 +52,7 @@ class Finished:
         return self.evaluation.get("bootstrap", {"resamples": 1000, "seed": 0})
 
     def baseline(self, name: str) -> "Finished | None":
-        """The same events ranked by a baseline; None where its ranks are not told."""
+        """The same events ranked by a baseline; None if its ranks are not stored."""
         own = None if self.baselines is None else self.baselines.filter(pl.col("name") == name)
         if own is None or len(own) != len(self.ranks):
             return None
@@ -60,7 +60,7 @@ class Finished:
 
 
 def differing(one: Finished, other: Finished, names: tuple[str, str]) -> str:
-    """What of the identity differs, in words; empty where nothing does."""
+    """The differences of two runs' identities, in words; empty if there is none."""
     here, there = one.identity, other.identity
     if None in (here["items_sha256"], there["items_sha256"]):
         here["items_sha256"] = there["items_sha256"] = None
@@ -69,15 +69,15 @@ def differing(one: Finished, other: Finished, names: tuple[str, str]) -> str:
 
 
 def read(folder: Path) -> Finished:
-    """Raises InputError where `folder` is no working folder of an evaluated run."""
+    """Reads the results of a run. Raises InputError if `folder` is not the working folder of an evaluated run."""
     for name in ("evaluation.json", "ranks.parquet"):
         if not (folder / name).is_file():
             raise InputError(f"{folder}: no {name} there: not the working folder of an evaluated run")
     try:
         evaluation = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
         _ = evaluation["split_sha256"], evaluation["protocol"]["ks"], evaluation["step"], evaluation["results"]["model"]
-        told = (folder / name for name in ("run.json", "data.json"))
-        cost, data = (json.loads(path.read_text(encoding="utf-8")) if path.exists() else {} for path in told)
+        optional = (folder / name for name in ("run.json", "data.json"))
+        cost, data = (json.loads(path.read_text(encoding="utf-8")) if path.exists() else {} for path in optional)
         ranks = pl.read_parquet(parquet_source(folder / "ranks.parquet"))
         ranks.select(*_EVENT, "rank", "ties")
         baselines = folder / "baselines.parquet"
@@ -88,14 +88,14 @@ def read(folder: Path) -> Finished:
         test = evaluation["results"]["model"].get("test", {})
         of_ranks = {name: value.mean() for name, value in event_metrics(run, "test").items()} if test else {}
     except (OSError, ValueError, KeyError, TypeError, pl.exceptions.PolarsError) as error:
-        raise InputError(f"{folder}: what an evaluation left there cannot be read ({type(error).__name__}: {error})") from error
+        raise InputError(f"{folder}: the results of its evaluation cannot be read ({type(error).__name__}: {error})") from error
     if any(abs(value - test[name]) > 1e-9 for name, value in of_ranks.items()):
-        raise InputError(f"{folder}: ranks.parquet and evaluation.json are of two evaluations, one of them interrupted; evaluate again")
+        raise InputError(f"{folder}: ranks.parquet and evaluation.json are from two evaluations, one of them interrupted; evaluate again")
     return run
 
 
 def named(folders: Sequence[str | Path]) -> dict[str, Path]:
-    """The folders under the ends of their paths that tell them apart. Raises InputError for fewer than two, and for the same one twice."""
+    """The folders, named by the shortest ends of their paths that differ. Raises InputError for fewer than two folders and for repeats."""
     if len(folders) < 2:
         raise InputError(f"--runs={','.join(map(str, folders))}: a comparison needs two working folders or more")
     folders = [to_path(folder) for folder in folders]
@@ -111,11 +111,11 @@ def collect(runs: Mapping[str, Path]) -> dict:
     """Reads the runs, {name: working folder}, and compares them. The result is plain JSON:
 
       split_sha256, protocol, bootstrap: of all runs, of the first;
-      runs: {name: {"step", "parameters", "trained", "steps", "tokens_seen", "minutes"}}, None for what a run does not tell;
+      runs: {name: {"step", "parameters", "trained", "steps", "tokens_seen", "minutes"}}, None for what a run has not stored;
       results: {"validation" and "test", where there are such events: {name, and the first run's baselines: summary}};
       difference: {split: {name: metrics.paired_difference to the first run}}.
 
-    Raises InputError for a folder without an evaluation, and for runs of different splits, protocols or bootstraps: it names what differs.
+    Raises InputError for a folder without an evaluation, and for runs with different splits, protocols or bootstraps; it names them.
     """
     finished = {name: read(to_path(folder)) for name, folder in runs.items()}
     first_name, first = next(iter(finished.items()))
@@ -125,11 +125,11 @@ def collect(runs: Mapping[str, Path]) -> dict:
         if run.bootstrap != first.bootstrap:  # one table, one kind of interval
             settings = f"{run.bootstrap} in {name}, {first.bootstrap} in {first_name}"
             raise InputError(
-                f"{runs[name]}: the intervals were made otherwise ({settings}); evaluate both with the same eval.resamples and eval.seed"
+                f"{runs[name]}: the intervals have other settings ({settings}); evaluate both with the same eval.resamples and eval.seed"
             )
         if not run.ranks.select(_EVENT).equals(first.ranks.select(_EVENT)):
-            raise InputError(f"{runs[name]}: ranks.parquet is of other events than that of {runs[first_name]}; evaluate both again")
-    # A run may be called as a baseline is.
+            raise InputError(f"{runs[name]}: ranks.parquet has other events than that of {runs[first_name]}; evaluate both again")
+    # A run may have the name of a baseline.
     shown = {name: f"{name}'" if name in runs else name for name in first.evaluation["results"] if name != "model"}
     compared = finished | {shown[name]: run for name in shown if (run := first.baseline(name))}
     results, difference = {}, {}
@@ -155,14 +155,17 @@ def collect(runs: Mapping[str, Path]) -> dict:
 
 
 def event_metrics(run: Finished, split: str) -> dict:
-    """{metric: [n]} of the run's target events of one split."""
+    """{metric: [n]} for the run's target events of one split."""
     ranks = run.ranks.filter(pl.col("split") == split)
     return metrics.ranking_metrics(ranks["rank"].to_numpy(), ranks["ties"].to_numpy(), run.evaluation["protocol"]["ks"])
 
 
 def over_seeds(one: Mapping[int, Finished], other: Mapping[int, Finished], split: str = "test") -> dict | None:
-    """Paired difference one - other, {seed: run} each, over the seeds both have, seed with seed; None without such a seed. The bootstrap
-    draws a user with the events of all seeds: the interval is over users, for these seeds. "by_seed": {seed: {metric: difference}}."""
+    """Paired difference one - other over the seeds that both have; None without such a seed. one, other: {seed: run}.
+
+    The bootstrap draws a user with the events of all seeds: the interval is over users, for these seeds.
+    "by_seed": {seed: {metric: difference}}.
+    """
     seeds = [seed for seed in one if seed in other]
     if not seeds:
         return None
@@ -170,7 +173,7 @@ def over_seeds(one: Mapping[int, Finished], other: Mapping[int, Finished], split
     for seed in seeds:
         parts = [run.ranks.filter(pl.col("split") == split) for run in (one[seed], other[seed])]
         if not parts[0].select("user", "timestamp", "target").equals(parts[1].select("user", "timestamp", "target")):
-            raise InputError(f"seed {seed}: the two runs' ranks.parquet are of different events; evaluate both again")
+            raise InputError(f"seed {seed}: the two runs' ranks.parquet have different events; evaluate both again")
         users.append(parts[0]["user"].to_numpy())
         for run, per_event in zip((one[seed], other[seed]), values, strict=True):
             per_event.append(event_metrics(run, split))
@@ -184,8 +187,8 @@ def over_seeds(one: Mapping[int, Finished], other: Mapping[int, Finished], split
 
 
 def table(comparison: dict) -> list[list[str]]:
-    """Rows of cells, the first the header: a column for each run and baseline, rows of metrics, differences and costs. Of test, or of
-    validation where there is no test event."""
+    """Rows of cells, the first row is the header. There is a column for each run and baseline, and there are rows of metrics, differences
+    and costs. Metrics are of the test events, or of the validation events if there are no test events."""
     split = "test" if "test" in comparison["results"] else "validation"
     results, difference = comparison["results"].get(split, {}), comparison["difference"].get(split, {})
     runs, columns = comparison["runs"], [*comparison["runs"], *(name for name in results if name not in comparison["runs"])]
@@ -210,6 +213,7 @@ def table(comparison: dict) -> list[list[str]]:
 
 
 def format_text(comparison: dict) -> str:
+    """The table as plain text."""
     rows = table(comparison)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]
@@ -217,13 +221,14 @@ def format_text(comparison: dict) -> str:
 
 
 def format_markdown(comparison: dict) -> str:
+    """The table in Markdown."""
     rows = [[cell.strip().replace("|", "\\|") for cell in row] for row in table(comparison)]
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     return "\n".join([_title(comparison), "", lines[0], "|" + "---|" * len(rows[0]), *lines[1:]]) + "\n"
 
 
 def write(comparison: dict, folder: Path) -> None:
-    """comparison.json, comparison.md and comparison.txt."""
+    """Writes comparison.json, comparison.md and comparison.txt. Raises InputError if the folder cannot be written."""
     texts = {"json": json.dumps(comparison, indent=2) + "\n", "md": format_markdown(comparison), "txt": format_text(comparison)}
     try:
         make_folder(folder)
@@ -235,8 +240,8 @@ def write(comparison: dict, folder: Path) -> None:
 
 def _title(comparison: dict) -> str:
     results = comparison["results"].get("test") or comparison["results"]["validation"]
-    some, protocol = next(iter(results.values())), comparison["protocol"]
-    sizes = f"{some['users']:,} users, {some['events']:,} events, {protocol['candidates']:,} candidates"
+    first, protocol = next(iter(results.values())), comparison["protocol"]
+    sizes = f"{first['users']:,} users, {first['events']:,} events, {protocol['candidates']:,} candidates"
     resamples = comparison["bootstrap"]["resamples"]
     return f"split {comparison['split_sha256']}: {sizes}; [95 % intervals over users, {resamples:,} resamples]"
 

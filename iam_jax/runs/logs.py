@@ -1,4 +1,4 @@
-"""What a run tells while it goes: metrics.jsonl, TensorBoard events, a progress bar."""
+"""The output of a run during training: metrics.jsonl, TensorBoard events, a progress bar."""
 
 import contextlib
 import json
@@ -16,18 +16,20 @@ from iam_jax.errors import InputError
 from iam_jax.storage.files import write_atomically
 from iam_jax.storage.remote import Mirror, is_remote
 
-_UPLOAD_SECONDS = 30  # between two uploads to object storage that no checkpoint asks for
+_UPLOAD_SECONDS = 30  # between two uploads to object storage, besides those before checkpoints
 
 METRICS_FILE = "metrics.jsonl"
 
 
 class MetricsLog:
-    """Appends to `metrics.jsonl` and to TensorBoard events, in the first process of a job. Opened at a step, it first drops lines of later
-    steps, of validations after `validated`, and a half-written last one: after an interruption the file reads like that of one
-    uninterrupted run. Raises InputError where the file cannot be read or written.
+    """Appends to `metrics.jsonl` and to TensorBoard events, in the first process of a job.
 
-    Object storage appends nothing: the files grow in a local folder there, and are put whole from time to time, before a checkpoint
-    (`upload`), and at the end."""
+    Opening it at a step removes lines of later steps, of validations after `validated`, and an incomplete last line. So after an
+    interruption the file is that of an uninterrupted run. Raises InputError if the file cannot be read or written.
+
+    Object storage cannot append. There the files grow in a local folder and are uploaded as a whole: from time to time, before a checkpoint
+    (`upload`), and at the end.
+    """
 
     def __init__(self, workdir: Path, step: int, config: LogConfig, validated: int | None = None):
         self._file = self._events = self._mirror = None
@@ -56,11 +58,11 @@ class MetricsLog:
                 self._events.write(step, values)
         try:
             self._upload(_UPLOAD_SECONDS)
-        except OSError as error:  # the next one may get through; what comes with a checkpoint must
+        except OSError as error:  # a later upload may succeed; the one before a checkpoint has to
             print(f"{error.filename}: not uploaded yet ({error.strerror})", flush=True)
 
     def upload(self) -> None:
-        """Before a checkpoint, so that a run resumed from it finds the lines before it."""
+        """Uploads the files. Call it before a checkpoint, so that a run resumed from it has the earlier lines."""
         with self._as_input_error():
             self._upload()
 
@@ -85,8 +87,8 @@ class MetricsLog:
 
 
 class _Events:
-    """A TensorBoard file. tensorboardX's own SummaryWriter has a thread write it, which a full disk ends without a word to the others:
-    training would wait for it for ever."""
+    """A TensorBoard file. tensorboardX's own SummaryWriter writes in a thread, which ends silently when the disk is full: training would
+    then wait for it for ever."""
 
     def __init__(self, folder: Path, step: int):
         from tensorboardX import event_file_writer, summary
@@ -97,7 +99,7 @@ class _Events:
         folder.mkdir(parents=True, exist_ok=True)
         self._writer = event_file_writer.EventsWriter(str(folder / "events"))
         start = messages.SessionLog(status=messages.SessionLog.START)
-        self._write(step + 1, session_log=start)  # hides what an interrupted run told of later steps
+        self._write(step + 1, session_log=start)  # hides an interrupted run's events of later steps
         self._flushed = time.monotonic()
 
     def write(self, step: int, values: dict[str, float | list[float]]) -> None:
@@ -127,7 +129,7 @@ def _step(line: str) -> float:
 
 
 def progress_bar(config: LogConfig, steps: int, start: int) -> tqdm:
-    """Steps done, steps a second, time left; a line every ten seconds where the output is no terminal."""
+    """A bar with the steps done, steps per second and time left. If the output is not a terminal, a line every ten seconds."""
     interval = 0.2 if sys.stderr.isatty() else 10
     return tqdm(
         total=steps,

@@ -1,4 +1,4 @@
-"""The working folder of a run: which config and which data made it."""
+"""The working folder of a run. It belongs to one config and to one set of data."""
 
 import contextlib
 import json
@@ -13,11 +13,11 @@ from iam_jax.errors import InputError
 from iam_jax.storage import remote as storage
 from iam_jax.storage.files import check_writable, make_folder, write_atomically
 
-_FIRST_FILES = {"data.json", "tokenizer.json", ITEMS_FILE}  # written before the config, which marks the folder as complete
+_FIRST_FILES = {"data.json", "tokenizer.json", ITEMS_FILE}  # written before the config; the config marks the folder as complete
 
 
 def check_workdir(workdir: Path, config: Config) -> None:
-    """Refuses, before any work, a folder of another config, one that is no working folder, and one that cannot be written."""
+    """Raises InputError for a folder of another config, one that is not a working folder, and one that cannot be written."""
     if (workdir / CONFIG_FILE).exists():
         check_same_run(workdir, config)
     elif workdir.is_dir() and any(
@@ -34,7 +34,7 @@ def check_workdir(workdir: Path, config: Config) -> None:
 def lock_workdir(workdir: Path) -> contextlib.AbstractContextManager:
     """A file whose lock marks the folder as in training. The lock is held until the file is closed or the process ends, however it ends.
 
-    Raises InputError where another process holds it: two runs in one folder would mix their files. Object storage and some file systems
+    Raises InputError if another process holds it: two runs in one folder would mix their files. Object storage and some file systems
     have no locks; nothing is held there.
     """
     if storage.is_remote(workdir):
@@ -57,11 +57,14 @@ def lock_workdir(workdir: Path) -> contextlib.AbstractContextManager:
 def open_workdir(
     workdir: Path, config: Config, prepared: Prepared, pretrained_sha256: str | None = None, create: bool = False, shared: bool = False
 ) -> None:
-    """Checks that this config, this data and this pretrained model made the folder; with `create`, makes it or notes what of the config
-    may change. shared: another process has made it, and this one must see it."""
+    """Checks that the folder belongs to this config, this data and this pretrained model. Raises InputError if it does not.
+
+    create: makes the folder, or updates the config fields that may change. shared: another process has made the folder, and this process
+    has to see it.
+    """
     check_workdir(workdir, config)
     if shared and not (workdir / CONFIG_FILE).exists():
-        raise InputError(f"--workdir={workdir}: this process does not see what the first one wrote; all need the same disk")
+        raise InputError(f"--workdir={workdir}: this process does not see the files of the first process; all need the same disk")
     made_from = {"split_sha256": prepared.split.sha256, **identity(prepared.events.item_ids.tolist(), prepared.catalogue)}
     if pretrained_sha256 is not None:
         made_from["pretrained_sha256"] = pretrained_sha256
@@ -80,7 +83,7 @@ def open_workdir(
         from iam_jax.runs.checkpoint import Checkpoints  # takes a second to import
 
         checkpoints = Checkpoints(workdir, config.train.keep, config.selection, read_only=True)
-        checkpoints.best()  # another eval.metric than was measured is refused before the config is written
+        checkpoints.best()  # refuses an eval.metric that was not measured, before the config is written
         checkpoints.close()
     texts = {"data.json": json.dumps(made_from, indent=2) + "\n", "tokenizer.json": prepared.catalogue.tokenizer_json}
     try:

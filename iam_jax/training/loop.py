@@ -1,4 +1,4 @@
-"""The training loop, from top to bottom: validate, save, next batch, step, log the step before."""
+"""The training loop, from top to bottom: validate, save, get the next batch, step, log the previous step."""
 
 import contextlib
 import dataclasses
@@ -30,30 +30,30 @@ from iam_jax.training.telemetry import Meter, Profile
 
 @dataclasses.dataclass
 class Progress:
-    """Where a run stands, besides its parameters: saved with every checkpoint."""
+    """The progress of a run, saved with every checkpoint."""
 
     step: int = 0
     next_batch: int = 0  # the data position
     validated: int = -1  # step of the last validation
     best: float | None = None
     best_step: int | None = None
-    since_best: int = 0  # validations without a better one
-    minutes: float = 0.0
+    since_best: int = 0  # validations since the best one
+    minutes: float = 0.0  # of training, validations included
     tokens: int = 0  # real tokens seen
     window: dict = dataclasses.field(default_factory=dict)  # sums since the last line of metrics.jsonl
     stopped: str = ""  # why training ended before train.steps
-    skipped: int = 0  # steps that left the state as it was: their loss or gradient was not finite
+    skipped: int = 0  # steps whose loss or gradient was not finite; they did not change the state
 
     @classmethod
     def read(cls, saved: dict) -> "Progress":
-        """Of a checkpoint, perhaps one of an earlier version. Raises InputError for one of a later version."""
+        """The progress saved in a checkpoint, which may come from an earlier version. Raises InputError for one of a later version."""
         if unknown := sorted(saved.keys() - {field.name for field in dataclasses.fields(cls)}):
             raise InputError(f"the checkpoint was written by a later version of this program: its progress has {quote_first(unknown)}")
         return cls(**saved)
 
 
 def make_meter(run: Run) -> Meter:
-    """With model FLOPs utilisation where the chip's peak is known and the step can be counted."""
+    """A meter, with model FLOPs utilisation if the peak of the chip is known and the operations of the step can be counted."""
     chip = find_chip(jax.devices()[0].device_kind)
     try:
         return Meter(step_flops(run).model, chip) if chip else Meter()
@@ -63,8 +63,11 @@ def make_meter(run: Run) -> Meter:
 
 
 def train(run: Run, workdir: Path, evaluator: Evaluator, signals: Signals) -> Checkpoints:
-    """Trains to train.steps, or goes on where the working folder's newest checkpoint stands. Raises Stop when interrupted (all saved)
-    and NonFiniteError when more losses or gradients than train.skip_limit are not finite (the last good checkpoint stays)."""
+    """Trains to train.steps, from the working folder's newest checkpoint if there is one, and returns the checkpoints.
+
+    Raises Stop when interrupted, after everything is saved, and NonFiniteError when the losses or gradients of more than train.skip_limit
+    steps are not finite (the last good checkpoint stays).
+    """
     config = run.config
     cfg, metric = config.train, config.selection
     checkpoints = Checkpoints(workdir, cfg.keep, metric)
@@ -74,7 +77,7 @@ def train(run: Run, workdir: Path, evaluator: Evaluator, signals: Signals) -> Ch
     if found := checkpoints.load(abstract_state(run)):
         saved_step, state, saved = found
         progress = Progress.read(saved)
-        progress.best_step, progress.best = checkpoints.best() or (None, None)  # eval.metric may be another now
+        progress.best_step, progress.best = checkpoints.best() or (None, None)  # eval.metric may have changed
         print(f"continuing from step {progress.step:,}", flush=True)
     else:
         if (workdir / METRICS_FILE).exists():
@@ -95,7 +98,7 @@ def train(run: Run, workdir: Path, evaluator: Evaluator, signals: Signals) -> Ch
     if progress.stopped or (progress.step >= cfg.steps and progress.validated == progress.step):
         return checkpoints
 
-    # ---- the loop: validate, save, next batch, step, log the step before
+    # ---- the loop: validate, save, get the next batch, step, log the previous step
     train_step = make_train_step(run)
     refresh = jax.jit(lambda params, frozen, items: all_text_vectors(run.model.bind(join(params, frozen)), items))
     validation = validation_subset(run.prepared.events, config)
@@ -109,7 +112,7 @@ def train(run: Run, workdir: Path, evaluator: Evaluator, signals: Signals) -> Ch
     clock = time.monotonic()
 
     def settle() -> None:
-        """Reads the metrics of the step dispatched last; only now does the host wait for the device."""
+        """Reads the metrics of the step dispatched last. Only here the host waits for the device."""
         nonlocal pending, agreed_late
         if pending is None:
             return
@@ -117,7 +120,7 @@ def train(run: Run, workdir: Path, evaluator: Evaluator, signals: Signals) -> Ch
         distributed.report_progress(f"step {step}")
         values = {name: float(value) for name, value in jax.device_get(values).items()}
         distributed.report_progress(f"what follows step {step}")
-        if several:  # all processes settle a step at the same point, and so learn the same at the same time
+        if several:  # all processes settle a step at the same point, so they get the same votes at the same time
             signals.agree(values.pop("stopping") > 0)
             agreed_late |= values.pop("late") > 0
         progress.tokens += int(values["tokens"])
@@ -132,7 +135,7 @@ def train(run: Run, workdir: Path, evaluator: Evaluator, signals: Signals) -> Ch
             return
         window, progress.window = progress.window, {}
         line = {f"{name}_loss": window[f"{name}_sum"] / max(window[f"{name}_count"], 1) for name in OBJECTIVES if f"{name}_sum" in window}
-        if window:  # a step of it was not skipped
+        if window:  # empty if all its steps were skipped
             line["gradient_norm"] = window["gradient_norm"] / window["steps"]
         line |= {
             "learning_rate": values["learning_rate"],
@@ -146,7 +149,7 @@ def train(run: Run, workdir: Path, evaluator: Evaluator, signals: Signals) -> Ch
             bar.set_postfix_str(f"loss {next(iter(line.values())):.3f}, {line['tokens_per_second']:,.0f} tokens/s")
 
     def skip(step: int, bad: list[str]) -> None:
-        """Tells and counts a step that left the state as it was. Raises NonFiniteError when it is one too many."""
+        """Reports and counts a step that did not change the state. Raises NonFiniteError beyond train.skip_limit."""
         progress.skipped += 1
         what = f"step {step:,}: {', '.join(bad)} not finite"
         users = f"users of its batch: {quote_first(users_of_batch(run.rows, cfg.batch_rows, cfg.seed, step - 1))}"
@@ -166,7 +169,7 @@ def train(run: Run, workdir: Path, evaluator: Evaluator, signals: Signals) -> Ch
         return {f"{config.metric_prefix}{name}": value for name, value in kept.items()}
 
     with signals.deferred():
-        with contextlib.ExitStack() as last:  # all of it, whatever ends training
+        with contextlib.ExitStack() as last:  # all of these are called, however training ends
             for end in (checkpoints.wait, profile.close, log.close, bar.close):
                 last.callback(end)
             while True:
@@ -182,7 +185,7 @@ def train(run: Run, workdir: Path, evaluator: Evaluator, signals: Signals) -> Ch
                     if validating:
                         try:
                             metrics = validate()
-                        except Stop:  # saved without it; the resumed run validates first
+                        except Stop:  # saved without a validation; the resumed run validates first
                             validating = False
                     if metrics is not None:
                         value, progress.validated = metrics[metric], step
@@ -195,7 +198,7 @@ def train(run: Run, workdir: Path, evaluator: Evaluator, signals: Signals) -> Ch
                             progress.stopped = f"no better {metric} in {cfg.patience} validations"
                     if out_of_time and step < cfg.steps and (progress.validated == step or not len(validation)):
                         progress.stopped = f"train.max_minutes = {cfg.max_minutes:g}"
-                    if step > saved_step or validating:  # interrupted before its validation, a checkpoint gets its metrics now
+                    if step > saved_step or validating:  # a checkpoint that was interrupted before its validation gets its metrics now
                         now = time.monotonic()
                         progress.minutes, clock = progress.minutes + (now - clock) / 60, now
                         log.upload()
@@ -207,7 +210,7 @@ def train(run: Run, workdir: Path, evaluator: Evaluator, signals: Signals) -> Ch
                 if config.softmax == "cached" and step % config.objective.refresh_steps == 0:
                     state["cache"] = refresh(state["params"], run.frozen, run.items.catalogue)
                 if profile.due(step):
-                    settle()  # the trace has whole steps
+                    settle()  # so that the trace has whole steps
                     profile.turn()
                     meter.resume()
                 with meter.waiting():

@@ -1,4 +1,4 @@
-"""AdamW with warm-up, a cosine of its own length, and clipping."""
+"""AdamW with gradient clipping; the learning rate has a linear warm-up and a cosine decay of its own length."""
 
 import jax
 import optax
@@ -8,7 +8,7 @@ from iam_jax.devices.mesh import axes_of
 
 
 def learning_rate(config: OptimizerConfig) -> optax.Schedule:
-    """Linear warm-up from 0, then a cosine that reaches final_scale x peak at decay_steps, whatever the length of the run."""
+    """Linear warm-up from 0, then a cosine decay to final_scale x peak at decay_steps. It does not depend on the length of the run."""
     start = 0.0 if config.warmup_steps else config.learning_rate
     if config.decay_steps == 0:
         return optax.linear_schedule(start, config.learning_rate, max(config.warmup_steps, 1))
@@ -22,12 +22,12 @@ def learning_rate(config: OptimizerConfig) -> optax.Schedule:
 
 
 def updates_made(state: optax.OptState) -> jax.Array:
-    """int32, the count that the learning rate follows: steps of the run less those that were skipped."""
+    """int32: the number of updates, on which the learning rate depends: steps of the run minus skipped ones."""
     return optax.tree.get(state, "ScaleByScheduleState").count
 
 
 def decayed(params: dict) -> dict:
-    """Which parameters are decayed: matrices from or to the model's width or an adapter's rank; not biases and norm scales."""
+    """Whether each parameter is decayed: matrices from or to the model width or an adapter's rank are, biases and norm scales are not."""
 
     def is_matrix(path, _) -> bool:
         axes = axes_of(path)
@@ -37,6 +37,7 @@ def decayed(params: dict) -> dict:
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
+    """Clipping, then AdamW."""
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
     adamw = optax.adamw(
         learning_rate(config), b1=config.b1, b2=config.b2, eps=config.epsilon, weight_decay=config.weight_decay, mask=decayed

@@ -1,4 +1,4 @@
-"""What training, evaluation and planning share of a run: the model, the packed rows and the items, made once."""
+"""The parts of a run that training, evaluation and planning share: the model, the packed rows and the items."""
 
 import dataclasses
 import functools
@@ -24,7 +24,7 @@ from iam_jax.training import objectives
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What training and evaluation share, made once."""
+    """The model, the data and the mesh of a run."""
 
     config: Config
     prepared: Prepared
@@ -32,16 +32,16 @@ class Run:
     model: Model
     rows: Rows
     items: objectives.TrainingItems
-    finish: Callable[..., Batch] = without_items  # what becomes of a batch before the model reads it
+    finish: Callable[..., Batch] = without_items  # turns a batch into the model's input
     frozen_names: frozenset[str] = frozenset()  # of the parameters that are not trained
 
     @functools.cached_property
     def abstract_trained(self) -> Params:
-        """Shapes, types and shardings of the parameters that are trained, and that checkpoints hold."""
+        """Shapes, types and shardings of the trained parameters, which checkpoints hold."""
         return abstract(self.mesh, select(self.model.shapes(), lambda name: name not in self.frozen_names))
 
     def cost(self, progress: dict) -> dict:
-        """What the run took so far: parameters, steps, real tokens seen, minutes of training with its validations."""
+        """The cost of the run so far: parameters, steps, real tokens seen, minutes of training (validations included)."""
         shapes: dict[str, Any] = flatten_dict(self.model.shapes(), sep=".")
         sizes = {name: math.prod(x.shape) for name, x in shapes.items()}
         trained = sum(size for name, size in sizes.items() if name not in self.frozen_names)
@@ -50,7 +50,7 @@ class Run:
 
     @functools.cached_property
     def frozen(self) -> Params:
-        """The parameters that are not trained, read from config.model.pretrained when first asked for."""
+        """The parameters that are not trained. They are read from config.model.pretrained on first use."""
         if not self.frozen_names:
             return {}
         shapes = select(self.model.shapes(), lambda name: name in self.frozen_names)
@@ -58,7 +58,10 @@ class Run:
 
 
 def make_run(config: Config, prepared: Prepared, devices: Sequence[jax.Device] | None = None) -> Run:
-    """devices: None for those that are here."""
+    """Makes the run of a config and its prepared data. devices: None for those of this machine.
+
+    Raises InputError if there is nothing to train on, or if the config does not suit the devices or an objective.
+    """
     catalogue, data = prepared.catalogue, config.data
     objectives.check(config)
     _check_attention(config, jax.default_backend() if devices is None else devices[0].platform)
@@ -80,32 +83,32 @@ def make_run(config: Config, prepared: Prepared, devices: Sequence[jax.Device] |
 
 
 def _check_attention(config: Config, platform: str) -> None:
-    """Raises InputError where model.attention names kernels that cannot do the work here."""
+    """Raises InputError if model.attention names kernels that do not run on this platform or do not support the model."""
     model = config.model
     if model.attention not in ("tpu", "gpu"):
         return
     q = jax.ShapeDtypeStruct((1, config.data.row_tokens, model.heads, model.head_size or model.width // model.heads), model.dtype)
     try:
         if platform != model.attention:
-            raise ValueError(f"there is a {platform} here, on which these kernels are only interpreted; auto takes what is there")
+            raise ValueError(f"these kernels would only be interpreted on this platform, {platform}; auto chooses kernels that fit")
         choose_implementation(q, q, None, model.attention)
     except ValueError as error:
         raise InputError(f"config.model.attention = {model.attention!r}: {error}") from error
 
 
 def _distinct_items(config: Config, rows: Rows, mesh: jax.sharding.Mesh) -> DistinctItems | None:
-    """Whether a batch's items go through the leading intra layers once each (model.item_states)."""
+    """The distinct items of batches, if they go through the leading intra layers once each (model.item_states); else None."""
     model, parts = config.model, config.optimizer.accumulate
     if not config.states_by_item or model.item_states == "off" or (model.item_states == "auto" and config.drops):
         return None
     text = config.leading_vectors and config.softmax != "full"
     items = DistinctItems(rows, config.train.batch_rows, parts, batch_shards(mesh), targets=text)
-    # The first micro-batch, in the plan's order, stands for all.
-    some = [rows[row] for row in range(min(len(rows), config.train.batch_rows // parts))]
-    batch = {name: np.stack([row[name] for row in some]) for name in some[0]}
+    # One micro-batch, of the first rows, represents all.
+    first = [rows[row] for row in range(min(len(rows), config.train.batch_rows // parts))]
+    batch = {name: np.stack([row[name] for row in first]) for name in first[0]}
     distinct = items.distinct(batch)
     tokens, slots = int(rows.catalogue.lengths[distinct].sum()), batch["token"].size
-    if text:  # the targets' vectors come from the same states
+    if text:  # the targets' vectors are computed from the same states
         slots += batch["target"].size * int(rows.catalogue.item_lengths.max())
     items.saving = f"{tokens:,} tokens instead of {slots:,} slots in a micro-batch"
     return items if model.item_states == "on" or tokens <= 0.6 * slots else None

@@ -16,7 +16,7 @@ from iam_jax.training.run import Run
 
 
 def init_state(run: Run) -> dict:
-    """The state at the start, created on its shards; what is pretrained is read."""
+    """The initial state, created on its shards. Pretrained parameters are read."""
     config = run.config
     given = pretrained.names(config).keys() - run.frozen_names if config.model.pretrained else set()
 
@@ -24,7 +24,7 @@ def init_state(run: Run) -> dict:
         return select(run.model.init(key), lambda name: name not in given | run.frozen_names)
 
     def place(make: Callable, *args) -> dict:
-        # XLA's default level compiles the generators of a CPU for many seconds, and they run no faster
+        # On a CPU, XLA's default level takes many seconds to compile the random generators, and they run no faster.
         options = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None
         return jax.jit(make, out_shardings=param_sharding(run.mesh, jax.eval_shape(make, *args)), compiler_options=options)(*args)
 
@@ -37,10 +37,12 @@ def init_state(run: Run) -> dict:
 
 
 def make_train_step(run: Run):
-    """(state, batch, items, step, frozen) -> (state, metrics), jitted, the state's buffers donated. A batch is split into
-    optimizer.accumulate micro-batches whose gradients add up to that of the whole. frozen: the parameters that are not trained. The batch's
-    `votes`, of every device, come back in the metrics as sums. A step whose loss or gradient is not finite, as its metrics then tell,
-    returns the state as it was."""
+    """Returns the jitted step (state, batch, items, step, frozen) -> (state, metrics). The state's buffers are donated.
+
+    A batch is split into optimizer.accumulate micro-batches, whose gradients add up to that of the whole batch. frozen: the parameters that
+    are not trained. The batch's `votes` of all devices are summed in the metrics. If the loss or the gradient is not finite, which the
+    metrics show, the state is returned unchanged.
+    """
     config, model = run.config, run.model
     optimizer, schedule = make_optimizer(config.optimizer), learning_rate(config.optimizer)
     parts = config.optimizer.accumulate
@@ -50,7 +52,7 @@ def make_train_step(run: Run):
         params, cache = state["params"], state.get("cache")
         batch = dict(batch)
         votes = {name: votes.sum() for name, votes in batch.pop("votes", {}).items()}
-        # rbg: threefry's dropout masks take longer than the layers on a CPU
+        # rbg: on a CPU, threefry's dropout masks take longer than the layers
         key = jax.random.fold_in(jax.random.key(config.train.seed, impl="rbg"), step)
         count = objectives.counts(batch)
 
@@ -77,15 +79,15 @@ def make_train_step(run: Run):
         metrics |= {"tokens": (batch["user"] > 0).sum()} | votes
         new = {"params": optax.apply_updates(params, updates), "optimizer": opt_state}
         state = state | jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, {name: state[name] for name in new})
-        # Left to XLA, norm scales would come back sharded: then their buffers are not reused, and the second step compiles again.
+        # Without the constraint XLA would shard norm scales. Their buffers would not be reused, and the second step would compile again.
         return jax.lax.with_sharding_constraint(state, param_sharding(run.mesh, state)), metrics
 
     return jax.jit(train_step, donate_argnums=0)
 
 
 def rest_of_state(run: Run, trained: Params) -> dict:
-    """What the state holds beside the trained parameters, at the start: the optimizer's state and (objective.softmax = "cached") the
-    text vectors' cache."""
+    """The initial state without the trained parameters: the optimizer's state and, if objective.softmax is "cached", the cache of text
+    vectors."""
     config = run.config
     rest = {"optimizer": make_optimizer(config.optimizer).init(trained)}
     if config.softmax == "cached":

@@ -1,4 +1,4 @@
-"""What training tells of itself as work on machines: how long steps take and what they wait for, utilisation, memory, profiles."""
+"""Telemetry of training: how long steps take, how long they wait for data, utilisation, memory, profiles."""
 
 import contextlib
 import os
@@ -13,9 +13,14 @@ from iam_jax.devices.chips import Chip, Flops, seconds_at_peak
 from iam_jax.devices.distributed import gather
 from iam_jax.errors import InputError
 
-# Fields of metrics.jsonl that depend on the machine and the moment: two runs of one command differ in these and in no others.
+# Fields of metrics.jsonl that depend on the machine and on time. Two runs of the same command differ in these fields only.
 SPEEDS = ("step_seconds", "tokens_per_second", "targets_per_second", "mfu")
-OF_A_PROCESS = ("data_wait", "host_bytes", "device_bytes", "device_peak_bytes")  # with several: the largest, and a list of all
+OF_A_PROCESS = (
+    "data_wait",
+    "host_bytes",
+    "device_bytes",
+    "device_peak_bytes",
+)  # several processes: the largest value and a list
 
 
 def is_timing(name: str) -> bool:
@@ -24,8 +29,10 @@ def is_timing(name: str) -> bool:
 
 
 class Meter:
-    """Clocks of the steps since the last line of metrics.jsonl, validations and saves left out. flops: the model's, of a step on all
-    devices together; chip: None where it is not known."""
+    """Measures the steps since the last line of metrics.jsonl, without validations and saves.
+
+    flops: the model's operations in a step, on all devices together. chip: None if it is not known.
+    """
 
     def __init__(self, flops: Flops | None = None, chip: Chip | None = None):
         self._peak_seconds = seconds_at_peak(flops, chip) / jax.device_count() if flops and chip else None
@@ -36,24 +43,24 @@ class Meter:
         self._steps, self._tokens, self._targets, self._seconds, self._waited = 0, 0, 0, 0.0, 0.0
 
     def resume(self) -> None:
-        """What went before, since the last step, is none of the steps' time."""
+        """Excludes the time since the last step."""
         self._clock = time.monotonic()
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """Around what the loop does for the next batch."""
+        """A context in which the loop waits for the next batch."""
         before = time.monotonic()
         yield
         self._waited += time.monotonic() - before
 
     def step(self, tokens: float, targets: float) -> None:
-        """A step is done, of so many tokens and targets in all processes together."""
+        """Records a finished step. tokens, targets: of all processes together."""
         now = time.monotonic()
         self._seconds, self._clock = self._seconds + now - self._clock, now
         self._steps, self._tokens, self._targets = self._steps + 1, self._tokens + tokens, self._targets + targets
 
     def take(self) -> dict[str, float | list[float]]:
-        """The figures since the last call, of one step or more. With several processes all must call it at the same point."""
+        """The measurements since the last call, of at least one step. With several processes all must call it at the same point."""
         seconds = max(self._seconds, 1e-9)
         figures: dict[str, float | list[float]] = {
             "step_seconds": seconds / self._steps,
@@ -74,7 +81,7 @@ class Meter:
 
 
 def memory() -> dict[str, int]:
-    """Bytes: resident on the host, of this process; on the local device that holds most, now and at its peak, where the platform tells."""
+    """Bytes resident in this process, and on the fullest local device now and at its peak (if the platform reports them)."""
     found = {}
     with contextlib.suppress(OSError):  # only Linux has it
         found["host_bytes"] = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -86,8 +93,10 @@ def memory() -> dict[str, int]:
 
 
 class Profile:
-    """A jax.profiler trace of the training steps that `steps` names ("100:110": from step 100 to step 110), in
-    workdir/profile/process-<number> of each process. Empty: none."""
+    """A jax.profiler trace of the training steps `steps` ("100:110": from step 100 to step 110; empty: none).
+
+    Each process writes its trace to workdir/profile/process-<number>.
+    """
 
     def __init__(self, workdir: Path, steps: str):
         first, _, stop = steps.partition(":")
@@ -96,17 +105,18 @@ class Profile:
         self._folder: tempfile.TemporaryDirectory | None = None
 
     def due(self, step: int) -> bool:
-        """Whether the trace begins or ends when so many steps are done."""
+        """Whether the trace begins or ends after `step` steps."""
         return (step in self._steps) != (self._folder is not None)
 
     def turn(self) -> None:
+        """Starts the trace, or ends and writes it."""
         if self._folder is not None:
             return self.close()
         self._folder = tempfile.TemporaryDirectory(prefix="iam_jax-profile-")
         jax.profiler.start_trace(self._folder.name)
 
     def close(self) -> None:
-        """Ends a trace that goes on and writes it; later ones are none. Raises InputError where it cannot be written."""
+        """Ends and writes a running trace. There is no later one. Raises InputError if it cannot be written."""
         if self._folder is None:
             return
         folder, self._folder, self._steps = self._folder, None, range(0)

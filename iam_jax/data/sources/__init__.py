@@ -44,6 +44,6 @@ class Source:
     identity: "Callable[[DataConfig], list | None]" = lambda config: None
 
     check: "Callable[[DataConfig], None]" = lambda config: None  # called when a config is resolved: import nothing heavy
-    oracle: "Callable[[DataConfig], Scorer | None]" = lambda config: None  # the true scores, where they are known
+    oracle: "Callable[[DataConfig], Scorer | None]" = lambda config: None  # the true scores, if they are known
     layout: str = ""  # the files that it reads from data.path, for the documentation
     accepts_tables: bool = False  # if data.path holds the tables of the source `table`, they are read instead

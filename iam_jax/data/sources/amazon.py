@@ -218,7 +218,7 @@ class Amazon(Originals):
 
 
 def find(path: str, category: str) -> tuple[int, str, dict[str, Path]]:
-    """(release, category, originals) in the folder `path`. An empty `category` stands for the only one in the folder.
+    """(release, category, originals) in the folder `path`. If `category` is empty, it is the only one in the folder.
 
     Raises InputError for an unknown category, missing files, and a choice of several categories.
     """

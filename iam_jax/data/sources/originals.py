@@ -27,7 +27,7 @@ class Originals:
     """The two original files of a data set. A subclass says where they are (`urls`) and how they are read (`events`, `items`)."""
 
     name: ClassVar[str]  # of the folder of prepared data
-    variant = ""  # its subfolder, where there are several
+    variant = ""  # name of its subfolder, if there are several
     text: ClassVar[tuple[str, ...]]  # the items' text columns
     checksums: ClassVar[dict[str, Checksum]] = {}  # published checksums, by address
 

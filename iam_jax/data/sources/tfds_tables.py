@@ -96,7 +96,7 @@ class TableBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
 
 def prepared(originals: Originals, data_dir: str | Path = "") -> TableBuilder:
-    """A builder whose tables can be read. They are prepared first where they are not.
+    """A builder whose tables can be read. They are prepared first if necessary.
 
     Tables from the user's own files are kept apart from downloaded ones, in a folder named after the hash of the files. An interrupted
     preparation leaves no incomplete data: TFDS writes to another folder and renames it at the end.

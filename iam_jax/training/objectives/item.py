@@ -26,16 +26,16 @@ _ARRAYS = ("catalogue", "target_share_I", "drawn_share_I", "drawn_until_I")  # o
 @partial(jax.tree_util.register_dataclass, data_fields=_ARRAYS, meta_fields=())
 @dataclasses.dataclass(frozen=True)
 class TrainingItems:
-    """The catalogue and the proposal distributions of sampled negatives."""
+    """The catalogue, and the distributions that negatives are sampled from."""
 
     catalogue: Items
-    target_share_I: jax.Array  # float32: share of the training targets, the proposal that puts items into a batch as targets
-    drawn_share_I: jax.Array  # float32: the proposal of the drawn negatives, over items with training events
+    target_share_I: jax.Array  # float32: share of the training targets; it gives how often an item is expected among a batch's targets
+    drawn_share_I: jax.Array  # float32: probability of the drawn negatives, over items with training events
     drawn_until_I: jax.Array  # uint32: its cumulative sum, in units of 2^-31
 
 
 def make_training_items(catalogue: Catalogue, events: Events, segments: Segments, config: Config) -> TrainingItems:
-    """segments: the training segments, whose targets are counted."""
+    """The training items. segments: the training segments, whose targets are counted."""
     trained = events.train_counts
     is_target = np.zeros(len(events.item) + 1, np.int64)
     np.add.at(is_target, segments.first, 1)
@@ -51,8 +51,8 @@ def make_training_items(catalogue: Catalogue, events: Events, segments: Segments
 
 
 def summed_up(weight_I: np.ndarray) -> np.ndarray:
-    """uint32, what `draw` draws from: item i is drawn in proportion to weight_I[i]."""
-    # In integers: a float32 sum gives items without weight a chance (5e-5 in all of 300,000 items), and others a wrong one.
+    """The cumulative weights for `draw`, in units of 2^-31 of their sum, uint32. Item i is drawn in proportion to weight_I[i]."""
+    # In integers: with a float32 sum items without weight would be drawn (5e-5 of the draws for 300,000 items), and others too often.
     total_I = np.cumsum(weight_I, dtype=np.float64)
     return np.rint(total_I / total_I[-1] * 2**31).astype(np.uint32)
 
@@ -97,15 +97,17 @@ def _sampled(network: Network, config: Config, items: TrainingItems, h_XE, targe
         v_CE = v_CE if vt_XE is None else jnp.concatenate([vt_XE, v_CE])
     if objective.vectors != "text":
         v_CE = v_CE + network.table(catalogue.trained_I)[safe_C]
-    others = jnp.maximum((target_X >= 0).sum() - 1, 0)  # the position's own target is none of its negatives
+    others = jnp.maximum((target_X >= 0).sum() - 1, 0)  # a position's own target is not one of its negatives
     expected_I = others * items.target_share_I + objective.negatives * items.drawn_share_I
     log_expected_C = jnp.log(jnp.maximum(expected_I[safe_C], 1e-30))
     return sampled_cross_entropy(h_XE, target_X, candidate_C, v_CE, v_CE[: len(target_X)], log_expected_C, objective.chunk)
 
 
 def _first_places(target_X: jax.Array, items: int) -> jax.Array:
-    """The items of the targets that come for the first time; for the others, and for no target (-1), places from `items` on,
-    all different. (An item that comes again has another dropout mask; which of several writes to a row stays is undefined.)"""
+    """The item of each target that occurs for the first time. Other targets, and -1, get distinct places from `items` on.
+
+    A repeated item has another dropout mask, and the result of several writes to one row is undefined.
+    """
     at_X = jnp.arange(len(target_X), dtype=jnp.int32)
     item_X = jnp.where(target_X >= 0, target_X, items)
     first_I = jnp.full(items + 1, len(target_X), jnp.int32).at[item_X].min(at_X)
@@ -113,7 +115,7 @@ def _first_places(target_X: jax.Array, items: int) -> jax.Array:
 
 
 def draw(key: jax.Array, until_I: jax.Array, count: int) -> jax.Array:
-    """`count` items drawn with replacement, by the shares that `summed_up` summed up; never one without weight."""
+    """`count` items drawn with replacement, by the cumulative weights of `summed_up`. Items without weight are never drawn."""
     return jnp.searchsorted(until_I, jax.random.bits(key, (count,), jnp.uint32) >> 1, side="right").astype(jnp.int32)
 
 

@@ -254,6 +254,24 @@ def test_bad_input_is_one_clear_exception(rec, call, error, named):
     assert "\n" not in str(caught.value)
 
 
+def test_vectors_that_are_not_finite(shop_run, histories):
+    """Neither a vector nor a list is made of them."""
+    rec = iam_jax.load(shop_run / "run")
+    items, some = rec.items["item"].to_list(), list(histories.values())[:2]
+    rec.params["table_IE"] = rec.params["table_IE"].at[3].set(np.nan)
+    assert np.isfinite(rec.user_vectors(some)).all()
+    with pytest.raises(FloatingPointError, match=rf"^the vector of item '{items[3]}' is not finite$"):
+        rec.item_vectors()
+    with pytest.raises(FloatingPointError, match=rf"^a cosine of item '{items[5]}' is not finite$"):
+        rec.similar(items[5])
+    with pytest.raises(FloatingPointError, match=r"^a score of user '0' is not finite$"):
+        rec.recommend(some)
+    rec = iam_jax.load(shop_run / "run")
+    rec.params["state_DE"] = rec.params["state_DE"] * np.inf
+    with pytest.raises(FloatingPointError, match=r"^the vector of user '0' is not finite$"):
+        rec.user_vectors(some)
+
+
 def test_folders_and_steps_that_are_not_there(shop_run, tmp_path):
     with pytest.raises(InputError, match=r"nothing/config\.json: no readable config of a run"):
         iam_jax.load(tmp_path / "nothing")

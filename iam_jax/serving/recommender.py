@@ -26,7 +26,7 @@ from iam_jax.ranking.baselines import rank_scores
 from iam_jax.ranking.core import Found, Ranker, Report, keeps_item_states, nothing, power_of_two
 from iam_jax.runs.checkpoint import Checkpoints
 from iam_jax.serving import loading
-from iam_jax.serving.inputs import Histories, Reader, answer, to_lists
+from iam_jax.serving.inputs import Histories, Reader, answer, is_list, to_lists
 from iam_jax.storage.files import to_path
 
 
@@ -141,8 +141,10 @@ class Recommender:
         if read.table:
             raise TypeError("rank takes lists of histories, with one target for each")
         users = read.users
-        if isinstance(targets, str) or len(targets) != len(users):
-            raise InputError(f"targets: give one item for each of the {len(users):,} histories")
+        if not is_list(targets):
+            raise TypeError(f"targets is a {type(targets).__name__}: give a list of item ids")
+        if len(targets) != len(users):
+            raise InputError(f"{len(targets):,} targets for {len(users):,} histories: give one item id for each")
         target = np.array([self._reader.row(item, f"targets[{n}]") for n, item in enumerate(targets)], np.int64)
         seen = _below(users.events, len(self.item_ids)) if filter_seen else None
         if self.config.eval.ranking == "likelihood":

@@ -79,9 +79,12 @@ def compare(runs: Sequence[str | Path]) -> "Comparison":
       runs: working folders; their runs must share data, split and protocol.
 
     Raises:
-      InputError: fewer than two folders, a folder without an evaluation, runs that cannot be compared.
+      InputError: fewer than two folders, a folder without an evaluation, runs that cannot be compared. TypeError: not a list of folders.
     """
     from iam_jax.runs import compare as compare_lib
+
+    if isinstance(runs, str | Path):
+        raise TypeError(f"runs is {str(runs)!r}: give a list of working folders")
 
     comparison = compare_lib.collect(compare_lib.named([str(run) for run in runs]))
     return Comparison(comparison)
@@ -297,4 +300,5 @@ def _own_signals() -> Iterator[Signals]:
         yield signals
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            if handler is not None:  # a handler that was not installed from Python cannot be installed again
+                signal.signal(number, handler)

@@ -164,6 +164,8 @@ def _plan(config: config_lib.Config) -> None:
     if asked["num_items"] is None:
         if given := [name for name in ("item_length", "num_users", "events") if asked[name] is not None]:
             raise InputError(f"--{given[0]} goes with --num_items=N, which assumes data instead of reading the config's")
+    if asked["top_k"] is not None and asked["top_k"] < 1:
+        raise InputError(f"--top_k={asked['top_k']}: must be 1 or more")
     topology.prepare(asked["topology"])
 
     from iam_jax.data.assumed import Assumption

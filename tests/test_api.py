@@ -74,5 +74,7 @@ def test_bad_configs(tmp_path, config, overrides, error, named):
 def test_a_folder_without_a_run(tmp_path):
     with pytest.raises(InputError, match=r"config\.json: no readable config of a run"):
         iam_jax.evaluate(tmp_path)
-    with pytest.raises(InputError):
+    with pytest.raises(InputError, match="a comparison needs two working folders or more"):
         iam_jax.compare([tmp_path])
+    with pytest.raises(TypeError, match=r"runs is 'runs/a': give a list of working folders"):
+        iam_jax.compare("runs/a")

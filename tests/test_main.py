@@ -230,6 +230,7 @@ WRONG = {
     "bad flag": ((TINY, "--wrokdir=x"), "wrokdir"),
     "no flag": ((TINY, "train"), "unknown flag 'train'"),
     "bad mode": ((TINY, "--mode=eval"), "--mode=eval", "evaluate"),
+    "no list": ((TINY, "--mode=plan", "--topology=local", "--top_k=-2"), "--top_k=-2: must be 1 or more"),
     "no run": ((TINY, "--mode=evaluate", "--workdir=nowhere"), "nowhere", "no run there"),
     "no run, no config": (("--mode=evaluate", "--workdir=nowhere"), "nowhere/config.json"),
     "not a run": ((TINY, "--workdir=notes"), "notes", "not empty"),

@@ -324,19 +324,27 @@ def test_the_benchmark_tells_whether_a_kill_shows(folder, tmp_path, monkeypatch)
     assert module.main(["--workdir=run", f"--path={folder / 'moved'}", f"--output={tmp_path / 'o.json'}"]) == 1
 
 
-@pytest.mark.parametrize("given", [False, True])
-def test_a_score_that_is_not_finite_ends_it(folder, users, shop, tmp_path, monkeypatch, given):
+@pytest.mark.parametrize(
+    ("kind", "named"),
+    [
+        ("lists", "a score of user"),
+        ("candidates", "a score of user"),
+        ("user vectors", "the vector of user"),
+        ("vectors", "the vector of item"),
+    ],
+)
+def test_a_value_that_is_not_finite_ends_it(folder, users, shop, tmp_path, monkeypatch, kind, named):
     restore = offline.restore
     nan = lambda x: jax.numpy.full_like(x, np.nan) if np.issubdtype(x.dtype, np.floating) else x  # noqa: E731
     monkeypatch.setattr(
         offline, "restore", lambda *arguments: (lambda step, params: (step, jax.tree.map(nan, params)))(*restore(*arguments))
     )
-    more = {}
-    if given:
-        more = {"candidates": tmp_path / "pairs.csv"}
-        shop.interactions.select("user", "item").unique().write_csv(more["candidates"])
-    with pytest.raises(FloatingPointError, match=r"a score of user '.+' is not finite"):
-        scored(folder, tmp_path / "lists", users=users, **more)
+    request = {"users": users} if kind != "vectors" else {}
+    if kind == "candidates":
+        request |= {"candidates": tmp_path / "pairs.csv"}
+        shop.interactions.select("user", "item").unique().write_csv(request["candidates"])
+    with pytest.raises(FloatingPointError, match=rf"{named} '.+' is not finite"):
+        scored(folder, tmp_path / "lists", **request, **({"vectors": True} if "vectors" in kind else {}))
     assert not list((tmp_path / "lists").glob("part-*"))
 
 

@@ -243,7 +243,12 @@ def test_items_with_their_text(rec, shop, shop_run):
         (lambda rec, a: rec.score([[a]], [[a], [a]]), InputError, "2 lists of candidates for 1 histories"),
         (lambda rec, a: rec.score([[a]], [[]]), InputError, r"candidates\[0\] is empty"),
         (lambda rec, a: rec.score([[a]], pl.DataFrame({"user": ["0"], "item": [a]})), TypeError, "both as lists or both as tables"),
-        (lambda rec, a: rec.rank([[a]], [a, a]), InputError, "one item for each of the 1 histories"),
+        (lambda rec, a: rec.recommend([pl.Series([a])]), TypeError, r"histories\[0\] is a Series: .* a list of lists"),
+        (lambda rec, a: rec.recommend([np.array(a)]), TypeError, r"histories\[0\] is a ndarray: .* a list of lists"),
+        (lambda rec, a: rec.recommend(b"a"), TypeError, "histories is a bytes"),
+        (lambda rec, a: rec.rank([[a]], [a, a]), InputError, "2 targets for 1 histories: give one item id for each"),
+        (lambda rec, a: rec.rank([[a]], a), TypeError, "targets is a str: give a list of item ids"),
+        (lambda rec, a: rec.rank([[a]], None), TypeError, "targets is a NoneType"),
         (lambda rec, a: rec.rank([[a]], ["x"]), InputError, r"targets\[0\]: no item 'x'"),
         (lambda rec, a: rec.similar("x"), InputError, "no item 'x'"),
     ],
@@ -252,6 +257,24 @@ def test_bad_input_is_one_clear_exception(rec, call, error, named):
     with pytest.raises(error, match=named) as caught:
         call(rec, rec.items["item"][0])
     assert "\n" not in str(caught.value)
+
+
+def test_vectors_that_are_not_finite(shop_run, histories):
+    """Neither a vector nor a list is made of them."""
+    rec = iam_jax.load(shop_run / "run")
+    items, some = rec.items["item"].to_list(), list(histories.values())[:2]
+    rec.params["table_IE"] = rec.params["table_IE"].at[3].set(np.nan)
+    assert np.isfinite(rec.user_vectors(some)).all()
+    with pytest.raises(FloatingPointError, match=rf"^the vector of item '{items[3]}' is not finite$"):
+        rec.item_vectors()
+    with pytest.raises(FloatingPointError, match=rf"^a cosine of item '{items[5]}' is not finite$"):
+        rec.similar(items[5])
+    with pytest.raises(FloatingPointError, match=r"^a score of user '0' is not finite$"):
+        rec.recommend(some)
+    rec = iam_jax.load(shop_run / "run")
+    rec.params["state_DE"] = rec.params["state_DE"] * np.inf
+    with pytest.raises(FloatingPointError, match=r"^the vector of user '0' is not finite$"):
+        rec.user_vectors(some)
 
 
 def test_folders_and_steps_that_are_not_there(shop_run, tmp_path):

@@ -154,15 +154,23 @@ def _column(column: Any) -> pl.Series:
     return pl.Series(column.name, values, strict=False)
 
 
+def is_list(given: object) -> bool:
+    """Whether this is a list, a tuple or an array with at least one axis. Strings and bytes are none."""
+    if isinstance(given, np.ndarray):
+        return given.ndim > 0
+    return isinstance(given, Sequence) and not isinstance(given, str | bytes)
+
+
 def _lists(given: object, name: str) -> list[list]:
-    """A list of lists. Strings are no lists: the usual slip is one history instead of a list of histories."""
-    whole = "a list of lists of item ids, or a table of polars or pandas"
-    if isinstance(given, str) or not isinstance(given, Sequence | np.ndarray):
-        raise TypeError(f"{name} is a {type(given).__name__}: give {whole}")
+    """A list of lists. One history instead of a list of histories is the usual mistake."""
+    expected = "a list of lists of item ids, or a table of polars or pandas"
+    if not is_list(given):
+        raise TypeError(f"{name} is a {type(given).__name__}: give {expected}")
     lists = []
     for n, items in enumerate(given):
-        if isinstance(items, str | dict) or not isinstance(items, Sequence | np.ndarray):
-            raise TypeError(f"{name}[{n}] is {items!r}: {name} is {whole} ([['a', 'b']] is one history of two items)")
+        if not is_list(items):
+            found = repr(items) if isinstance(items, str | dict) else f"a {type(items).__name__}"
+            raise TypeError(f"{name}[{n}] is {found}: {name} is {expected} ([['a', 'b']] is one history of two items)")
         lists.append([str(item) if isinstance(item, np.str_) else item for item in items])
     if not lists:
         raise InputError(f"{name} is empty")

@@ -26,7 +26,7 @@ from iam_jax.ranking.baselines import rank_scores
 from iam_jax.ranking.core import Found, Ranker, Report, keeps_item_states, nothing, power_of_two
 from iam_jax.runs.checkpoint import Checkpoints
 from iam_jax.serving import loading
-from iam_jax.serving.inputs import Histories, Reader, answer, to_lists
+from iam_jax.serving.inputs import Histories, Reader, answer, is_list, to_lists
 from iam_jax.storage.files import to_path
 
 
@@ -141,8 +141,10 @@ class Recommender:
         if read.table:
             raise TypeError("rank takes lists of histories, with one target for each")
         users = read.users
-        if isinstance(targets, str) or len(targets) != len(users):
-            raise InputError(f"targets: give one item for each of the {len(users):,} histories")
+        if not is_list(targets):
+            raise TypeError(f"targets is a {type(targets).__name__}: give a list of item ids")
+        if len(targets) != len(users):
+            raise InputError(f"{len(targets):,} targets for {len(users):,} histories: give one item id for each")
         target = np.array([self._reader.row(item, f"targets[{n}]") for n, item in enumerate(targets)], np.int64)
         seen = _below(users.events, len(self.item_ids)) if filter_seen else None
         if self.config.eval.ranking == "likelihood":
@@ -151,7 +153,7 @@ class Recommender:
                 scores = ranker.likelihoods(self.params, self._last(users), None, catalogue=read.catalogue)
             self._check_finite(np.isfinite(scores).all(1), users.ids)
             return rank_scores(scores, target, None if seen is None else (np.repeat(np.arange(len(seen)), seen.lengths), seen.item))
-        h_nE = self.history_vectors(users, catalogue=read.catalogue)
+        h_nE = self._history_vectors(users, catalogue=read.catalogue)
         without = None if seen is None else (lambda at: _others(seen.of(at), target[at]))
         with jax.set_mesh(self._mesh):
             rank, ties, finite = self.ranker.rank(h_nE, self._item_vectors, target, without)
@@ -174,8 +176,11 @@ class Recommender:
             else:
                 row = self._reader.row(item)
                 h_1E, seen = self._item_vectors[row : row + 1], to_lists([[row]])
-            found = self.ranker.top(np.asarray(_unit(h_1E)), _unit(self._item_vectors), seen, min(k, len(self.item_ids)))
-        return self._lists(*found[:2])[0]
+            h_1E, v_IE, k = np.asarray(_unit(h_1E)), _unit(self._item_vectors), min(k, len(self.item_ids))
+            item_1K, cosine_1K, finite = self.ranker.top(h_1E, v_IE, seen, k)
+        if not finite.all():
+            raise FloatingPointError(f"a cosine of item {item!r} is not finite")
+        return self._lists(item_1K, cosine_1K)[0]
 
     def item_vectors(self) -> np.ndarray:
         """[I, E] float32: the vector of every item, in the order of `items`. Raises InputError for a model without item vectors."""
@@ -197,27 +202,25 @@ class Recommender:
         return self._stored.item_ids
 
     def vectors_of(self, rows: slice) -> np.ndarray:
-        """[n, E] float32: the vectors of a stretch of the catalogue."""
+        """[n, E] float32: the vectors of a stretch of the catalogue. Raises FloatingPointError for a value that is not finite."""
         with jax.set_mesh(self._mesh):
-            return np.asarray(self._item_vectors[rows])
+            v_nE = np.asarray(self._item_vectors[rows])
+        if not np.isfinite(v_nE).all():
+            raise FloatingPointError(f"the vector of item {self.item_ids[rows][int(np.argmin(np.isfinite(v_nE).all(1)))]!r} is not finite")
+        return v_nE
 
     def history_vectors(
         self, users: Users, history_tokens: int | None = None, report: Report = nothing, catalogue: Catalogue | None = None
     ) -> np.ndarray:
         """[n, E] float32: the projected state behind all of a user's events (`data.last_n`), of which the most recent that fit are read.
+        Raises FloatingPointError for a value that is not finite.
 
         history_tokens: of all histories of the request, which decide whether the catalogue's states are used (`keeps_item_states`); None:
         of these. report: called after each batch with its number of users. catalogue: the model's own with more items behind.
         """
-        catalogue, row_tokens = catalogue or self._stored.catalogue, self.config.data.row_tokens
-        events, targets = with_targets(users.events.last(self.config.data.last_n))
-        rows = Rows(events, catalogue, evaluation_segments(events, catalogue, row_tokens, targets), row_tokens)
-        tokens = int(catalogue.lengths[users.events.item].sum()) if history_tokens is None else history_tokens
-        own = catalogue is self._stored.catalogue and keeps_item_states(self.config, catalogue, tokens)
-        shards = batch_shards(self._mesh)
-        few = -(-min(power_of_two(len(rows)), self.config.score.batch_rows) // shards) * shards  # a single history is no whole batch
-        with jax.set_mesh(self._mesh):
-            return self._ranker_of(catalogue).history_vectors(self.params, rows, self._leading_states if own else None, few, report)
+        h_nE = self._history_vectors(users, history_tokens, report, catalogue)
+        self._check_finite(np.isfinite(h_nE).all(1), users.ids, "the vector")
+        return h_nE
 
     def top(
         self,
@@ -236,7 +239,7 @@ class Recommender:
             left_out = seen.split() if seen is not None else [np.zeros(0, np.int32)] * len(users)
             with jax.set_mesh(self._mesh):
                 return self.ranker.likeliest(self.params, self._last(users), left_out, k, report, catalogue)
-        h_nE = self.history_vectors(users, history_tokens, report, catalogue)
+        h_nE = self._history_vectors(users, history_tokens, report, catalogue)
         with jax.set_mesh(self._mesh):
             item, score, finite = self.ranker.top(h_nE, self._item_vectors, seen, k)
         self._check_finite(finite, users.ids)
@@ -260,7 +263,7 @@ class Recommender:
                 found = ranker.likelihoods(self.params, self._last(users), users.candidates.split(), report, catalogue)
             score = np.pad(found, ((0, 0), (0, item.shape[1] - found.shape[1])), constant_values=-np.inf)
         else:
-            h_nE = self.history_vectors(users, history_tokens, report, catalogue)
+            h_nE = self._history_vectors(users, history_tokens, report, catalogue)
             with jax.set_mesh(self._mesh):
                 score = self.ranker.scores(h_nE, self._item_vectors, item)
         self._check_finite(np.isfinite(score).all(1, where=item >= 0), users.ids)
@@ -284,6 +287,20 @@ class Recommender:
         for note in read.notes:
             warnings.warn(note, stacklevel=3)
         return read
+
+    def _history_vectors(
+        self, users: Users, history_tokens: int | None = None, report: Report = nothing, catalogue: Catalogue | None = None
+    ) -> np.ndarray:
+        """As `history_vectors`; its scores are checked instead."""
+        catalogue, row_tokens = catalogue or self._stored.catalogue, self.config.data.row_tokens
+        events, targets = with_targets(users.events.last(self.config.data.last_n))
+        rows = Rows(events, catalogue, evaluation_segments(events, catalogue, row_tokens, targets), row_tokens)
+        tokens = int(catalogue.lengths[users.events.item].sum()) if history_tokens is None else history_tokens
+        own = catalogue is self._stored.catalogue and keeps_item_states(self.config, catalogue, tokens)
+        shards = batch_shards(self._mesh)
+        few = -(-min(power_of_two(len(rows)), self.config.score.batch_rows) // shards) * shards  # a single history is no whole batch
+        with jax.set_mesh(self._mesh):
+            return self._ranker_of(catalogue).history_vectors(self.params, rows, self._leading_states if own else None, few, report)
 
     def _last(self, users: Users) -> list[np.ndarray]:
         return users.events.last(self.config.data.last_n).split()
@@ -333,9 +350,9 @@ class Recommender:
         if self.config.eval.ranking == "likelihood":
             raise InputError(f"{what}: a model with config.eval.ranking = 'likelihood' has no vectors")
 
-    def _check_finite(self, finite_n: np.ndarray | np.bool, ids: pl.Series) -> None:
+    def _check_finite(self, finite_n: np.ndarray | np.bool, ids: pl.Series, what: str = "a score") -> None:
         if not finite_n.all():
-            raise FloatingPointError(f"a score of user {ids[int(np.argmin(finite_n))]!r} is not finite")
+            raise FloatingPointError(f"{what} of user {ids[int(np.argmin(finite_n))]!r} is not finite")
 
 
 @jax.jit

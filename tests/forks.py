@@ -120,9 +120,14 @@ def child(job, out, err):
 
 def serve():
     sys.path.remove(str(TESTS))
-    import iam_jax.ranking.evaluate
+    import tensorboardX
+
+    import iam_jax.api
     import iam_jax.runs.compare
+    import iam_jax.serving.offline
     import iam_jax.training.loop  # noqa: F401
+
+    assert tensorboardX
 
     for line in sys.stdin:
         with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:

@@ -34,7 +34,7 @@ def config_text(fields, more=""):
 @pytest.fixture(scope="session")
 def steps(tiny):
     """Settings of a run that is long enough to be interrupted."""
-    return tiny | {"train.steps": 400, "train.eval_every": 150, "log.every": 5}
+    return tiny | {"train.steps": 200, "train.eval_every": 75, "log.every": 3}
 
 
 @pytest.fixture(scope="session")
@@ -116,7 +116,7 @@ def test_output_and_files_of_a_run(folder, whole):
     assert hr["oracle"] == max(hr.values()) and all(f"{value:.4f}" in out for value in hr.values())
     cost = json.loads((folder / "whole" / "run.json").read_text())
     last_step = json.loads((folder / "whole" / "metrics.jsonl").read_text().splitlines()[-2])  # the last line is a validation
-    assert (cost["steps"], cost["tokens_seen"]) == (last_step["step"], last_step["tokens_seen"]) and last_step["step"] == 400
+    assert (cost["steps"], cost["tokens_seen"]) == (last_step["step"], last_step["tokens_seen"]) and last_step["step"] == 200
     assert f"{cost['parameters']:,} parameters; " in out and cost["trained"] == cost["parameters"] and 0 < cost["minutes"] < 5
     assert pl.read_parquet(folder / "whole" / "ranks.parquet")["split"].value_counts().sort("split")["count"].to_list() == [60, 60]
     baselines = pl.read_parquet(folder / "whole" / "baselines.parquet")
@@ -137,7 +137,7 @@ def test_the_same_command_twice_gives_the_same_bytes(folder, whole):
     run_anew(folder, "--config=tiny.py", "--workdir", "twice", PYTHONHASHSEED="7", JAX_ENABLE_COMPILATION_CACHE="false")
     for name in ("evaluation.json", "ranks.parquet", "baselines.parquet", "config.json", "data.json", "tokenizer.json", "items.parquet"):
         assert (folder / "twice" / name).read_bytes() == (folder / "whole" / name).read_bytes(), name
-    assert_same(checkpoint(folder / "twice", 400), checkpoint(folder / "whole", 400))
+    assert_same(checkpoint(folder / "twice", 200), checkpoint(folder / "whole", 200))
 
 
 def test_ctrl_c_and_sigterm_and_on_with_the_same_command(folder, whole):
@@ -157,13 +157,13 @@ def test_ctrl_c_and_sigterm_and_on_with_the_same_command(folder, whole):
         assert err == "stopped; the same command goes on from here\n"
         assert not (workdir / "evaluation.json").exists()
         saved = sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())  # only complete checkpoints
-        assert 0 < saved[-1] < 400
+        assert 0 < saved[-1] < 200
         done = lines()
     out, _ = run(folder, *command)
     assert f"continuing from step {saved[-1]}" in out
     for name in ("evaluation.json", "ranks.parquet"):
         assert (workdir / name).read_bytes() == (folder / "whole" / name).read_bytes()
-    assert_same(checkpoint(workdir, 400), checkpoint(folder / "whole", 400))
+    assert_same(checkpoint(workdir, 200), checkpoint(folder / "whole", 200))
 
     assert metrics_lines(workdir) == metrics_lines(folder / "whole")
     metrics = (workdir / "metrics.jsonl").read_bytes()
@@ -201,7 +201,7 @@ def test_evaluate_needs_only_the_working_folder(folder, whole):
     run(folder, "--mode=evaluate", "--workdir=whole", "--config.eval.filter_seen=false", "--step=last", "--config.eval.metric=hr@10")
     other = evaluation()
     assert trained["protocol"]["filter_seen"] and not other["protocol"]["filter_seen"]
-    assert other["step"] == 400
+    assert other["step"] == 200
     assert other["results"]["popularity"] != trained["results"]["popularity"]
     anew = ("evaluation.json", "ranks.parquet", "baselines.parquet")
     same = {name: data for name, data in contents(folder / "whole").items() if name not in anew}
@@ -276,10 +276,10 @@ def test_wrong_input_gives_a_one_line_error_and_writes_nothing(wrong, case):
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        ((TINY, "--config.model.width=8", "--config.train.steps=400"), ("config", "model.width (16 there, 8 here)")),
-        ((TINY, "--config.train.steps=399"), ("train.steps (400 there, 399 here)",)),
+        ((TINY, "--config.model.width=8", "--config.train.steps=200"), ("config", "model.width (16 there, 8 here)")),
+        ((TINY, "--config.train.steps=199"), ("train.steps (200 there, 199 here)",)),
         ((TINY, "--config.eval.metric=hr@7", "--config.eval.ks=(7,)"), ("eval.metric = 'hr@7' was not measured",)),
-        (("--mode=evaluate", "--step=77"), ("--step=77", "300, 400")),
+        (("--mode=evaluate", "--step=77"), ("--step=77", "150, 200")),
         (("--mode=evaluate", "--step=newest"), ("--step=newest",)),
     ],
 )

@@ -1,6 +1,7 @@
 """Tiny configs, histories and batches for the tests of the model, and a second implementation of the model: NumPy loops in float64."""
 
 import dataclasses
+import gzip
 import json
 import os
 from collections.abc import Callable
@@ -12,10 +13,11 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from iam_jax.config import Config, ModelConfig, resolve
+from iam_jax.config import Config, ModelConfig, SyntheticConfig, resolve
 from iam_jax.data.batches import Batch, Rows, training_segments
 from iam_jax.data.catalogue import Catalogue
 from iam_jax.data.prepare import Prepared
+from iam_jax.data.sources import synthetic
 from iam_jax.data.splits import TEST, TRAIN, VALIDATION, Events, Split
 from iam_jax.model import Model
 from iam_jax.schedule import parse_schedule
@@ -50,6 +52,15 @@ def metrics_lines(workdir: Path) -> list[dict]:
     """The lines of metrics.jsonl, without the fields that differ between two runs of the same command."""
     all_lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in line.items() if not is_timing(name)} for line in all_lines]
+
+
+def write_shop(folder: Path) -> Path:
+    """Tables of a made-up shop as gzipped TSV files, which real data sets beside the checkout are, too."""
+    tables = synthetic.from_config(SyntheticConfig(users=200, products=60)).tables()
+    folder.mkdir()
+    for name, table in (("interactions", tables.interactions), ("items", tables.items)):
+        (folder / f"{name}.tsv.gz").write_bytes(gzip.compress(table.write_csv(separator="\t", quote_style="never").encode()))
+    return folder
 
 
 # ---- batches

@@ -103,6 +103,13 @@ def test_real_movies():
     assert len(genres) == 18  # the number in the README of GroupLens
 
 
+def test_movies_in_iso_8859_1(tmp_path):
+    """What test_real_movies asserts, wherever it runs."""
+    (tmp_path / "movies.dat").write_bytes("1::Toy Story (1995)::Animation|Comedy\n73::Misérables, Les (1995)::Drama\n".encode("iso-8859-1"))
+    movies = list(movielens.parse_movies(movielens.read_lines(tmp_path / "movies.dat", "movies.dat", "movies.dat")))
+    assert movies == [("1", "Toy Story (1995)", "Animation|Comedy"), ("73", "Misérables, Les (1995)", "Drama")]
+
+
 def test_zip_and_extracted_files_are_the_same_data(tmp_path, capsys):
     archive = write_zip(tmp_path / "zip")
     write_plain(tmp_path / "plain")

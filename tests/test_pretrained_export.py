@@ -1,7 +1,6 @@
 """Export of model folders, which are then read again."""
 
 import json
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -25,8 +24,6 @@ from safetensors.numpy import load_file
 
 from iam_jax.errors import InputError
 from iam_jax.model import pretrained
-
-STORIES = Path(__file__).parents[2] / "shared" / "data" / "tiny-llama-stories"
 
 
 @pytest.mark.parametrize("name", MODELS)

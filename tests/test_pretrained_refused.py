@@ -24,8 +24,6 @@ from safetensors.numpy import save_file
 from iam_jax.errors import InputError
 from iam_jax.model import pretrained
 
-STORIES = Path(__file__).parents[2] / "shared" / "data" / "tiny-llama-stories"
-
 
 @pytest.mark.parametrize(
     ("name", "values", "message"),

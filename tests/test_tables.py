@@ -11,6 +11,7 @@ from pathlib import Path
 
 import polars as pl
 import pytest
+from helpers import write_shop
 
 from iam_jax.data import tables as tables_lib
 from iam_jax.data.tables import (
@@ -430,12 +431,24 @@ def test_fingerprint(tmp_path):
     ],
 )
 def test_real_data(name, users, items, events):
-    tables = read_tables(DATA / name)
+    tables = read_verbatim(DATA / name)
     assert (tables.interactions["user"].n_unique(), len(tables.items), len(tables.interactions)) == (users, items, events)
-    with gzip.open(DATA / name / "interactions.tsv.gz", "rt", encoding="utf-8", newline="\n") as file:
+
+
+def test_a_made_up_shop(tmp_path):
+    """What test_real_data asserts, wherever it runs."""
+    tables = read_verbatim(write_shop(tmp_path / "shop"))
+    assert (tables.interactions["user"].n_unique(), len(tables.items)) == (200, 60)
+
+
+def read_verbatim(folder):
+    """The tables of a folder, whose values are written again as they are in the files."""
+    tables = read_tables(folder)
+    with gzip.open(folder / "interactions.tsv.gz", "rt", encoding="utf-8", newline="\n") as file:
         lines = file.read().splitlines()[1:]
     texts = canonical_timestamps(tables.interactions["timestamp"])
     rows = zip(tables.interactions["user"], tables.interactions["item"], texts, strict=True)
     assert ["\t".join(row) for row in rows] == lines
-    with gzip.open(DATA / name / "items.tsv.gz", "rt", encoding="utf-8", newline="\n") as file:
+    with gzip.open(folder / "items.tsv.gz", "rt", encoding="utf-8", newline="\n") as file:
         assert ["\t".join(row) for row in tables.items.rows()] == file.read().split("\n")[1:-1]
+    return tables

@@ -161,7 +161,7 @@ def is_list(given: object) -> bool:
     return isinstance(given, Sequence) and not isinstance(given, str | bytes)
 
 
-def _lists(given: object, name: str) -> list[list]:
+def _lists(given: Any, name: str) -> list[list]:
     """A list of lists. One history instead of a list of histories is the usual mistake."""
     expected = "a list of lists of item ids, or a table of polars or pandas"
     if not is_list(given):

@@ -52,7 +52,7 @@ def make_training_items(catalogue: Catalogue, events: Events, segments: Segments
 
 def summed_up(weight_I: np.ndarray) -> np.ndarray:
     """The cumulative weights for `draw`, in units of 2^-31 of their sum, uint32. Item i is drawn in proportion to weight_I[i]."""
-    # In integers: with a float32 sum items without weight would be drawn (5e-5 of the draws for 300,000 items), and others too often.
+    # In integers: a float32 sum would give items without weight a probability (5e-5 together, of 300,000 items), and others a wrong one.
     total_I = np.cumsum(weight_I, dtype=np.float64)
     return np.rint(total_I / total_I[-1] * 2**31).astype(np.uint32)
 

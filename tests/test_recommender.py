@@ -278,7 +278,7 @@ def test_vectors_that_are_not_finite(shop_run, histories):
 
 
 def test_folders_and_steps_that_are_not_there(shop_run, tmp_path):
-    with pytest.raises(InputError, match=r"nothing/config\.json: no readable config of a run"):
+    with pytest.raises(InputError, match=r"nothing/config\.json: cannot read the config of a run"):
         iam_jax.load(tmp_path / "nothing")
     with pytest.raises(InputError, match="--step=7"):
         iam_jax.load(shop_run / "run", step=7)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import ml_collections
 
 from iam_jax import config_files
-from iam_jax.config import CONFIG_FILE, Config, flatten, get_config, resolve, to_json
+from iam_jax.config import CONFIG_FILE, Config, flatten, get_config, override, resolve, to_json
 from iam_jax.devices import distributed
 from iam_jax.devices.signals import Signals
 from iam_jax.errors import InputError
@@ -275,16 +275,7 @@ def _resolved(config: AnyConfig, overrides: Mapping[str, Any] | None) -> Config:
         config = ml_collections.ConfigDict(dataclasses.asdict(config))
     elif not isinstance(config, ml_collections.ConfigDict):
         raise TypeError(f"config is a {type(config).__name__}: give the path or name of a config file, a ConfigDict or a Config")
-    config = ml_collections.ConfigDict(config.to_dict()).lock()
-    known = flatten(config.to_dict())
-    for name, value in (overrides or {}).items():
-        if name not in known:
-            raise InputError(f"config.{name}: no such field")
-        try:
-            config.update_from_flattened_dict({name: value})
-        except (TypeError, ValueError) as error:
-            raise InputError(f"config.{name} = {value!r}: {error}") from error
-    return resolve(config)
+    return resolve(override(config, overrides))
 
 
 @contextlib.contextmanager

@@ -1,8 +1,7 @@
-"""The config: every field with its default and meaning, validated once, with the field's name in every error.
+"""The config: every field with its default and meaning. It is validated once, and every error names the field.
 
-A config file holds `get_config()`, which starts from `default_config()` and returns a locked `ConfigDict`; the command line
-overrides single fields (`--config.train.steps=200`). `resolve` turns it into the frozen dataclasses below, which is what the
-program reads.
+A config file defines `get_config()`, which starts from `default_config()` and returns a locked `ConfigDict`. The command line overrides
+single fields (`--config.train.steps=200`). `resolve` turns the `ConfigDict` into the frozen dataclasses below, which the program reads.
 """
 
 import dataclasses
@@ -10,6 +9,7 @@ import json
 import math
 import os
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import ml_collections
@@ -206,52 +206,52 @@ class Config:
 
     @property
     def uses_text(self) -> bool:
-        """Whether item vectors come from the items' text, in part or whole."""
+        """Whether item vectors are computed from the items' text, alone or in sum with the table."""
         return self.objective.item > 0 and self.objective.vectors != "table"
 
     @property
     def leading_vectors(self) -> bool:
-        """Whether the text vectors come from the states after the leading intra layers."""
+        """Whether text vectors are computed from the states after the leading intra layers."""
         return self.uses_text and self.objective.text_layers == "leading"
 
     @property
     def states_by_item(self) -> bool:
-        """Whether there are leading intra layers whose states depend on the item alone, wherever it stands."""
+        """Whether the schedule has leading intra layers, and their states depend on the item alone (not on its position)."""
         return self.model.positions == "rotary" and self.schedule.leading_intra > 0
 
     @property
     def selection(self) -> str:
-        """The name under which the metric that selects the best step is kept."""
+        """The name, in the checkpoints' metrics, of the metric that selects the best step."""
         return f"{self.metric_prefix}{self.eval.metric}"
 
     @property
     def metric_prefix(self) -> str:
-        """What tells validation metrics of other rankings than the item objective's apart."""
+        """Prefix of the names of validation metrics: "" for ranking by item scores, else the kind of ranking."""
         if self.eval.ranking == "item":
             return ""
         return f"{'length-normalized ' * self.eval.length_normalized}{self.eval.ranking} "
 
     @property
     def freezes(self) -> bool:
-        """Whether the config leaves pretrained parameters untrained (besides an output embedding that nothing reads)."""
-        chosen = self.model.lora.rank if self.train.frozen == "auto" else self.train.frozen
-        return bool(self.model.pretrained and chosen)
+        """Whether some pretrained parameters are not trained (apart from an output embedding that nothing reads)."""
+        selected = self.model.lora.rank if self.train.frozen == "auto" else self.train.frozen
+        return bool(self.model.pretrained and selected)
 
     @property
     def drops(self) -> bool:
-        """Whether there is any dropout inside the layers."""
+        """Whether the layers have dropout."""
         return self.model.dropout > 0 or (self.model.lora.rank > 0 and self.model.lora.dropout > 0)
 
     @property
     def softmax(self) -> str:
-        """objective.softmax with `auto` decided."""
+        """objective.softmax, where `auto` is replaced by its choice."""
         if self.objective.softmax != "auto":
             return self.objective.softmax
         return "sampled" if self.uses_text else "full"
 
 
-# What may change between two runs of one working folder. `data.path`, `data.cache` and `model.pretrained` say where, not what:
-# hashes are compared instead.
+# Fields that may change between two runs of one working folder. `data.path`, `data.cache` and `model.pretrained` are locations; hashes of
+# their content are compared instead.
 FREE_FIELDS = (
     "eval.", "score.", "log.", "mesh.", "data.path", "data.cache", "train.max_minutes", "train.keep", "train.skip_limit",
     "model.scan", "model.remat", "model.attention", "model.pretrained",
@@ -259,13 +259,20 @@ FREE_FIELDS = (
 
 
 def default_config() -> ml_collections.ConfigDict:
-    """A locked ConfigDict with every field at its default."""
+    """Returns a locked ConfigDict with every field at its default."""
     return ml_collections.ConfigDict(dataclasses.asdict(Config())).lock()
 
 
 def finetuning_config(variant: str) -> ml_collections.ConfigDict:
-    """A start for configs of existing language models: item-aware blocks behind every four of sixteen layers, bfloat16. variant: `lora`
-    trains adapters and what is new, the model frozen; `full` trains everything. Raises InputError for another."""
+    """Returns a starting point for configs that fine-tune a pretrained language model, with an item-aware block after every four of sixteen
+    layers, in bfloat16.
+
+    Args:
+      variant: `lora` freezes the pretrained parameters and trains adapters and the new layers; `full` trains all parameters.
+
+    Raises:
+      InputError: if variant is neither.
+    """
     if variant not in ("lora", "full"):
         raise InputError(f"variant {variant!r}: must be lora or full")
     config: Any = default_config()  # a ConfigDict, whose fields are known when it is made
@@ -283,43 +290,72 @@ def finetuning_config(variant: str) -> ml_collections.ConfigDict:
 
 
 def get_config(workdir: str) -> ml_collections.ConfigDict:
-    """The config a working folder was made by (this module is itself a config file: `--config=config.py:WORKDIR`)."""
+    """Returns the locked config of a working folder. (It makes this module a config file: `--config=config.py:WORKDIR`.)
+
+    Raises InputError if the config cannot be read, or has fields that this version does not know.
+    """
     return ml_collections.ConfigDict(_tuples(_read_saved(workdir))).lock()
 
 
 def _read_saved(workdir: str | os.PathLike) -> dict:
-    """The config of a working folder. Fields that came later take their defaults: a new field's default has to mean what the program did
-    before. Raises InputError where the config is unreadable or has fields of a later version."""
+    """Returns the config of a working folder as nested dicts.
+
+    Fields that the saved config lacks get their defaults. So the default of a new field has to mean what the program did before.
+
+    Raises InputError if the config cannot be read, or has fields that this version does not know.
+    """
     path = to_path(workdir) / CONFIG_FILE
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(saved, dict):
             raise ValueError("not a JSON object")
     except (OSError, ValueError) as error:  # text that is not UTF-8 or not JSON is a ValueError
-        raise InputError(f"{path}: no readable config of a run ({getattr(error, 'strerror', None) or error})") from error
+        raise InputError(f"{path}: cannot read the config of a run ({getattr(error, 'strerror', None) or error})") from error
     defaults = json.loads(to_json(Config()))
     if unknown := sorted(flatten(saved).keys() - flatten(defaults).keys()):
-        raise InputError(f"{path}: written by another version of this program, no config fields here: {', '.join(unknown)}")
-    return _over(defaults, saved)
+        raise InputError(f"{path}: another version of this program wrote it; this version has no config fields {', '.join(unknown)}")
+    return _with_defaults(saved, defaults)
 
 
-def _over(defaults: dict, values: dict) -> dict:
-    return {k: v if k not in values else _over(v, values[k]) if isinstance(v, dict) else values[k] for k, v in defaults.items()}
+def _with_defaults(values: dict, defaults: dict) -> dict:
+    """Nested values, with the default where there is no value."""
+    return {
+        name: _with_defaults(values.get(name, {}), default) if isinstance(default, dict) else values.get(name, default)
+        for name, default in defaults.items()
+    }
+
+
+def override(config: ml_collections.ConfigDict, overrides: Mapping[str, Any] | None) -> ml_collections.ConfigDict:
+    """Returns a locked copy of the config with other values for some fields, by dotted name: `{"train.steps": 200}`.
+
+    Raises InputError for an unknown field and for a value of another type.
+    """
+    config = ml_collections.ConfigDict(config.to_dict()).lock()
+    fields = flatten(config.to_dict())
+    for name, value in (overrides or {}).items():
+        if name not in fields:
+            raise InputError(f"config.{name}: no such field")
+        try:
+            config.update_from_flattened_dict({name: value})
+        except (TypeError, ValueError) as error:
+            raise InputError(f"config.{name} = {value!r}: {error}") from error
+    return config
 
 
 def resolve(config: ml_collections.ConfigDict) -> Config:
-    """Dataclasses from a ConfigDict, checked. Raises InputError naming the field."""
+    """Turns a ConfigDict into the dataclasses and checks them. Raises InputError, which names the field."""
     resolved = _from_dict(Config, config.to_dict(), "")
     check(resolved)
     return resolved
 
 
 def to_json(config: Config) -> str:
+    """Returns the config as the text of a working folder's CONFIG_FILE."""
     return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
 
 
 def check_same_run(workdir: str | os.PathLike, config: Config) -> None:
-    """Refuses a working folder that another config made; the error names the keys that differ."""
+    """Raises InputError if the working folder belongs to a run with another config (FREE_FIELDS aside). The error names the fields."""
     if not (to_path(workdir) / CONFIG_FILE).exists():
         return
     saved, wanted = flatten(_read_saved(workdir)), flatten(json.loads(to_json(config)))
@@ -329,11 +365,11 @@ def check_same_run(workdir: str | os.PathLike, config: Config) -> None:
         if not key.startswith(FREE_FIELDS) and saved[key] != wanted[key] and not (key == "train.steps" and wanted[key] >= saved[key])
     ]
     if differing:
-        raise InputError(f"{workdir} was made by another config: {'; '.join(differing)}. Choose another --workdir.")
+        raise InputError(f"{workdir} belongs to a run with another config: {'; '.join(differing)}. Choose another --workdir.")
 
 
 def flatten(tree: dict, prefix: str = "") -> dict:
-    """{"a": {"b": 1}} -> {"a.b": 1}"""
+    """Flattens nested dicts: {"a": {"b": 1}} -> {"a.b": 1}."""
     flat = {}
     for key, value in tree.items():
         flat.update(flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
@@ -341,10 +377,15 @@ def flatten(tree: dict, prefix: str = "") -> dict:
 
 
 def _tuples(tree: dict) -> dict:
-    return {k: _tuples(v) if isinstance(v, dict) else tuple(v) if isinstance(v, list) else v for k, v in tree.items()}
+    """Nested values, with tuples instead of lists (JSON has no tuples)."""
+    return {
+        name: _tuples(value) if isinstance(value, dict) else tuple(value) if isinstance(value, list) else value
+        for name, value in tree.items()
+    }
 
 
 def _from_dict(cls, values: dict, prefix: str):
+    """A dataclass of the config from nested dicts. prefix: of the field names in errors. Raises InputError, which names the field."""
     fields = {field.name: field for field in dataclasses.fields(cls)}
     for name in values:
         if name not in fields:
@@ -372,7 +413,7 @@ def _from_dict(cls, values: dict, prefix: str):
 
 
 def check(config: Config) -> None:
-    """Raises InputError naming the first field that is out of range or does not go with another."""
+    """Raises InputError for the first field that is out of range or contradicts another field. The error names the field and its value."""
     data, model, objective, optimizer, train, evaluation = (
         config.data, config.model, config.objective, config.optimizer, config.train, config.eval,
     )  # fmt: skip
@@ -396,11 +437,11 @@ def check(config: Config) -> None:
         require(value >= 0, f"data.{field}", "must be 0 or more")
     require(0 <= data.unseen_items < 1, "data.unseen_items", "must be in [0, 1)")
     if data.split == "temporal":
-        require(bool(data.t1), "data.t1", "a temporal split needs both times")
-        require(bool(data.t2), "data.t2", "a temporal split needs both times")
+        for field, value in (("t1", data.t1), ("t2", data.t2)):
+            require(bool(value), f"data.{field}", "a temporal split needs data.t1 and data.t2")
     require(data.vocabulary >= 256, "data.vocabulary", "a byte-level BPE has at least 256 tokens")
     require(data.item_tokens >= 1, "data.item_tokens", "must be 1 or more")
-    require(data.context_items >= 1, "data.context_items", "must be 1 or more: a target is predicted from the item before it")
+    require(data.context_items >= 1, "data.context_items", "must be 1 or more, because a target is predicted from the item before it")
     require(data.row_tokens >= 2, "data.row_tokens", "must be 2 or more")
     for field in ("users", "products"):
         require(getattr(data.synthetic, field) >= 10, f"data.synthetic.{field}", "must be 10 or more")
@@ -408,10 +449,10 @@ def check(config: Config) -> None:
     require(data.synthetic.seed >= 0, "data.synthetic.seed", "must be 0 or more")
     by_id = data.tokenizer == "id"
     for field in ("prompt", "separator", "suffix", "shuffled_titles"):
-        require(not (by_id and getattr(data, field)), f"data.{field}", "needs text tokens, and data.tokenizer is 'id'")
+        require(not (by_id and getattr(data, field)), f"data.{field}", "needs text tokens, but data.tokenizer is 'id'")
     pretrained = bool(model.pretrained)
-    require(not pretrained or data.tokenizer == "pretrained", "data.tokenizer", "with model.pretrained it must be 'pretrained'")
-    require(pretrained or data.tokenizer != "pretrained", "model.pretrained", "data.tokenizer = 'pretrained' needs a folder here")
+    require(not pretrained or data.tokenizer == "pretrained", "data.tokenizer", "must be 'pretrained' with model.pretrained")
+    require(pretrained or data.tokenizer != "pretrained", "model.pretrained", "data.tokenizer = 'pretrained' needs the folder of a model")
 
     schedule = config.schedule
     require(model.width >= 1, "model.width", "must be 1 or more")
@@ -419,10 +460,10 @@ def check(config: Config) -> None:
     require(model.head_size >= 0, "model.head_size", "must be 0 or more")
     require(model.head_size > 0 or model.width % model.heads == 0, "model.heads", f"must divide model.width = {model.width}")
     head_size = model.head_size or model.width // model.heads
-    even = model.positions != "rotary" or head_size % 2 == 0
-    require(even, "model.head_size", f"rotary positions need an even one, not {head_size}")
-    divides = model.kv_heads >= 0 and model.heads % (model.kv_heads or 1) == 0
-    require(divides, "model.kv_heads", f"must divide model.heads = {model.heads}")
+    rotary = model.positions == "rotary"
+    require(not rotary or head_size % 2 == 0, "model.head_size", f"rotary positions need an even head size, not {head_size}")
+    kv_heads_fit = model.kv_heads >= 0 and model.heads % (model.kv_heads or 1) == 0
+    require(kv_heads_fit, "model.kv_heads", f"must divide model.heads = {model.heads}")
     require(model.mlp_width >= 0, "model.mlp_width", "must be 0 or more")
     for field in ("norm_epsilon", "rope_theta"):
         require(getattr(model, field) > 0, f"model.{field}", "must be above 0")
@@ -434,13 +475,13 @@ def check(config: Config) -> None:
     choice("model.dtype", model.dtype, "float32", "bfloat16")
     choice("model.attention", model.attention, "auto", "reference", "tpu", "gpu")
     choice("model.item_states", model.item_states, "auto", "on", "off")
-    rotary = model.positions == "rotary"
     require(model.inter_positions == "token" or rotary, "model.inter_positions", "'item' needs rotary positions")
-    alone = config.states_by_item
-    require(model.item_states != "on" or alone, "model.item_states", "'on' needs rotary positions and a schedule that begins with intra")
-    require(model.max_positions >= 0, "model.max_positions", "must be 0 or more")
-    most = model.max_positions
-    require(rotary or not most or most >= data.row_tokens, "data.row_tokens", f"there are {most} learned positions (model.max_positions)")
+    item_states = model.item_states != "on" or config.states_by_item
+    require(item_states, "model.item_states", "'on' needs rotary positions and a schedule that begins with intra")
+    learned = model.max_positions
+    require(learned >= 0, "model.max_positions", "must be 0 or more")
+    row_fits = rotary or not learned or learned >= data.row_tokens
+    require(row_fits, "data.row_tokens", f"the model has only {learned} learned positions (model.max_positions)")
     choice("model.rope_scaling", model.rope_scaling, "none", "linear", "llama3")
     for field in ("rope_factor", "rope_low", "rope_original"):
         require(getattr(model, field) > 0, f"model.{field}", "must be above 0")
@@ -455,12 +496,10 @@ def check(config: Config) -> None:
         try:
             re.compile(pattern)
         except re.error as error:
-            require(False, field, f"is no regular expression: {error}")
-    require(train.frozen == "auto" or pretrained, "train.frozen", "only pretrained parameters can be frozen, and model.pretrained is empty")
-    freezes = config.freezes
-    require(freezes or not train.trained, "train.trained", "nothing is frozen (model.pretrained, model.lora.rank, train.frozen)")
-    rounds = model.frozen_dtype != "float32"
-    require(freezes or not rounds, "model.frozen_dtype", "nothing is frozen (model.pretrained, model.lora.rank, train.frozen)")
+            require(False, field, f"not a regular expression: {error}")
+    require(train.frozen == "auto" or pretrained, "train.frozen", "only pretrained parameters can be frozen, but model.pretrained is empty")
+    for field, default in (("train.trained", not train.trained), ("model.frozen_dtype", model.frozen_dtype == "float32")):
+        require(config.freezes or default, field, "no parameter is frozen (see model.pretrained, model.lora.rank and train.frozen)")
     require(0 <= model.dropout < 1, "model.dropout", "must be in [0, 1)")
     require(not model.tie_items or by_id, "model.tie_items", "needs data.tokenizer = 'id'")
     require(not model.tie_items or objective.vectors == "table", "model.tie_items", "needs objective.vectors = 'table'")
@@ -472,17 +511,24 @@ def check(config: Config) -> None:
     for field in ("item", "token"):
         require(getattr(objective, field) >= 0, f"objective.{field}", "must be 0 or more")
     by_item = evaluation.ranking == "item"
-    require(objective.item > 0 or not by_item, "objective.item", "must be above 0: items are ranked by it (eval.ranking)")
-    require(objective.token > 0 or by_item, "objective.token", "must be above 0: eval.ranking = 'likelihood' is of their text")
+    require(
+        objective.item > 0 or not by_item,
+        "objective.item",
+        "must be above 0, because eval.ranking = 'item' ranks by the item objective's scores",
+    )
+    require(
+        objective.token > 0 or by_item,
+        "objective.token",
+        "must be above 0, because eval.ranking = 'likelihood' ranks by the text's likelihood",
+    )
     text, token = objective.vectors != "table", objective.token
-    require(not (by_id and token), "objective.token", "needs text tokens, and data.tokenizer is 'id'")
-    require(not (by_id and text), "objective.vectors", "vectors from text need text tokens, and data.tokenizer is 'id'")
-    ahead = schedule.sees_ahead
-    require(not (token and ahead), "objective.token", f"{ahead} sees the token to be predicted")
-    leads = objective.text_layers == "all" or schedule.leading_intra > 0
-    require(not config.uses_text or leads, "objective.text_layers", "'leading' needs a schedule that begins with intra layers")
-    cached = objective.softmax == "cached"
-    require(not cached or config.uses_text, "objective.softmax", "'cached' needs objective.item and objective.vectors = 'text' or 'both'")
+    require(not (by_id and token), "objective.token", "needs text tokens, but data.tokenizer is 'id'")
+    require(not (by_id and text), "objective.vectors", "vectors from text need text tokens, but data.tokenizer is 'id'")
+    require(not (token and schedule.sees_ahead), "objective.token", f"the relation {schedule.sees_ahead} sees the token to be predicted")
+    text_layers = not config.uses_text or objective.text_layers == "all" or schedule.leading_intra > 0
+    require(text_layers, "objective.text_layers", "'leading' needs a schedule that begins with intra layers")
+    softmax = objective.softmax != "cached" or config.uses_text
+    require(softmax, "objective.softmax", "'cached' needs objective.item and objective.vectors = 'text' or 'both'")
     require(objective.negatives >= 0, "objective.negatives", "must be 0 or more")
     require(0 <= objective.negatives_power <= 2, "objective.negatives_power", "must be in [0, 2]")
     for field in ("refresh_steps", "chunk"):
@@ -492,8 +538,8 @@ def check(config: Config) -> None:
     for field in ("warmup_steps", "decay_steps", "weight_decay", "clip_norm", "final_scale"):
         require(getattr(optimizer, field) >= 0, f"optimizer.{field}", "must be 0 or more")
     warmup = optimizer.warmup_steps
-    later = optimizer.decay_steps == 0 or optimizer.decay_steps > warmup
-    require(later, "optimizer.decay_steps", f"must be 0 or above optimizer.warmup_steps = {warmup}")
+    decay = optimizer.decay_steps == 0 or optimizer.decay_steps > warmup
+    require(decay, "optimizer.decay_steps", f"must be 0 or above optimizer.warmup_steps = {warmup}")
     for field in ("b1", "b2"):
         require(0 <= getattr(optimizer, field) < 1, f"optimizer.{field}", "must be in [0, 1)")
     require(optimizer.epsilon > 0, "optimizer.epsilon", "must be above 0")
@@ -505,18 +551,20 @@ def check(config: Config) -> None:
     for field in ("max_minutes", "skip_limit"):
         require(getattr(train, field) >= 0, f"train.{field}", "must be 0 or more")
     require(0 <= train.seed < 2**31, "train.seed", "must be in [0, 2**31)")
-    parts = optimizer.accumulate
-    require(train.batch_rows % parts == 0, "train.batch_rows", f"optimizer.accumulate = {parts} must divide it")
+    micro_batches = optimizer.accumulate
+    require(train.batch_rows % micro_batches == 0, "train.batch_rows", f"must be divisible by optimizer.accumulate = {micro_batches}")
 
     sizes = {field: getattr(config.mesh, field) for field in ("data", "fsdp", "tensor")}
     for field, size in reversed(sizes.items()):
         require(size >= 1 or size == -1, f"mesh.{field}", "must be 1 or more, or -1")
-        alone = size != -1 or list(sizes.values()).count(-1) == 1
-        require(alone, f"mesh.{field}", "only one of mesh.data (the default), mesh.fsdp and mesh.tensor can be -1, the devices that remain")
+        single = size != -1 or list(sizes.values()).count(-1) == 1
+        require(
+            single, f"mesh.{field}", "only one of mesh.data (-1 by default), mesh.fsdp and mesh.tensor can be -1 (all remaining devices)"
+        )
     require(config.mesh.heartbeat_seconds >= 1, "mesh.heartbeat_seconds", "must be 1 or more")
     require(config.mesh.hang_minutes >= 0, "mesh.hang_minutes", "must be 0 or more")
     cut_offs = bool(evaluation.ks) and all(type(k) is int and k >= 1 for k in evaluation.ks)
-    require(cut_offs and len(set(evaluation.ks)) == len(evaluation.ks), "eval.ks", "different cut-offs of 1 or more")
+    require(cut_offs and len(set(evaluation.ks)) == len(evaluation.ks), "eval.ks", "must be distinct cut-offs of 1 or more")
     names = [f"{name}@{k}" for name in ("hr", "precision", "ndcg", "mrr") for k in evaluation.ks]
     choice("eval.metric", evaluation.metric, *names)
     for field in ("batch_rows", "chunk_items", "resamples"):
@@ -527,5 +575,5 @@ def check(config: Config) -> None:
         require(getattr(config.score, field) >= 1, f"score.{field}", "must be 1 or more")
     require(config.log.every >= 1, "log.every", "must be 1 or more")
     steps = re.fullmatch(r"(\d+):(\d+)", config.log.profile)
-    stretch = not config.log.profile or bool(steps and int(steps[1]) < int(steps[2]))
-    require(stretch, "log.profile", "must be FIRST:STOP, steps of which the second is later")
+    profile = not config.log.profile or bool(steps and int(steps[1]) < int(steps[2]))
+    require(profile, "log.profile", "must be FIRST:STOP, two step numbers with FIRST < STOP")

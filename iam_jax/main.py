@@ -1,4 +1,4 @@
-"""The command line: flags to one mode.
+"""The command line: reads the flags and runs one mode.
 
     python -m iam_jax.main --config=FILE [--workdir=DIR] [--mode=train|evaluate|export]
         [--step=N|best|last] [--config.section.key=value ...]        (FILE: a path, or a name from configs/, such as demo)
@@ -8,10 +8,10 @@
     python -m iam_jax.main --mode=plan --config=FILE --topology=v5e:2x4|local [--num_items=N --item_length=T --num_users=N --events=N]
         [--programs=training,evaluation,scoring] [--price=USD] [--top_k=100] [--output=FILE]
 
-Every process of a job on several hosts: the same flags and --multihost [--coordinator=HOST:PORT --processes=N --process_id=K].
+In a job of several processes, every process gets the same flags and --multihost [--coordinator=HOST:PORT --processes=N --process_id=K].
 
-Exit codes: 0 done; 2 bad input, flag or config; 3 a plan that does not fit; 4 stopped on non-finite training; 5 the job's other processes
-failed; 75 stopped by Ctrl-C or SIGTERM with everything saved.
+Exit codes: 0 done; 2 invalid input, flag or config; 3 the plan does not fit; 4 training stopped because of non-finite values; 5 another
+process of the job failed; 75 stopped by Ctrl-C or SIGTERM, with everything saved.
 """
 
 import time
@@ -29,7 +29,7 @@ from collections.abc import Iterator  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import NoReturn  # noqa: E402
 
-if __name__ == "__main__":  # nothing to save during the imports
+if __name__ == "__main__":  # during the imports there is nothing to save
     for _number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(_number, lambda *_: os._exit(75))
 
@@ -44,48 +44,51 @@ from iam_jax.errors import InputError, JobError, NonFiniteError  # noqa: E402
 from iam_jax.storage.files import to_path, write_atomically  # noqa: E402
 from iam_jax.storage.remote import is_remote  # noqa: E402
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file; may be left out where --workdir holds a run's config.")
-_WORKDIR = flags.DEFINE_string("workdir", "", "Working folder of the run; runs/<the config's name> by default.")
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file; optional if --workdir holds the config of a run.")
+_WORKDIR = flags.DEFINE_string("workdir", "", "Working folder of the run; default: runs/<name of the config>.")
 _MODES = {
     "train": "train, then evaluate",
     "evaluate": "evaluate a checkpoint",
-    "score": "top-K lists or vectors from a checkpoint",
-    "export": "a checkpoint as a folder for others",
-    "compare": "one table of finished runs",
-    "plan": "memory, time and cost of a run on devices that are not here",
+    "score": "write top-K lists or vectors from a checkpoint",
+    "export": "write a checkpoint as a folder for other programs",
+    "compare": "show finished runs in one table",
+    "plan": "estimate memory, time and cost of a run on other devices",
 }
-_MODE = flags.DEFINE_enum("mode", "train", list(_MODES), "; ".join(f"{mode}: {what}" for mode, what in _MODES.items()) + ".")
-_STEP = flags.DEFINE_string("step", "best", "Checkpoint that --mode=evaluate, score and export read: a step, best or last.")
-_FORMAT = flags.DEFINE_enum("format", "huggingface", ["huggingface", "stablehlo"], "What --mode=export writes.")
+_MODE = flags.DEFINE_enum("mode", "train", list(_MODES), "; ".join(f"{mode}: {meaning}" for mode, meaning in _MODES.items()) + ".")
+_STEP = flags.DEFINE_string("step", "best", "Checkpoint that --mode=evaluate, score and export read: a step number, best or last.")
+_FORMAT = flags.DEFINE_enum("format", "huggingface", ["huggingface", "stablehlo"], "Format that --mode=export writes.")
 _OUTPUT = flags.DEFINE_string(
-    "output", "", "Folder that --mode=export or score makes, or into which --mode=compare writes its table; a plan's JSON file."
+    "output", "", "Folder that --mode=score, export and compare write to (score and export create it); JSON file that --mode=plan writes."
 )
-_RUNS = flags.DEFINE_list("runs", [], "Working folders that --mode=compare compares, the first with every other.")
+_RUNS = flags.DEFINE_list("runs", [], "Working folders for --mode=compare, which compares the first with every other.")
 _SCORE = {
     "users": flags.DEFINE_string("users", "", "Score: interactions table of the users to score (user, item, timestamp)."),
     "items": flags.DEFINE_string("items", "", "Score: table of items to add to the catalogue (item, then text columns)."),
     "candidates": flags.DEFINE_string("candidates", "", "Score: table of the pairs to score (user, item) instead of the catalogue."),
-    "top_k": flags.DEFINE_integer("top_k", None, "Score: items of a list at most; 100 by default, with --candidates all of them."),
-    "vectors": flags.DEFINE_bool("vectors", False, "Score: writes vectors instead of lists: the items', or with --users the users'."),
+    "top_k": flags.DEFINE_integer("top_k", None, "Score: maximum length of a list; default: 100, with --candidates unlimited."),
+    "vectors": flags.DEFINE_bool("vectors", False, "Score: write vectors instead of lists: item vectors, or with --users user vectors."),
 }
-_MULTIHOST = flags.DEFINE_bool("multihost", False, "One of a job's processes, which JAX finds on Cloud TPU, GKE and Slurm; elsewhere give:")
+_MULTIHOST = flags.DEFINE_bool(
+    "multihost", False, "This process is one of several in a job. JAX detects jobs on Cloud TPU, GKE and Slurm; elsewhere give:"
+)
 _JOB = {
     "coordinator": flags.DEFINE_string("coordinator", "", "With --multihost: HOST:PORT of the first process."),
-    "processes": flags.DEFINE_integer("processes", None, "With --multihost: how many there are."),
-    "process_id": flags.DEFINE_integer("process_id", None, "With --multihost: which one this is, from 0."),
+    "processes": flags.DEFINE_integer("processes", None, "With --multihost: number of processes in the job."),
+    "process_id": flags.DEFINE_integer("process_id", None, "With --multihost: number of this process, from 0."),
 }
 _PLAN = {
-    "topology": flags.DEFINE_string("topology", "", "Plan: a TPU slice, such as v5e:2x4, or local, the devices that are here."),
-    "num_items": flags.DEFINE_integer("num_items", None, "Plan: number of items of assumed data; the config's data by default."),
-    "num_users": flags.DEFINE_integer("num_users", None, "Plan: number of users, with --num_items; 100,000 by default."),
-    "item_length": flags.DEFINE_integer("item_length", None, "Plan: tokens of an item, with --num_items; data.item_tokens by default."),
-    "events": flags.DEFINE_integer("events", None, "Plan: events of a user, with --num_items; 20 by default."),
-    "programs": flags.DEFINE_list("programs", [], "Plan: some of training, evaluation, scoring; all by default."),
-    "price": flags.DEFINE_float("price", None, "Plan: dollars for a chip an hour; what its cloud lists by default."),
+    "topology": flags.DEFINE_string("topology", "", "Plan: a TPU slice such as v5e:2x4, or local for the devices of this machine."),
+    "num_items": flags.DEFINE_integer("num_items", None, "Plan: number of items of assumed data; default: use the config's data."),
+    "num_users": flags.DEFINE_integer("num_users", None, "Plan: number of users, with --num_items; default: 100,000."),
+    "item_length": flags.DEFINE_integer("item_length", None, "Plan: tokens per item, with --num_items; default: data.item_tokens."),
+    "events": flags.DEFINE_integer("events", None, "Plan: events per user, with --num_items; default: 20."),
+    "programs": flags.DEFINE_list("programs", [], "Plan: which of training, evaluation and scoring to plan; default: all."),
+    "price": flags.DEFINE_float("price", None, "Plan: price of a chip in dollars per hour; default: the list price of its cloud."),
 }
 
 
 def run(signals: Signals) -> None:
+    """Runs the mode that the flags select. Raises InputError for flags that do not go together, and what the mode raises."""
     _check_job()
     if _MODE.value == "compare":
         return _compare()
@@ -97,18 +100,17 @@ def run(signals: Signals) -> None:
         if flag.value not in ("", None, []):
             raise InputError(f"--{name} is for --mode=plan")
     if _MULTIHOST.value:
-        address, processes, process = (flag.value for flag in _JOB.values())
-        distributed.join(address, processes, process, config.mesh, signals)
+        distributed.join(_JOB["coordinator"].value, _JOB["processes"].value, _JOB["process_id"].value, config.mesh, signals)
     workdir = to_path(_WORKDIR.value or Path("runs") / "-".join(filter(None, (Path(config_file).stem, variant))))
-    mode, asked = _MODE.value, {name: flag.value for name, flag in _SCORE.items()}
+    mode, score_flags = _MODE.value, {name: flag.value for name, flag in _SCORE.items()}
     if mode != "train" and not (workdir / config_lib.CONFIG_FILE).exists():
         raise InputError(f"--workdir={workdir}: no run there to {mode}")
     if mode == "score":
         from iam_jax.serving.offline import ScoreRequest, score
 
-        asked |= {"output": _OUTPUT.value, "step": _STEP.value}
-        return score(workdir, config, ScoreRequest(**asked), saved=config_file == config_lib.__file__, signals=signals)
-    for name, value in asked.items():
+        request = ScoreRequest(**score_flags, output=_OUTPUT.value, step=_STEP.value)
+        return score(workdir, config, request, saved=config_file == config_lib.__file__, signals=signals)
+    for name, value in score_flags.items():
         if value not in ("", None, False):
             raise InputError(f"--{name} is for --mode=score")
     flags_given = {"--mode": mode, "--step": _STEP.value}
@@ -122,16 +124,16 @@ def run(signals: Signals) -> None:
 
 def _export(config: config_lib.Config, workdir: Path, signals: Signals) -> None:
     if not _OUTPUT.value:
-        what = "stand-alone" if _FORMAT.value == "stablehlo" else "Hugging Face"
-        raise InputError(f"--mode=export makes a {what} folder: --output=DIR is missing")
+        kind = "stand-alone" if _FORMAT.value == "stablehlo" else "Hugging Face"
+        raise InputError(f"--mode=export writes a {kind} folder: --output=DIR is missing")
     if is_remote(_OUTPUT.value):
-        raise InputError(f"--output={_OUTPUT.value}: an export is a local folder")
+        raise InputError(f"--output={_OUTPUT.value}: --mode=export writes to local folders only")
     for note in api.export_run(config, workdir, _STEP.value, Path(_OUTPUT.value), _FORMAT.value, signals, _START):
         print(note)
 
 
 def _check_job() -> None:
-    """Raises InputError for flags of a job that do not go together."""
+    """Checks the flags of a job. Raises InputError if they do not go together."""
     given = [name for name, flag in _JOB.items() if flag.value not in ("", None)]
     missing = [name for name in _JOB if name not in given]
     if given and not _MULTIHOST.value:
@@ -142,7 +144,7 @@ def _check_job() -> None:
     if given and not 0 <= process < processes:
         raise InputError(f"--process_id={process}: must be from 0 to --processes - 1 = {processes - 1}")
     if _MULTIHOST.value and _MODE.value not in ("train", "evaluate", "score"):
-        raise InputError(f"--multihost: --mode={_MODE.value} is work for one process")
+        raise InputError(f"--multihost: --mode={_MODE.value} runs in one process")
 
 
 def _compare() -> None:
@@ -156,46 +158,47 @@ def _compare() -> None:
 def _plan(config: config_lib.Config) -> None:
     from iam_jax.devices import topology
 
-    asked = {name: flag.value for name, flag in (_SCORE | _PLAN).items()}
+    values = {name: flag.value for name, flag in (_SCORE | _PLAN).items()}
     for name in ("users", "items", "candidates", "vectors"):
-        if asked[name]:
-            hint = f" (a plan takes --num_{name}=N)" if name in ("users", "items") else ""
+        if values[name]:
+            hint = f" (--mode=plan takes --num_{name}=N)" if name in ("users", "items") else ""
             raise InputError(f"--{name} is for --mode=score{hint}")
-    if asked["num_items"] is None:
-        if given := [name for name in ("item_length", "num_users", "events") if asked[name] is not None]:
-            raise InputError(f"--{given[0]} goes with --num_items=N, which assumes data instead of reading the config's")
-    if asked["top_k"] is not None and asked["top_k"] < 1:
-        raise InputError(f"--top_k={asked['top_k']}: must be 1 or more")
-    topology.prepare(asked["topology"])
+    if values["num_items"] is None:
+        if given := [name for name in ("item_length", "num_users", "events") if values[name] is not None]:
+            raise InputError(f"--{given[0]} needs --num_items=N: it describes assumed data, without which a plan reads the config's data")
+    if values["top_k"] is not None and values["top_k"] < 1:
+        raise InputError(f"--top_k={values['top_k']}: must be 1 or more")
+    topology.prepare(values["topology"])
 
     from iam_jax.data.assumed import Assumption
     from iam_jax.planning import estimate, plan
 
     assumption = None
-    if asked["num_items"] is not None:
+    if values["num_items"] is not None:
         defaults = {"item_length": config.data.item_tokens, "num_users": 100_000, "events": 20}
-        chosen = {name: value if asked[name] is None else asked[name] for name, value in defaults.items()}
-        assumption = Assumption(asked["num_items"], chosen["item_length"], chosen["num_users"], chosen["events"])
-    parts = tuple(asked["programs"]) or plan.PARTS
+        chosen = {name: default if values[name] is None else values[name] for name, default in defaults.items()}
+        assumption = Assumption(values["num_items"], chosen["item_length"], chosen["num_users"], chosen["events"])
+    parts = tuple(values["programs"]) or plan.PARTS
     if unknown := set(parts) - set(plan.PARTS):
-        raise InputError(f"--programs={min(unknown)}: must be of {', '.join(plan.PARTS)}")
-    made = plan.make_plan(config, plan.PlanRequest(asked["topology"], assumption, parts, asked["top_k"] or 100))
-    facts = estimate.record(made, asked["price"])
-    print(estimate.report(made, facts), flush=True)
-    wrong = estimate.verdict(made)
+        raise InputError(f"--programs={min(unknown)}: must be one of {', '.join(plan.PARTS)}")
+    result = plan.make_plan(config, plan.PlanRequest(values["topology"], assumption, parts, values["top_k"] or 100))
+    facts = estimate.record(result, values["price"])
+    print(estimate.report(result, facts), flush=True)
+    verdict = estimate.verdict(result)
     if _OUTPUT.value:
-        text = json.dumps(facts | {"verdict": wrong}, indent=2) + "\n"
+        text = json.dumps(facts | {"verdict": verdict}, indent=2) + "\n"
         write_atomically(Path(_OUTPUT.value), lambda path: path.write_text(text, encoding="utf-8"))
-    if wrong:
-        _fail(wrong, 3)
+    if verdict:
+        _fail(verdict, 3)
 
 
 def _config_file() -> str:
+    """The path in --config, with the variant if there is one."""
     return config_flags.get_config_filename(flags.FLAGS["config"]) or ""
 
 
 def _parse(argv: list[str]) -> list[str]:
-    """absl's own parser, its errors told in one line and with exit code 2."""
+    """Parses the flags with absl, but reports an error in one line with exit code 2. Returns the program's name."""
     file, workdir, comparing = _given(argv, "config"), _given(argv, "workdir"), _given(argv, "mode") == "compare"
     if file is None and workdir and not comparing:
         argv = [argv[0], f"--config={config_lib.__file__}:{workdir}", *argv[1:]]
@@ -211,7 +214,7 @@ def _parse(argv: list[str]) -> list[str]:
         if not comparing and not file and not workdir:
             raise InputError("--config=FILE is missing (or --workdir of a run)")
         if not comparing and not isinstance(getattr(_CONFIG.value, "data", None), config_lib.ml_collections.ConfigDict):
-            raise InputError(f"--config={_config_file()}: no config file with a get_config() that starts from default_config()")
+            raise InputError(f"--config={_config_file()}: not a config file with a get_config() that starts from default_config()")
         if flags.FLAGS["verbosity"].using_default_value:
             flags.FLAGS.verbosity = logging.WARNING  # absl would raise it to INFO
         return rest
@@ -221,16 +224,16 @@ def _parse(argv: list[str]) -> list[str]:
         _fail(f"--config={file}: the config file ended the program", 2)
     except (flags.Error, InputError) as error:
         text = str(error).strip()
-        if "Traceback (most recent call last)" in text:  # ml_collections' way to tell of what a config file raised
+        if "Traceback (most recent call last)" in text:  # ml_collections includes the traceback of a config file's error
             text = f"--config={file}: " * bool(file) + text.splitlines()[-1].removeprefix("iam_jax.errors.InputError: ")
         _fail(text, 2)
-    except Exception as error:  # a config file is a program: anything may be wrong with it
-        text = re.sub(r" Other fields present: .*?(\\n|\n|$)", " ", str(error))  # a whole section of the config
+    except Exception as error:  # a config file is a program, which can raise anything
+        text = re.sub(r" Other fields present: .*?(\\n|\n|$)", " ", str(error))  # they would fill the line
         _fail(f"--config={file or workdir}: {type(error).__name__}: {text}", 2)
 
 
 def _given(argv: list[str], name: str) -> str | None:
-    """The value of --name=value or --name value, before absl parses it."""
+    """The last value of --name=value or --name value in argv, before absl parses it; None if there is none."""
     found = None
     for argument, following in zip(argv, [*argv[1:], ""], strict=True):
         flag, equals, value = argument.partition("=")
@@ -240,7 +243,7 @@ def _given(argv: list[str], name: str) -> str | None:
 
 
 def _with_config(argv: list[str], file: str) -> list[str]:
-    """argv with another value of --config."""
+    """argv with another value for --config."""
     out = list(argv)
     for at, argument in enumerate(argv):
         if argument in ("-config", "--config"):
@@ -251,7 +254,7 @@ def _with_config(argv: list[str], file: str) -> list[str]:
 
 
 def _check_names(argv: list[str]) -> None:
-    """ml_collections tells the last part of an unknown name only."""
+    """Raises InputError for a flag of an unknown config field. (The error of ml_collections would name only the last part.)"""
     sections = config_lib.default_config().to_dict()
     known = [f"--config.{name}" for name in config_lib.flatten(sections)]
     for name in (argument.partition("=")[0].partition("[")[0] for argument in argv[1:]):
@@ -261,6 +264,7 @@ def _check_names(argv: list[str]) -> None:
 
 
 def _fail(error: Exception | str, code: int) -> NoReturn:
+    """Prints the error in one line and exits, together with the other processes of the job."""
     print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
     if distributed.processes() > 1:
         distributed.exit_process(code)
@@ -268,26 +272,26 @@ def _fail(error: Exception | str, code: int) -> NoReturn:
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """The error and what it came from: libraries wrap what a collective raises."""
+    """Yields the error and its causes. (Libraries wrap the errors of collectives.)"""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
 
 
 def _fail_job(error: Exception) -> NoReturn:
-    """A process of several met what no one expected, or another one is gone: then a collective fails."""
+    """Exits after an unexpected error in a job of several processes. If another process has died, this error comes from a collective."""
     import jax
 
     if any(isinstance(cause, jax.errors.JaxRuntimeError) for cause in _causes(error)):
-        told = f"the devices' program failed, another process of the job may be gone: {' '.join(str(error).split())}"
-        print(f"error: process {jax.process_index()}: {told}", file=sys.stderr)
+        message = f"a computation failed, perhaps because another process of the job died: {' '.join(str(error).split())}"
+        print(f"error: process {jax.process_index()}: {message}", file=sys.stderr)
         distributed.exit_process(distributed.FAILED, with_others=False)
     traceback.print_exception(error)
     distributed.exit_process(1, with_others=False)
 
 
-def _run_reachable(signals: Signals) -> None:
-    """A folder that may not be looked into says so wherever it is met first."""
+def _run_with_permissions(signals: Signals) -> None:
+    """Calls `run`. Raises InputError if a file or folder must not be read or written."""
     try:
         run(signals)
     except PermissionError as error:
@@ -299,7 +303,7 @@ def _main(_: list[str]) -> None:
     signals.install()
     try:
         try:
-            _run_reachable(signals)
+            _run_with_permissions(signals)
         except BaseException as error:
             signals.ignore()
             distributed.report_failure(error)
@@ -313,7 +317,7 @@ def _main(_: list[str]) -> None:
         _fail(error, distributed.FAILED)
     except KeyboardInterrupt:
         if distributed.is_first():
-            print("stopped; the same command goes on from here", file=sys.stderr)
+            print("stopped; run the same command again to continue", file=sys.stderr)
         distributed.exit_process(75)
     except Exception as error:
         if distributed.processes() == 1:

@@ -72,7 +72,7 @@ def test_bad_configs(tmp_path, config, overrides, error, named):
 
 
 def test_a_folder_without_a_run(tmp_path):
-    with pytest.raises(InputError, match=r"config\.json: no readable config of a run"):
+    with pytest.raises(InputError, match=r"config\.json: cannot read the config of a run"):
         iam_jax.evaluate(tmp_path)
     with pytest.raises(InputError, match="a comparison needs two working folders or more"):
         iam_jax.compare([tmp_path])

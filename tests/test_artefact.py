@@ -199,7 +199,7 @@ def test_every_kind_of_layer_exports_as_the_model_computes(model):
 def test_what_cannot_be_exported_is_said_in_one_line(trained):
     for flags, said in (
         (["--output=out"], "out: exists already, and an export does not overwrite"),
-        ([], "--mode=export makes a stand-alone folder: --output=DIR is missing"),
+        ([], "--mode=export writes a stand-alone folder: --output=DIR is missing"),
         (["--output=new", "--step=7"], "7"),
     ):
         _, err = run(trained, "--workdir=run", "--mode=export", "--format=stablehlo", *flags, code=2)

@@ -110,7 +110,7 @@ def test_a_process_that_hangs_ends_itself(monkeypatch, capsys):
         ({"multihost": True, "coordinator": "a:1", "processes": 2}, "--process_id is missing: .* go together"),
         ({"multihost": True, "process_id": 0}, "--coordinator is missing: .* go together"),
         ({"multihost": True, "coordinator": "a:1", "processes": 2, "process_id": 2}, r"--process_id=2: must be from 0 to .* = 1"),
-        ({"multihost": True, "mode": "compare"}, "--mode=compare is work for one process"),
+        ({"multihost": True, "mode": "compare"}, "--mode=compare runs in one process"),
     ],
 )
 def test_conflicting_flags(monkeypatch, given, message):

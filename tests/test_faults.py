@@ -191,7 +191,7 @@ def test_the_demo_stopped_by_sigterm(tmp_path):
         begun = time.monotonic()
         out, err = process.communicate(timeout=100)
         print(f"out in {time.monotonic() - begun:.1f} s")
-        assert process.returncode == 75 and err.endswith("stopped; the same command goes on from here\n")
+        assert process.returncode == 75 and err.endswith("stopped; run the same command again to continue\n")
         assert (f"continuing from step {done}\n" in out) == (done > 0)
         (done,) = sorted(int(path.name) for path in (tmp_path / "demo" / "checkpoints").iterdir())[-1:]
         assert 0 < done < 400

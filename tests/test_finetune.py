@@ -220,7 +220,7 @@ def test_export_is_the_merged_model(folder, trained, make, tmp_path):
     changed = {name for name in again if (np.asarray(again[name]) != flat(run_.frozen)[name]).any()}
     assert changed == {f"decoder.blocks.{block}.{name}" for block in ("0_0", "2_0") for name in ("attention.query_DNH", "mlp.down_FD")}
     _, err = run(folder, "--workdir=lora", "--mode=export", code=2)
-    assert err == "error: --mode=export makes a Hugging Face folder: --output=DIR is missing\n"
+    assert err == "error: --mode=export writes a Hugging Face folder: --output=DIR is missing\n"
     for output, message in (("run.py", "exists already"), ("run.py/out", "run.py cannot be written to"), ("tables", "exists already")):
         out, err = run(folder, "--workdir=lora", "--mode=export", f"--output={output}", code=2)
         assert err.count("\n") == 1 and message in err and not out  # before any other work

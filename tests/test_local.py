@@ -122,7 +122,7 @@ def test_killed_stopped_and_continued(folder, two_processes):
     wait_for(job, (saved / "48").exists)
     job.send_signal(signal.SIGTERM)
     output, _ = job.communicate(timeout=400)
-    assert job.returncode == 75 and output.count("stopped; the same command goes on from here") == 1
+    assert job.returncode == 75 and output.count("stopped; run the same command again to continue") == 1
     last = max(int(path.name) for path in saved.iterdir() if path.name.isdecimal())
     assert 48 <= last < STEPS and lines(folder / "again")[-1]["step"] <= last
 

@@ -154,7 +154,7 @@ def test_ctrl_c_and_sigterm_and_on_with_the_same_command(folder, whole):
         process.send_signal(number)
         out, err = process.communicate(timeout=60)
         assert process.returncode == 75, (out, err)
-        assert err == "stopped; the same command goes on from here\n"
+        assert err == "stopped; run the same command again to continue\n"
         assert not (workdir / "evaluation.json").exists()
         saved = sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())  # only complete checkpoints
         assert 0 < saved[-1] < 200
@@ -185,7 +185,7 @@ def test_a_signal_before_training_leaves_nothing(tmp_path, tiny, number, moment)
     process.send_signal(number)
     out, err = process.communicate(timeout=30)
     assert process.returncode == 75, (out, err)
-    assert err == ("stopped; the same command goes on from here\n" if moment == "data" else "")
+    assert err == ("stopped; run the same command again to continue\n" if moment == "data" else "")
     assert {path.name for path in tmp_path.iterdir()} - {"__pycache__"} == {"tiny.py", "here"}
 
 
@@ -331,4 +331,4 @@ main._main([])
 
 def test_a_thread_that_never_ends_does_not_block_a_stopped_program():
     done = subprocess.run([sys.executable, "-c", STOPPED], capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stdout, done.stderr) == (75, "begun\n", "stopped; the same command goes on from here\n")
+    assert (done.returncode, done.stdout, done.stderr) == (75, "begun\n", "stopped; run the same command again to continue\n")

@@ -275,7 +275,7 @@ def test_stopped_and_on_with_the_same_command(folder, users, signal_):
     _, err = process.communicate(timeout=60)
     kept = len(list(two.glob("part-*")))
     assert 2 <= kept < 60 and process.returncode == (75 if signal_ == signal.SIGTERM else -signal.SIGKILL)
-    assert err == ("stopped; the same command goes on from here\n" if signal_ == signal.SIGTERM else "")
+    assert err == ("stopped; run the same command again to continue\n" if signal_ == signal.SIGTERM else "")
     out, _ = run(folder, *command, f"--output={two.name}")
     assert f"60 parts, {kept} are there" in out
     assert contents(two) == contents(folder / f"{name}-one")

@@ -68,7 +68,7 @@ from iam_jax.model import pretrained
         ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights = false is not supported; supported is true"),
         ("gpt2", {"reorder_and_upcast_attn": True}, "reorder_and_upcast_attn = true is not supported"),
         ("gpt2", {"add_cross_attention": True}, "add_cross_attention = true is not supported"),
-        ("gpt2", {"n_positions": 31}, "config.data.row_tokens = 32: there are 31 learned positions"),
+        ("gpt2", {"n_positions": 31}, "config.data.row_tokens = 32: the model has only 31 learned positions"),
         ("gpt2", {"n_head": 5}, "n_head = 5 does not divide n_embd = 32"),
     ],
 )

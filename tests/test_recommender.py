@@ -278,10 +278,28 @@ def test_vectors_that_are_not_finite(shop_run, histories):
 
 
 def test_folders_and_steps_that_are_not_there(shop_run, tmp_path):
-    with pytest.raises(InputError, match=r"nothing/config\.json: no readable config of a run"):
+    with pytest.raises(InputError, match=r"nothing/config\.json: cannot read the config of a run"):
         iam_jax.load(tmp_path / "nothing")
     with pytest.raises(InputError, match="--step=7"):
         iam_jax.load(shop_run / "run", step=7)
+
+
+def test_fields_of_a_loaded_run(rec, shop_run, histories):
+    """Those that make no other model, as on the command line."""
+    other = iam_jax.load(shop_run / "run", overrides={"score.batch_rows": 1, "eval.chunk_items": 7})
+    assert (
+        (other.config.score.batch_rows, other.config.eval.chunk_items)
+        == (1, 7)
+        != (rec.config.score.batch_rows, rec.config.eval.chunk_items)
+    )
+    for found, expected in zip(*(r.recommend(list(histories.values()), k=5) for r in (other, rec)), strict=True):
+        assert [item for item, _ in found] == [item for item, _ in expected]
+    with pytest.raises(InputError, match=r"config\.mesh: data x fsdp x tensor = 3 x 1 x 1, but there are 1 devices"):
+        iam_jax.load(shop_run / "run", overrides={"mesh.data": 3})
+    with pytest.raises(InputError, match=r"model\.width \(16 there, 8 here\)"):
+        iam_jax.load(shop_run / "run", overrides={"model.width": 8})
+    with pytest.raises(InputError, match=r"config\.score\.batchrows: no such field"):
+        iam_jax.load(shop_run / "run", overrides={"score.batchrows": 1})
 
 
 def on_a_mesh(folder: str) -> dict:

@@ -294,7 +294,7 @@ def test_a_layer_that_sees_earlier_items_does_not_lead():
 def test_a_relation_that_sees_ahead_is_refused_where_tokens_are_predicted():
     schedule = {"schedule": "intra whole_history"}
     config = make_config(model=schedule)
-    with pytest.raises(InputError, match=r"config\.objective\.token = 1\.0: whole_history sees the token to be predicted"):
+    with pytest.raises(InputError, match=r"config\.objective\.token = 1\.0: the relation whole_history sees the token to be predicted"):
         make_config(model=schedule, objective={"token": 1.0})
     catalogue = test_beam.CATALOGUE
     model = make_model(config, catalogue.vocabulary, catalogue.items, 5)

@@ -116,7 +116,7 @@ def test_a_working_folder_equals_that_on_a_disk(bucket, tmp_path):
     open_workdir(workdir, config, data, create=True)  # the same run continues
     assert get_config(f"{bucket}/runs/a") == get_config(str(tmp_path))
     assert read_stored(workdir, make_config(data={"tokenizer": "id"}).data).known == 8
-    with pytest.raises(InputError, match=r"gs://bucket/runs/a was made by another config: model\.dropout"):
+    with pytest.raises(InputError, match=r"gs://bucket/runs/a belongs to a run with another config: model\.dropout"):
         check_workdir(workdir, make_config(model={"dropout": 0.25}))
     with pytest.raises(InputError, match="gs://bucket/runs is not empty and holds no config"):
         check_workdir(to_path(f"{bucket}/runs"), config)
@@ -293,7 +293,7 @@ def test_a_stopped_and_resumed_run_equals_the_run_on_a_disk(folder, clients, tmp
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=300)
-    assert process.returncode == 75 and err.endswith("stopped; the same command goes on from here\n"), (out, err)
+    assert process.returncode == 75 and err.endswith("stopped; run the same command again to continue\n"), (out, err)
     *_, before, last = saved()
     assert 0 < before < last < 300
     client.rm_file(f"bucket/runs/a/checkpoints/{last}/commit_success.txt")  # as after a kill during a save

@@ -6,7 +6,8 @@
 import functools
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import polars as pl
 
-from iam_jax.config import Config, get_config, resolve
+from iam_jax.config import Config, get_config, override, resolve
 from iam_jax.data.batches import Rows, evaluation_segments
 from iam_jax.data.catalogue import Catalogue
 from iam_jax.data.histories import Lists, Users, with_targets
@@ -35,18 +36,21 @@ class Recommendation(NamedTuple):
     score: float
 
 
-def load(workdir: str | Any, step: str | int = "best") -> "Recommender":
+def load(workdir: str | Path, step: str | int = "best", overrides: Mapping[str, Any] | None = None) -> "Recommender":
     """The model of a working folder, from one of its checkpoints.
 
     Args:
       workdir: the folder of a trained run: a local path, gs:// or s3://.
       step: "best" by validation, "last", or the number of a step.
+      overrides: fields that may change between two runs of one folder, by dotted name: `{"mesh.data": 1}`, `{"model.pretrained": "…"}` if
+        the pretrained model has moved, `{"eval.ranking": "likelihood"}` for a model with both objectives.
 
     Raises:
-      InputError: no run there, a damaged or missing checkpoint, files that do not belong together.
+      InputError: no run there, a damaged or missing checkpoint, files that do not belong together, an override that makes another model.
     """
     folder = to_path(str(workdir))
-    config = loading.shape_from_folder(folder, resolve(get_config(str(folder))), saved=True)
+    config = resolve(override(get_config(str(folder)), overrides))
+    config = loading.shape_from_folder(folder, config, saved=True)
     stored = read_stored(folder, config.data)
     checkpoints = Checkpoints(folder, config.train.keep, config.selection, read_only=True)
     model, mesh = loading.model_of(config, stored), loading.serving_mesh(config)

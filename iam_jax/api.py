@@ -46,7 +46,8 @@ def train(config: AnyConfig, workdir: str | Path, overrides: Mapping[str, Any] |
       The evaluation, as in the folder's `evaluation.json`: `{"results": {"model": {"test": {"ndcg@10": …}}}, …}`.
 
     Raises:
-      InputError: bad data, config or folder. NonFiniteError: more steps with a non-finite loss or gradient than `train.skip_limit`.
+      InputError: bad data, config or folder.
+      NonFiniteError: more steps with a non-finite loss or gradient than `train.skip_limit`.
       KeyboardInterrupt: Ctrl-C or SIGTERM, with everything saved; the same call continues.
     """
     with _own_signals() as signals:
@@ -79,7 +80,8 @@ def compare(runs: Sequence[str | Path]) -> "Comparison":
       runs: working folders; their runs must share data, split and protocol.
 
     Raises:
-      InputError: fewer than two folders, a folder without an evaluation, runs that cannot be compared. TypeError: not a list of folders.
+      InputError: fewer than two folders, a folder without an evaluation, runs that cannot be compared.
+      TypeError: not a list of folders.
     """
     from iam_jax.runs import compare as compare_lib
 

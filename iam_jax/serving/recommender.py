@@ -98,7 +98,8 @@ class Recommender:
           `user`, `item`, `rank` (from 1) and `score`, sorted by user and rank.
 
         Raises:
-          InputError: unknown items, an empty history, k below 1. TypeError: neither lists nor a table.
+          InputError: unknown items, an empty history, k below 1.
+          TypeError: neither lists nor a table.
         """
         _check_k(k)
         read = self._read(histories)
@@ -117,7 +118,8 @@ class Recommender:
           columns `user`, `item`, `rank` and `score`.
 
         Raises:
-          InputError: unknown items or users, an empty history, no candidate. TypeError: neither lists nor tables.
+          InputError: unknown items or users, an empty history, no candidate.
+          TypeError: neither lists nor tables.
         """
         read = self._read(histories)
         users, rows = self._reader.candidates(candidates, read)
@@ -139,7 +141,8 @@ class Recommender:
           rank [n] int64, 1 + the candidates that score higher, and ties [n] int64, the other candidates that score the same.
 
         Raises:
-          InputError: unknown items, an empty history, another number of targets. TypeError: wrong types.
+          InputError: unknown items, an empty history, another number of targets.
+          TypeError: wrong types.
         """
         read = self._read(histories)
         if read.table:
@@ -170,7 +173,8 @@ class Recommender:
         item: an id, or `{"text": "…"}` for a model that reads text.
 
         Raises:
-          InputError: an unknown item, k below 1, a model without item vectors. TypeError: neither a string nor a text.
+          InputError: an unknown item, k below 1, a model without item vectors.
+          TypeError: neither a string nor a text.
         """
         _check_k(k)
         self._check_vectors("similar")

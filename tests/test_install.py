@@ -84,11 +84,7 @@ def test_the_wheel_works_alone(version, wheel, tmp_path):
     results = json.loads((work / "runs" / "demo" / "evaluation.json").read_text(encoding="utf-8"))["results"]
     assert {"model", "popularity"} <= results.keys() and results["model"]["test"]["users"] > 0
 
-    program = (
-        "import iam_jax; print(3)"
-        if not (ROOT / "iam_jax" / "api.py").exists()
-        else "import iam_jax; r = iam_jax.load('runs/demo'); print(len(r.recommend([[r.items['item'][0]]], k=3)[0]))"
-    )
+    program = "import iam_jax; r = iam_jax.load('runs/demo'); print(len(r.recommend([[r.items['item'][0]]], k=3)[0]))"
     assert run(venv / "bin" / "python", "-c", program, cwd=work).stdout.split() == ["3"]
 
     # Ctrl-C and SIGTERM during the imports, which take seconds: nothing is there to be saved.

@@ -60,7 +60,7 @@ def test_configs_of_every_kind(folder, tiny, monkeypatch):
 @pytest.mark.parametrize(
     ("config", "overrides", "error", "named"),
     [
-        ("dmeo", None, InputError, "config 'dmeo': there are .*demo"),
+        ("dmeo", None, InputError, "config 'dmeo': unknown name, the names are .*demo"),
         ("absent.py", None, InputError, r"config 'absent\.py': no such file"),
         (7, None, TypeError, "config must be the path .* of a config file, a ConfigDict or a Config, not int"),
         ("demo", {"train.stesp": 1}, InputError, r"config\.train\.stesp: no such field"),

@@ -1,6 +1,6 @@
-"""Runs as functions: train, evaluate, compare. The command line (`iam_jax/main.py`) is built on them.
+"""Runs as functions: train, evaluate, compare. The command line (`iam_jax/main.py`) calls them, too.
 
-Heavy imports happen inside the functions, after the cheap checks.
+The functions import the heavy libraries themselves, after the cheap checks.
 """
 
 import contextlib
@@ -34,39 +34,41 @@ AnyConfig = str | Path | ml_collections.ConfigDict | Config
 
 
 def train(config: AnyConfig, workdir: str | Path, overrides: Mapping[str, Any] | None = None) -> dict:
-    """Trains a run, or continues it where its newest checkpoint is, then evaluates its best checkpoint.
+    """Trains a run, or continues it from its newest checkpoint, and then evaluates its best checkpoint.
 
     Args:
-      config: path of a config file, name of one of the project's (`"demo"`), with `:variant` where it has variants; or a `ConfigDict`
-        that starts from `default_config()`; or a `Config`.
-      workdir: the run's folder: a local path, gs:// or s3://. It is made, or continued if the same config made it.
-      overrides: fields by dotted name, `{"train.steps": 200}`.
+      config: the path of a config file, or the name of one of the project's (`"demo"`), with `:variant` if it has variants; or a
+        `ConfigDict` that starts from `default_config()`; or a `Config`.
+      workdir: the working folder of the run: a local path, gs:// or s3://. It is created if it does not exist.
+      overrides: values of single fields by dotted name: `{"train.steps": 200}`.
 
     Returns:
       The evaluation, as in the folder's `evaluation.json`: `{"results": {"model": {"test": {"ndcg@10": …}}}, …}`.
 
     Raises:
-      InputError: bad data, config or folder.
-      NonFiniteError: more steps with a non-finite loss or gradient than `train.skip_limit`.
-      KeyboardInterrupt: Ctrl-C or SIGTERM, with everything saved; the same call continues.
+      InputError: if the data or the config is invalid, or the folder belongs to a run with another config.
+      NonFiniteError: if more steps than `train.skip_limit` have a non-finite loss or gradient.
+      KeyboardInterrupt: after Ctrl-C or SIGTERM. Everything is saved, and the same call continues the run.
+      TypeError: if config is of another type.
     """
     with _own_signals() as signals:
         return train_run(_resolved(config, overrides), to_path(str(workdir)), signals)
 
 
 def evaluate(workdir: str | Path, step: str | int = "best", overrides: Mapping[str, Any] | None = None) -> dict:
-    """Evaluates a checkpoint of a run and writes `evaluation.json`, `ranks.parquet` and `baselines.parquet` into its folder.
+    """Evaluates a checkpoint of a run and writes `evaluation.json`, `ranks.parquet` and `baselines.parquet` to its folder.
 
     Args:
-      workdir: the folder of a trained run. Its data must still be where its config says, or where `overrides` says (`data.path`).
-      step: "best" by validation, "last", or the number of a step.
-      overrides: fields that may change between two runs of one folder, by dotted name: `{"eval.filter_seen": False}`.
+      workdir: the working folder of a trained run. Evaluation needs the run's data; if they have moved, override `data.path`.
+      step: "best" (by validation), "last", or a step number.
+      overrides: values of single fields by dotted name: `{"eval.filter_seen": False}`. Fields that change the model or the data cannot be
+        overridden.
 
     Returns:
-      The evaluation, as `train` does.
+      The evaluation, as `train` returns it.
 
     Raises:
-      InputError: no run there, no such checkpoint, other data than the run's.
+      InputError: if the folder has no run or no such checkpoint, or if the data are not the run's.
     """
     folder = to_path(str(workdir))
     with _own_signals() as signals:
@@ -74,14 +76,14 @@ def evaluate(workdir: str | Path, step: str | int = "best", overrides: Mapping[s
 
 
 def compare(runs: Sequence[str | Path]) -> "Comparison":
-    """Compares evaluated runs: the first with every other, by paired differences with intervals.
+    """Compares the first of several evaluated runs with every other, by paired differences with confidence intervals.
 
     Args:
-      runs: working folders; their runs must share data, split and protocol.
+      runs: working folders. Their runs must have the same data, split and protocol.
 
     Raises:
-      InputError: fewer than two folders, a folder without an evaluation, runs that cannot be compared.
-      TypeError: not a list of folders.
+      InputError: if there are fewer than two folders, if a folder has no evaluation, or if the runs cannot be compared.
+      TypeError: if `runs` is not a list of folders.
     """
     from iam_jax.runs import compare as compare_lib
 
@@ -94,10 +96,10 @@ def compare(runs: Sequence[str | Path]) -> "Comparison":
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """The comparison of several runs; `str(comparison)` is its table.
+    """The comparison of several runs. `str(comparison)` is its table.
 
     Attributes:
-      values: everything that was compared, as plain JSON values.
+      values: all compared values, as JSON values.
     """
 
     values: dict
@@ -108,20 +110,26 @@ class Comparison:
         return compare_lib.format_text(self.values)
 
     def write(self, folder: str | Path) -> None:
-        """Writes `comparison.txt`, `comparison.md` and `comparison.json` into a folder."""
+        """Writes `comparison.txt`, `comparison.md` and `comparison.json` to a folder, which is created if it does not exist."""
         from iam_jax.runs import compare as compare_lib
 
         compare_lib.write(self.values, to_path(str(folder)))
 
 
-# ---- the same with resolved configs and a job's signals, as the command line calls it
+# ---- the same for resolved configs and with the job's signal handlers, as the command line needs them
 
 
 def train_run(
     config: Config, workdir: Path, signals: Signals, flags: Mapping[str, object] | None = None, start: float | None = None
 ) -> dict:
-    """See `train`. flags: what must be the same in all processes of a job, besides the config; start: `time.time()` at the start of the
-    program, to be reported."""
+    """Trains and evaluates a run; see `train`.
+
+    Args:
+      config, workdir: as resolved by the caller.
+      signals: this process's signal handlers.
+      flags: names and values of flags that must be the same in all processes of a job.
+      start: `time.time()` at the start of the program. The time until the data are ready is printed.
+    """
     from iam_jax.training.loop import train as train_loop
 
     with opened(config, workdir, signals, create=True, flags=flags, start=start) as session:
@@ -132,7 +140,7 @@ def train_run(
 def evaluate_run(
     config: Config, workdir: Path, step: str, signals: Signals, flags: Mapping[str, object] | None = None, start: float | None = None
 ) -> dict:
-    """See `evaluate` and `train_run`."""
+    """Evaluates a checkpoint of a run; see `evaluate`, and `train_run` for the arguments."""
     with opened(config, workdir, signals, flags=flags, start=start) as session:
         return session.evaluate(session.checkpoints(), step)
 
@@ -140,34 +148,44 @@ def evaluate_run(
 def export_run(
     config: Config, workdir: Path, step: str, output: Path, form: str, signals: Signals, start: float | None = None
 ) -> list[str]:
-    """Writes a checkpoint as a folder for others, and returns notes for the user. form: "huggingface" or "stablehlo". Raises InputError for
-    a model or a folder that cannot be exported."""
+    """Writes a checkpoint as a folder for other programs, and returns notes for the user.
+
+    Args:
+      config, workdir, signals, start: as in `train_run`.
+      step: "best", "last", or a step number.
+      output: the folder, which must be empty or not exist.
+      form: "huggingface" or "stablehlo".
+
+    Raises:
+      InputError: if the model cannot be exported in this form, or the folder cannot be written.
+    """
     from iam_jax.model.pretrained import check_output
 
-    alone = form == "stablehlo"
-    if not (alone or config.model.pretrained):
-        raise InputError("--mode=export makes a Hugging Face folder: it needs a model that began as one (config.model.pretrained)")
+    if form != "stablehlo" and not config.model.pretrained:
+        raise InputError("--format=huggingface exports pretrained models only: config.model.pretrained is empty")
     check_output(output)
-    if alone:
+    if form == "stablehlo":
         from iam_jax.serving import artefact
 
         artefact.check(config)
     with opened(config, workdir, signals, start=start) as session:
-        found, params, _ = session.restored(session.checkpoints(), step)
-        if alone:
-            notes = artefact.export(session.evaluator.ranker, params, session.run.prepared, found, output)
+        number, params, _ = session.restored(session.checkpoints(), step)
+        if form == "stablehlo":
+            from iam_jax.serving import artefact
+
+            notes = artefact.export(session.evaluator.ranker, params, session.run.prepared, number, output)
         else:
             from iam_jax.model import pretrained
             from iam_jax.model.lora import merge
 
             config = session.run.config
             notes = pretrained.export(config, merge(params, config.model.lora), output)
-    return [*notes, f"wrote {output}, from step {found:,}"]
+    return [*notes, f"wrote {output}, from step {number:,}"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Session:
-    """A working folder with its data and its model, opened for training, evaluation or export."""
+    """An open working folder, with its data and its model, for training, evaluation or export."""
 
     run: "Run"
     evaluator: "Evaluator"
@@ -175,29 +193,32 @@ class Session:
     signals: Signals
 
     def checkpoints(self) -> "Checkpoints":
-        """The folder's checkpoints, to be read."""
+        """Returns the folder's checkpoints, read-only."""
         from iam_jax.runs.checkpoint import Checkpoints
 
         config = self.run.config
         return Checkpoints(self.workdir, config.train.keep, config.selection, read_only=True)
 
     def restored(self, checkpoints: "Checkpoints", step: str) -> tuple[int, "Params", dict]:
-        """The step that "best", "last" or a number names, all parameters, and what the run cost. Closes the checkpoints."""
+        """Restores a checkpoint and closes the checkpoints. step: "best", "last", or a step number.
+
+        Returns the step number, all parameters, and the cost of the run (the content of run.json).
+        """
         from iam_jax.model.parameters import join
 
-        found, params = checkpoints.load_params(step, self.run.abstract_trained)
+        number, params = checkpoints.load_params(step, self.run.abstract_trained)
         params, cost = join(params, self.run.frozen), self.run.cost(checkpoints.last_progress())
         checkpoints.close()
-        return found, params, cost
+        return number, params, cost
 
     def evaluate(self, checkpoints: "Checkpoints", step: str) -> dict:
-        """Evaluates a checkpoint and writes the files of the evaluation."""
+        """Evaluates a checkpoint, writes the files of the evaluation and returns the content of evaluation.json."""
         from iam_jax.ranking.evaluate import evaluate_all
 
-        found, params, cost = self.restored(checkpoints, step)
+        number, params, cost = self.restored(checkpoints, step)
         data = self.run.config.data
         oracle = SOURCES[data.source].oracle(data)
-        evaluation = evaluate_all(self.evaluator, params, found, self.workdir, oracle, self.signals.poll)
+        evaluation = evaluate_all(self.evaluator, params, number, self.workdir, oracle, self.signals.poll)
         with distributed.fail_together(self.signals):
             if distributed.is_first():
                 write_atomically(self.workdir / "run.json", lambda path: path.write_text(json.dumps(cost, indent=2) + "\n"))
@@ -215,8 +236,15 @@ def opened(
     flags: Mapping[str, object] | None = None,
     start: float | None = None,
 ) -> Iterator[Session]:
-    """Reads the data, checks the folder (or makes it, with `create`), builds the model, and sets its mesh. With `create` the folder is
-    locked meanwhile. Raises InputError before anything is written."""
+    """Opens a working folder: checks it, reads the data, builds the model and sets its mesh.
+
+    Args:
+      config, workdir, signals, flags, start: as in `train_run`.
+      create: creates the folder if it does not exist, and locks it until the end of the block.
+
+    Raises:
+      InputError: if the data, the config or the folder is invalid. Nothing is written then.
+    """
     start = time.time() if start is None else start
     if not create and not (workdir / CONFIG_FILE).exists():
         raise InputError(f"{workdir}: no run there")
@@ -246,52 +274,56 @@ def opened(
     from iam_jax.training.run import make_run
 
     run = make_run(config, prepared)
-    lock: contextlib.AbstractContextManager = contextlib.nullcontext()
-    with distributed.fail_together(signals), signals.deferred():  # a folder with a part of its files would be refused afterwards
-        if distributed.is_first():
-            lock = lock_workdir(workdir) if create else lock
-            open_workdir(workdir, config, prepared, fingerprint, create=create)
-    with distributed.fail_together(signals):
-        if not distributed.is_first():
-            open_workdir(workdir, config, prepared, fingerprint, shared=True)
-    signals.poll()
-    with lock, jax.set_mesh(run.mesh):
+    with contextlib.ExitStack() as stack:
+        with distributed.fail_together(signals), signals.deferred():  # an incomplete folder would be refused later
+            if distributed.is_first():
+                if create:
+                    stack.enter_context(lock_workdir(workdir))
+                open_workdir(workdir, config, prepared, fingerprint, create=create)
+        with distributed.fail_together(signals):
+            if not distributed.is_first():
+                open_workdir(workdir, config, prepared, fingerprint, shared=True)
+        signals.poll()
+        stack.enter_context(jax.set_mesh(run.mesh))
         yield Session(run, Evaluator(run.model, config, prepared, run.mesh), workdir, signals)
 
 
 def _shared_facts(config: Config) -> dict[str, object]:
-    """What must be the same in all processes of a job: the config without the fields that belong to one host, and the version of JAX."""
+    """Returns what must be the same in all processes of a job: the config, except for the fields of the own host, and the JAX version."""
     import jax
 
-    own = "data.path", "data.cache", "model.pretrained", "log."
+    host_fields = "data.path", "data.cache", "model.pretrained", "log."
     fields = flatten(json.loads(to_json(config)))
-    facts: dict[str, object] = {f"config.{name}": value for name, value in fields.items() if not name.startswith(own)}
+    facts: dict[str, object] = {f"config.{name}": value for name, value in fields.items() if not name.startswith(host_fields)}
     return facts | {"the version of JAX": jax.__version__}
 
 
 def _resolved(config: AnyConfig, overrides: Mapping[str, Any] | None) -> Config:
-    """Raises InputError for a file that is no config, an unknown field and a value out of range; TypeError for anything else."""
+    """Returns the checked config. Raises what `train` raises for its config and overrides."""
     if isinstance(config, str | Path):
         config = config_files.load(str(config))
     elif isinstance(config, Config):
         config = ml_collections.ConfigDict(dataclasses.asdict(config))
     elif not isinstance(config, ml_collections.ConfigDict):
-        raise TypeError(f"config is a {type(config).__name__}: give the path or name of a config file, a ConfigDict or a Config")
+        raise TypeError(f"config must be the path or the name of a config file, a ConfigDict or a Config, not {type(config).__name__}")
     return resolve(override(config, overrides))
 
 
 @contextlib.contextmanager
 def _own_signals() -> Iterator[Signals]:
-    """Signals that save a run's state while the call lasts, where Python allows handlers: in the main thread."""
+    """Installs signal handlers that stop a run with everything saved, and removes them at the end of the block.
+
+    Outside the main thread, where Python does not allow handlers, it installs none.
+    """
     signals = Signals()
     if threading.current_thread() is not threading.main_thread():
         yield signals
         return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     signals.install()
     try:
         yield signals
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             if handler is not None:  # a handler that was not installed from Python cannot be installed again
                 signal.signal(number, handler)

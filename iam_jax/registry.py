@@ -1,7 +1,7 @@
-"""Registries: what can be added by one object, by name.
+"""Registries: objects by name, to which users can add their own.
 
-A registry may name the module of an entry instead of holding the entry. Its names are then known without importing that module, so that
-the config can be checked before the libraries of the data sources are imported.
+A registry may hold the location of an entry ("module:attribute") instead of the entry. Its names are then known without importing the
+module, so that the config can be checked before the libraries of the data sources are imported.
 """
 
 import importlib
@@ -18,22 +18,24 @@ Entry = TypeVar("Entry", bound=Named)
 
 
 class Registry(Mapping[str, Entry], Generic[Entry]):
-    """A mapping from names to entries, in the order in which they were added."""
+    """A mapping from names to entries, in the order of their registration."""
 
     def __init__(self, kind: str, own: Mapping[str, Entry | str]):
-        """kind: what the entries are, for errors. own: the package's own entries by name; "module:attribute" is imported on first use."""
+        """kind: what an entry is, for messages. own: the package's own entries by name; "module:attribute" is imported on first use."""
         self._kind, self._own, self._entries = kind, frozenset(own), dict(own)
 
     def register(self, entry: Entry) -> Entry:
-        """Adds an entry under its name and returns it. An entry that was registered under this name before is replaced, so that a config
-        file may be read again. Raises ValueError for the name of one of the package's own entries."""
+        """Adds an entry under its name and returns it. Raises ValueError if one of the package's own entries has this name.
+
+        It replaces an entry that was registered under this name before, so that a config file can be read twice.
+        """
         if entry.name in self._own:
             raise ValueError(f"the {self._kind} {entry.name!r} belongs to iam_jax: choose another name")
         self._entries[entry.name] = entry
         return entry
 
     def unregister(self, name: str) -> None:
-        """Removes an entry that was registered. Raises ValueError for any other name."""
+        """Removes a registered entry. Raises ValueError for any other name, including the package's own."""
         if name in self._own or name not in self._entries:
             raise ValueError(f"{name!r} is not a registered {self._kind}")
         del self._entries[name]
@@ -48,7 +50,7 @@ class Registry(Mapping[str, Entry], Generic[Entry]):
         return entry
 
     def __contains__(self, name: object) -> bool:
-        return name in self._entries  # Mapping's own would import the entry
+        return name in self._entries  # the inherited method would import the entry
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)
@@ -66,4 +68,4 @@ SOURCES: Registry[Any] = Registry(
         "synthetic": "iam_jax.data.sources.synthetic:SYNTHETIC",
     },
 )
-"""Where data can come from (`data.source`): objects of `iam_jax.data.sources.Source`."""
+"""The data sources that `data.source` can name: objects of `iam_jax.data.sources.Source`."""

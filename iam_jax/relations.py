@@ -1,8 +1,8 @@
-"""Attention relations: which keys a token may see. Each relation is one object; everything else in the project reads it.
+"""Attention relations: which keys a token may see. Each relation is one object, which all other modules read.
 
-A token can see two kinds of keys. The first is one range of earlier keys of its own user: the prompt and the items before its own.
-The second is its own item: no token of it, the tokens up to itself, or all of them. To add a relation, register it before
-the config is resolved, for example in the config file:
+A token can see two kinds of keys. The first kind is one range of earlier keys of its user: the prompt and the items before its own item.
+The second kind is its own item: no token of it, the tokens up to itself, or all its tokens. To add a relation, register it before the
+config is resolved, for example in the config file:
 
     register(Relation("previous", start=lambda at: at.start_of(at.before - 1), meaning="the item before its own"))
 
@@ -20,22 +20,22 @@ from iam_jax.registry import Registry
 if TYPE_CHECKING:
     import jax
 
-NAME = r"[a-z_]+"  # regular expression of a name, in the schedule language too
+NAME = r"[a-z_]+"  # regular expression for names of relations, also in the schedule language
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Where users and items lie, as slots of keys: int32 [B, T] for T queries, except for `group_start_BS`."""
+    """The positions of users and items as slots of keys: int32 [B, T] for T queries, except `group_start_BS`."""
 
     user_start: "jax.Array"  # first slot of the user
-    before: "jax.Array"  # one past the last slot of the earlier items: the item's first slot; for a candidate, the end of the history
+    before: "jax.Array"  # slot after the earlier items: the item's first slot; for a candidate, the end of the history
     item_start: "jax.Array"  # first slot of the item (or the prompt)
-    item_stop: "jax.Array"  # one past its last slot
-    slot: "jax.Array"  # the token itself
+    item_stop: "jax.Array"  # slot after the item's last token
+    slot: "jax.Array"  # slot of the token itself
     group_start_BS: "jax.Array"  # for each key slot, the first slot of its item (or of the prompt)
 
     def start_of(self, slot_BT: "jax.Array") -> "jax.Array":
-        """[B, T]: the first slot of the item (or of the prompt) that holds the given key slot; slots outside the row count as its ends."""
+        """[B, T]: the first slot of the item (or the prompt) that holds the given key slot. Slots outside the row count as its ends."""
         import jax.numpy as jnp  # here, so that reading a config does not import JAX
 
         last = self.group_start_BS.shape[1] - 1
@@ -49,17 +49,25 @@ Bound = Callable[[Layout], "jax.Array"]
 class Relation:
     """The keys that a token sees: earlier keys [start, stop), and tokens of its own item.
 
-    `start` and `stop` map a Layout to slots [B, T]. They are cut to the keys between the user's first slot and the token's own item, so
-    that no relation can see another user, a later item or another candidate. `start` None: no earlier keys. `stop` None: up to the end of
-    the earlier items. own: None (no token of its own item), "past" (the tokens up to itself) or "whole" (all tokens).
-    Raises ValueError for a relation without any key, and for a name or an `own` that is not allowed.
+    `start` and `stop` are clipped to the keys between the user's first slot and the token's own item, so that no relation can see another
+    user, a later item or another candidate.
+
+    Attributes:
+      name: lower-case letters and underscores; schedules use it.
+      start: maps a Layout to the first slot of the earlier keys, [B, T]; None: no earlier keys.
+      stop: maps a Layout to the slot after the earlier keys, [B, T]; None: the end of the earlier items.
+      own: the visible tokens of the own item: None (none), "past" (those up to the token itself) or "whole" (all).
+      meaning: one line for the documentation.
+
+    Raises:
+      ValueError: if the relation has no keys, or if the name or `own` is not allowed.
     """
 
     name: str
     start: Bound | None = None
     stop: Bound | None = None
     own: Literal["past", "whole"] | None = None
-    meaning: str = ""  # one line for the documentation
+    meaning: str = ""
 
     def __post_init__(self):
         if not re.fullmatch(NAME, self.name):
@@ -71,22 +79,24 @@ class Relation:
 
     @property
     def own_item_only(self) -> bool:
-        """An intra layer: a state depends on the item alone. Leading layers of this kind are computed once per distinct item."""
+        """Whether this is an intra relation: states depend on the item alone. Leading layers of this kind are computed once per item."""
         return self.start is None
 
     @property
     def other_items_only(self) -> bool:
-        """An inter layer: `model.self_key` and `model.inter_positions` apply to it."""
+        """Whether this is an inter relation: `model.self_key` and `model.inter_positions` apply to it."""
         return self.own is None
 
     @property
     def sees_ahead(self) -> bool:
-        """A token sees later tokens of its own item: refused where tokens are predicted."""
+        """Whether a token sees later tokens of its own item. Such a relation cannot be used if tokens are predicted."""
         return self.own == "whole"
 
     def reach(self, longest: int | None) -> tuple[int, int] | None:
-        """How many slots before and after a token its keys may lie, if that is bounded. longest: number of tokens of the longest item (or
-        prompt), None if it is not known."""
+        """Returns the largest distances of a key before and after its query, in slots; None if they are not bounded.
+
+        longest: number of tokens of the longest item (or prompt); None if it is not known.
+        """
         if longest is None or not self.own_item_only:
             return None
         return longest - 1, longest - 1 if self.sees_ahead else 0

@@ -2,8 +2,8 @@
 
     schedule = term+     term = layers | "(" layers+ ")" ["*" count]     layers = ["+"] relation ["*" count]
 
-`(intra inter)*6` is item-aware attention, `full*12` the ordinary decoder, `(full inter)*6` and `(intra full)*6` the ablations,
-`intra*4 full*4 inter*4` the order of HatLLM (arXiv 2510.10955). `+` marks an inserted layer: its output projections start at zero, so
+`(intra inter)*6` is item-aware attention, `full*12` is the ordinary decoder, `(full inter)*6` and `(intra full)*6` are the ablations, and
+`intra*4 full*4 inter*4` is the order of HatLLM (arXiv 2510.10955). `+` marks an inserted layer. Its output projections start at zero, so
 that a pretrained model is unchanged at first. `(full*4 +intra +inter)*4` inserts an item-aware block after every four of sixteen layers.
 """
 
@@ -14,7 +14,7 @@ from typing import NoReturn
 from iam_jax.errors import InputError
 from iam_jax.relations import NAME, RELATIONS
 
-MOST_LAYERS = 1000
+MAX_LAYERS = 1000
 
 _TERM = re.compile(rf"\s*(?:\((?P<group>[^()]*)\)|(?P<layers>\+?{NAME}))(?:\s*\*\s*(?P<count>\d+))?(?=[\s(]|$)\s*")
 _LAYERS = re.compile(rf"\s*(?P<inserted>\+?)(?P<relation>{NAME})(?:\s*\*\s*(?P<count>\d+))?(?=\s|$)\s*")
@@ -22,11 +22,11 @@ _LAYERS = re.compile(rf"\s*(?P<inserted>\+?)(?P<relation>{NAME})(?:\s*\*\s*(?P<c
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """Layers with these relations, one after another; the whole is repeated `repeats` times."""
+    """A sequence of layers with these relations, repeated `repeats` times."""
 
     relations: tuple[str, ...]
     repeats: int
-    inserted: tuple[bool, ...] = ()  # which of `relations` are inserted layers; (): none
+    inserted: tuple[bool, ...] = ()  # whether each layer of `relations` is inserted; (): none is
 
     def __post_init__(self):
         object.__setattr__(self, "inserted", self.inserted or (False,) * len(self.relations))
@@ -34,6 +34,8 @@ class Stage:
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
+    """The relations of a decoder's layers."""
+
     stages: tuple[Stage, ...]
 
     @property
@@ -43,45 +45,45 @@ class Schedule:
 
     @property
     def leading_intra(self) -> int:
-        """Number of layers before the first one that sees other items. Their states depend on the item alone."""
+        """The number of layers before the first layer that sees other items. Their states depend on the item alone."""
         relations = self.relations
         return next((i for i, name in enumerate(relations) if not RELATIONS[name].own_item_only), len(relations))
 
     @property
     def sees_ahead(self) -> str | None:
-        """The name of the first relation whose tokens see later ones of their item; None if there is none."""
+        """The name of the first relation in which a token sees later tokens of its item; None if there is none."""
         return next((name for name in self.relations if RELATIONS[name].sees_ahead), None)
 
     @property
     def own_layers(self) -> list[tuple[int, int, int]]:
-        """(stage, place in its relations, repeat) of every layer that is not inserted, first to last."""
+        """(stage, index into its relations, repeat) of every layer that is not inserted, first to last."""
         return [
-            (s, place, repeat)
+            (s, index, repeat)
             for s, stage in enumerate(self.stages)
             for repeat in range(stage.repeats)
-            for place, inserted in enumerate(stage.inserted)
+            for index, inserted in enumerate(stage.inserted)
             if not inserted
         ]
 
 
 def parse_schedule(text: str, field: str = "schedule") -> Schedule:
-    """Raises InputError that names `field` and the first part that cannot be read."""
+    """Parses a schedule. Raises InputError, which names the config field `field` and the first part that cannot be read."""
     text = text.strip()
 
-    def fail(what: str) -> NoReturn:
-        raise InputError(f"config.{field} = {text!r}: {what}")
+    def fail(problem: str) -> NoReturn:
+        raise InputError(f"config.{field} = {text!r}: {problem}")
 
     def scan(pattern: re.Pattern, part: str):
-        at = 0
-        while at < len(part):
-            found = pattern.match(part, at)
-            if found is None:
-                fail(f"cannot read {part[at:]!r}; an example: '(intra inter)*6 full*2'")
-            yield found
-            at = found.end()
+        position = 0
+        while position < len(part):
+            match = pattern.match(part, position)
+            if match is None:
+                fail(f"cannot read {part[position:]!r}; an example: '(intra inter)*6 full*2'")
+            yield match
+            position = match.end()
 
-    def count_of(found: re.Match) -> int:
-        count = int(found["count"] or 1) if len(found["count"] or "") < 5 else MOST_LAYERS + 1
+    def count_of(match: re.Match) -> int:
+        count = int(match["count"] or 1) if len(match["count"] or "") < 5 else MAX_LAYERS + 1
         if count < 1:
             fail("a repeat count must be 1 or more")
         return count
@@ -96,12 +98,12 @@ def parse_schedule(text: str, field: str = "schedule") -> Schedule:
                 fail(f"cannot read {term[0].strip()!r}; an example: '(intra inter)*6 full*2'")
             layers = []
             for part in scan(_LAYERS, term["group"]):
-                layers += [(part["relation"], bool(part["inserted"]))] * min(count_of(part), MOST_LAYERS + 1)
+                layers += [(part["relation"], bool(part["inserted"]))] * min(count_of(part), MAX_LAYERS + 1)
         for relation, _ in layers:
             if relation not in RELATIONS:
                 fail(f"{relation!r} is not a relation; the relations are {', '.join(RELATIONS)}")
-        if repeats * len(layers) > MOST_LAYERS:
-            fail(f"more than {MOST_LAYERS:,} layers")
+        if repeats * len(layers) > MAX_LAYERS:
+            fail(f"more than {MAX_LAYERS:,} layers")
         stages.append(Stage(tuple(relation for relation, _ in layers), repeats, tuple(inserted for _, inserted in layers)))
     if not stages:
         raise InputError(f"config.{field} is empty; an example: '(intra inter)*6'")

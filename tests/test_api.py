@@ -28,6 +28,9 @@ def test_train_evaluate_and_compare(folder, capsys):
     assert metrics_lines(folder / "call") == metrics_lines(folder / "command")
     assert (folder / "call" / "ranks.parquet").read_bytes() == (folder / "command" / "ranks.parquet").read_bytes()
 
+    with pytest.raises(InputError, match=r"eval\.metric = 'hr@7' was not measured") as kept:
+        iam_jax.train(folder / "tiny.py", folder / "call", {"eval.metric": "hr@7", "eval.ks": (7,)})
+    assert kept.tb is not None  # as a notebook keeps it: a failed call leaves no lock
     longer = iam_jax.train(folder / "tiny.py", folder / "call", {"train.steps": 8})  # goes on
     assert "continuing from step 6" in capsys.readouterr().out and longer["split_sha256"] == evaluation["split_sha256"]
     unfiltered = iam_jax.evaluate(folder / "call", step="last", overrides={"eval.filter_seen": False})
@@ -57,9 +60,9 @@ def test_configs_of_every_kind(folder, tiny, monkeypatch):
 @pytest.mark.parametrize(
     ("config", "overrides", "error", "named"),
     [
-        ("dmeo", None, InputError, "config 'dmeo': there are .*demo"),
+        ("dmeo", None, InputError, "config 'dmeo': unknown name, the names are .*demo"),
         ("absent.py", None, InputError, r"config 'absent\.py': no such file"),
-        (7, None, TypeError, "config is a int"),
+        (7, None, TypeError, "config must be the path .* of a config file, a ConfigDict or a Config, not int"),
         ("demo", {"train.stesp": 1}, InputError, r"config\.train\.stesp: no such field"),
         ("demo", {"train.steps": "many"}, InputError, r"config\.train\.steps = 'many'"),
         ("demo", {"model.heads": 0}, InputError, r"config\.model\.heads"),

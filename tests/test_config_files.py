@@ -24,7 +24,9 @@ def test_a_path_stays_as_it_is(path):
 
 
 def test_an_unknown_name_is_refused_with_the_names_that_there_are():
-    with pytest.raises(InputError, match=r"config .dmeo.: there are .*, demo, .*; a file of your own needs its ending \.py"):
+    with pytest.raises(
+        InputError, match=r"config .dmeo.: unknown name, the names are .*, demo, .*; the path of a file of your own must end in \.py"
+    ):
         config_files.find("dmeo:full")
 
 
@@ -33,7 +35,7 @@ def test_the_command_refuses_an_unknown_name_in_one_line(tmp_path, flags):
     done = subprocess.run([sys.executable, "-m", "iam_jax", *flags], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == "" and list(tmp_path.iterdir()) == []
     (line,) = done.stderr.splitlines()
-    assert line.startswith("error: config 'dmeo': there are amazon_arts, ")
+    assert line.startswith("error: config 'dmeo': unknown name, the names are amazon_arts, ")
 
 
 @pytest.mark.parametrize("flags", [["--config=demo"], ["--config", "demo"]])

@@ -1,11 +1,11 @@
-"""The ranking core: histories to vectors, vectors to ranks or to lists, and likelihoods of items' texts.
+"""The ranking core: it turns histories into vectors, and vectors into ranks or lists; it also computes likelihoods of items' texts.
 
-Evaluation, offline scoring, export, planning and the Python API rank by this class and by nothing else. On a mesh the item vectors are
-spread over all devices, each of which scores all histories against its own items; histories are spread by rows. On a mesh of several
-processes all of them call the same methods with the same arguments.
+Evaluation, offline scoring, export, planning and the Python API all rank with this class. On a mesh, the item vectors are sharded over all
+devices, and each device scores all histories against its own items; histories are sharded by rows. On a mesh of several processes, all
+processes must call the same methods with the same arguments.
 
-Axes: X histories ranked at one time, C items of a chunk or given candidates, I items, E item vectors, S seen items, K items of a list,
-D model.
+Axes: n histories, X histories ranked at the same time, C items of a chunk or given candidates, I items, E item vectors, S seen items,
+K items of a list, D model.
 """
 
 import functools
@@ -30,11 +30,11 @@ from iam_jax.ranking.beam import beam_search, history_rows, make_trie
 from iam_jax.ranking.likelihood import log_likelihoods
 from iam_jax.ranking.scores import over_items, pair_scores, ranking_program, top_program
 
-_SCORES = 1 << 21  # scores that exist at one time: 8 MiB, which a CPU's cache holds in part
-_PAIR_NUMBERS = 1 << 23  # numbers of given candidates' vectors that exist at one time: 32 MiB
+_SCORES = 1 << 21  # scores that exist at the same time: 8 MiB, which fit partly into a CPU's cache
+_PAIR_NUMBERS = 1 << 23  # numbers in the vectors of given candidates that exist at the same time: 32 MiB
 
-Found = tuple[np.ndarray, np.ndarray]  # items [n, K] int32 best first, and their scores [n, K] float32, -inf behind the last
-Report = Callable[[int], None]  # called after each batch, with the number of histories in it
+Found = tuple[np.ndarray, np.ndarray]  # items [n, K] int32, best first, and scores [n, K] float32, -inf for none
+Report = Callable[[int], None]  # is called after each batch with its number of histories
 
 
 def nothing(_: int) -> None:
@@ -42,10 +42,12 @@ def nothing(_: int) -> None:
 
 
 def keeps_item_states(config: Config, catalogue: Catalogue, history_tokens: int) -> bool:
-    """Whether the states of the whole catalogue after the leading intra layers are computed once, to be used by all histories.
+    """Whether the states of the whole catalogue after the leading intra layers are computed once, and all histories use them.
 
-    They are where the schedule and `model.item_states` allow it, they fit in `eval.item_states_gib`, and (`auto`) they are no additional
-    work: the items' text vectors need them anyway, or the histories have at least as many tokens as the catalogue.
+    The schedule and `model.item_states` must allow it, and the states must fit into `eval.item_states_gib`. With `auto`, they must also be no
+    additional work: text vectors need them anyway, or the histories have at least as many tokens as the catalogue.
+
+    history_tokens: number of tokens of all histories together.
     """
     model = config.model
     if not config.states_by_item or model.item_states == "off" or item_states_gib(config, catalogue) > config.eval.item_states_gib:
@@ -54,21 +56,26 @@ def keeps_item_states(config: Config, catalogue: Catalogue, history_tokens: int)
 
 
 def item_states_gib(config: Config, catalogue: Catalogue) -> float:
-    """Size of the catalogue's states after the leading intra layers."""
+    """Size in GiB of the catalogue's states after the leading intra layers."""
     return float(catalogue.lengths.sum()) * config.model.width * jnp.dtype(config.model.dtype).itemsize / 2**30
 
 
 class Ranker:
     """A model with its catalogue, compiled for one mesh. Parameters are arguments, so one object serves a whole training run.
 
-    catalogue: the items in the order of their rows; trained_I: bool, whether each has a training event; batch_rows: rows of histories that
-    are computed at one time.
+    Args:
+      config: the run's config.
+      catalogue: the items; the row of an item is its number.
+      trained_I: bool, whether each item has a training event.
+      model: the model.
+      mesh: the device mesh.
+      batch_rows: number of rows of histories that are computed at the same time.
     """
 
     def __init__(self, config: Config, catalogue: Catalogue, trained_I: np.ndarray, model: Model, mesh: jax.sharding.Mesh, batch_rows: int):
         self.config, self.catalogue, self.model, self.mesh, self.batch_rows = config, catalogue, model, mesh, batch_rows
         self.items = make_items(catalogue, trained_I)
-        whole = functools.partial(jax.jit, out_shardings=NamedSharding(mesh, PartitionSpec()))  # read by the host, whole in every process
+        whole = functools.partial(jax.jit, out_shardings=NamedSharding(mesh, PartitionSpec()))  # the host of every process reads them
         chunk, count = config.eval.chunk_items, catalogue.items
 
         @whole
@@ -82,7 +89,7 @@ class Ranker:
             boundary_XD = None if leading_XD is None else leading_XD[self.catalogue_items.boundary_slots]
             return spread_rows(mesh, item_vectors(model.bind(params), config, items, boundary_XD))
 
-        # The programs, as `planning` compiles them too.
+        # The jitted functions, which `planning` compiles, too.
         self.history_states, self.vectors = history_states, vectors
         self.text_vectors = whole(lambda params, token_CT, length_C: model.bind(params).text_vectors(token_CT, length_C))
         self.leading = jax.jit(lambda params, rows, chunks: model.bind(params).leading_states(rows, chunks), static_argnums=2)
@@ -103,29 +110,43 @@ class Ranker:
         return CatalogueItems(self.catalogue, self.config.data.row_tokens, math.ceil(self.batch_rows / shards) * shards)
 
     def leading_states(self, params: Params, history_tokens: int) -> jax.Array | None:
-        """States of the catalogue after the leading intra layers, for histories of so many tokens; None where they are not kept."""
+        """States of the catalogue after the leading intra layers [slots, D]; None if `keeps_item_states` is False."""
         if not keeps_item_states(self.config, self.catalogue, history_tokens):
             return None
         return self.leading(params, shard_batch(self.mesh, self.catalogue_items.rows), self.catalogue_items.chunks)
 
     def item_vectors(self, params: Params, leading_XD: jax.Array | None) -> jax.Array:
-        """v_IE spread over the mesh, with rows of zeros behind the items where they do not divide."""
+        """v_IE float32, sharded over the mesh by rows. Rows of zeros follow the items if the number of items is not divisible.
+
+        leading_XD: from `leading_states`.
+        """
         return self.vectors(params, self.items, leading_XD)
 
     # ---- histories
 
     def batch(self, batch: Batch, width: int, leading: bool) -> Batch:
-        """What `history_states` reads of a batch, with places for `width` targets a row."""
-        at, segment = batch["target_at"], batch["segment"]
-        more = (0, 0), (0, width - at.shape[1])
+        """The arrays of a batch that `history_states` needs, padded to `width` targets per row; also `segment`, -1 for none.
+
+        leading: whether the states of the leading intra layers are given.
+        """
+        target_at, segment = batch["target_at"], batch["segment"]
+        padding = (0, 0), (0, width - target_at.shape[1])
         batch = self.catalogue_items(batch) if leading else without_items(batch)
-        kept = {name: batch[name] for name in ("token", "user", "group", "position", "slot") if name in batch}
-        return kept | {"target_at": np.pad(at, more), "segment": np.pad(segment, more, constant_values=-1)}
+        arrays = {name: batch[name] for name in ("token", "user", "group", "position", "slot") if name in batch}
+        return arrays | {"target_at": np.pad(target_at, padding), "segment": np.pad(segment, padding, constant_values=-1)}
 
     def history_vectors(
         self, params: Params, rows: Rows, leading_XD: jax.Array | None, batch_rows: int | None = None, report: Report = nothing
     ) -> np.ndarray:
-        """h_nE float32: the projected state from which each segment of the rows is continued. batch_rows: instead of the core's own."""
+        """h_nE float32: the projected state at the end of each segment of the rows, from which the next item is predicted.
+
+        Args:
+          params: the parameters.
+          rows: packed histories, with one target per segment.
+          leading_XD: from `leading_states`.
+          batch_rows: number of rows that are computed at the same time; None: that of the ranker.
+          report: is called after each batch.
+        """
         width, n = power_of_two(rows.targets_per_row), len(rows.segments)  # few shapes are compiled
         h_nE = np.zeros((n, 0 if n else self.config.model.width), np.float32)
         finish = functools.partial(self.batch, width=width, leading=leading_XD is not None)
@@ -141,35 +162,56 @@ class Ranker:
 
     @property
     def at_once(self) -> int:
-        """Histories that are ranked at one time."""
+        """The number of histories that are ranked at the same time."""
         return max(8, min(1024, _SCORES // min(self.config.eval.chunk_items, self.catalogue.items)))
 
     def rank(
         self, h_nE: np.ndarray, v_IE: jax.Array, target_n: np.ndarray, seen: Callable[[np.ndarray], Lists] | None, report: Report = nothing
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Rank [n] int64, ties [n] int64 and whether all scores are finite [n] of the targets. seen: places [m] among the targets -> their
-        items that are no candidates, distinct and without the target; None: every item is a candidate."""
+        """The exact rank of one target per history among the whole catalogue.
+
+        Args:
+          h_nE: history vectors.
+          v_IE: from `item_vectors`.
+          target_n: rows of the targets.
+          seen: maps indices [m] of histories to their items that are no candidates (distinct, without the target); None: there are none.
+          report: is called after each batch.
+
+        Returns:
+          rank [n] int64, ties [n] int64, and finite [n] bool, whether all scores of the history are finite.
+        """
         n, X = len(target_n), self.at_once
         rank, ties, finite = np.zeros(n, np.int64), np.zeros(n, np.int64), np.zeros(n, bool)
-        # By item: then few chunks hold the targets of a batch, and few are computed twice.
+        # Sorted by item, so that the targets of a batch are in few chunks, and few chunks are computed twice.
         order = np.argsort(target_n, kind="stable")
         for start in range(0, n, X):
             at = order[start : start + X]
-            more = X - len(at)
+            missing = X - len(at)
             seen_XS = padded(seen(at), X) if seen else np.full((X, 1), -1, np.int32)
-            results = self.ranks(np.pad(h_nE[at], ((0, more), (0, 0))), v_IE, np.pad(target_n[at], (0, more), mode="edge"), seen_XS)
+            results = self.ranks(np.pad(h_nE[at], ((0, missing), (0, 0))), v_IE, np.pad(target_n[at], (0, missing), mode="edge"), seen_XS)
             rank[at], ties[at], finite[at] = (np.asarray(result)[: len(at)] for result in results)
             report(len(at))
         return rank, ties, finite
 
     def top_program(self, k: int, filter_seen: bool = True) -> Callable:
-        """`scores.top_program` for this catalogue, kept from call to call."""
+        """`scores.top_program` for this catalogue. Each one is made once."""
         if (k, filter_seen) not in self._top:
             self._top[k, filter_seen] = top_program(self.mesh, k, self.config.eval.chunk_items, self.catalogue.items, filter_seen)
         return self._top[k, filter_seen]
 
     def top(self, h_nE: np.ndarray, v_IE: jax.Array, seen: Lists | None, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Each history's k best items [n, k] without the seen ones, their scores, and whether all scores are finite [n]."""
+        """The k best items of each history, without the seen items.
+
+        Args:
+          h_nE: history vectors.
+          v_IE: from `item_vectors`.
+          seen: for each history, the items that are no candidates; None: there are none.
+          k: length of a list, at most the number of items.
+
+        Returns:
+          items [n, k] int32, best first; scores [n, k] float32; -1 and -inf where no candidate is left; finite [n] bool, whether all scores
+          of the history are finite.
+        """
         n = len(h_nE)
         X = min(power_of_two(n), self.at_once)
         item, score, finite = np.full((n, k), -1, np.int32), np.full((n, k), -np.inf, np.float32), np.ones(n, bool)
@@ -188,22 +230,25 @@ class Ranker:
         score = np.zeros((n, C), np.float32)
         for begin in range(0, n, X):
             h, item = h_nE[begin : begin + X], item_nC[begin : begin + X]
-            more = (0, X - len(h)), (0, 0)
-            score[begin : begin + X] = np.asarray(self.pairs(np.pad(h, more), v_IE, np.pad(item, more, constant_values=-1)))[: len(h)]
+            padding = (0, X - len(h)), (0, 0)
+            h_XE, item_XC = np.pad(h, padding), np.pad(item, padding, constant_values=-1)
+            score[begin : begin + X] = np.asarray(self.pairs(h_XE, v_IE, item_XC))[: len(h)]
         return score
 
     # ---- text generators
 
     @property
     def generations_at_once(self) -> int:
-        """Histories of text generators that are computed at one time."""
+        """The number of histories for which likelihoods or beams are computed at the same time."""
         shards = batch_shards(self.mesh)
         return math.ceil(self.batch_rows / 5 / shards) * shards
 
     @functools.cached_property
     def _texts(self) -> tuple[np.ndarray, np.ndarray]:
-        """Items with equal tokens once: one item of each text, and the text of each item. Equal texts must tie, and rounding depends on the
-        place in a row."""
+        """The distinct token sequences of the catalogue: one item of each sequence, and the number of each item's sequence [I].
+
+        Each sequence is scored once, because equal texts must tie, and rounding depends on the position in a row.
+        """
         token, length = self.catalogue.padded()
         _, first, text_I = np.unique(np.column_stack([length, token]), axis=0, return_index=True, return_inverse=True)
         return first, text_I.reshape(-1)
@@ -213,7 +258,10 @@ class Ranker:
         return make_trie(self.catalogue)
 
     def fitting(self, histories: Sequence[np.ndarray], catalogue: Catalogue) -> list[np.ndarray]:
-        """The most recent items of each history that leave room in a row for the longest item of the core's own catalogue."""
+        """The most recent items of each history that leave room in a row for the longest item of the ranker's catalogue.
+
+        catalogue: as in `likelihoods`.
+        """
         room = self.config.data.row_tokens - catalogue.frame_tokens - int(self.catalogue.item_lengths.max())
         return [items[len(items) - int((np.cumsum(catalogue.lengths[items][::-1]) <= room).sum()) :] for items in histories]
 
@@ -225,30 +273,38 @@ class Ranker:
         report: Report = nothing,
         catalogue: Catalogue | None = None,
     ) -> np.ndarray:
-        """[n, C] float32: log p(text of candidate | history) of each history's candidates, -inf behind the last. candidates: rows of the
-        catalogue for each history; None: all items for every history. report is called after every batch, with the histories that are done.
-        catalogue: the core's own, with more items behind that only histories hold.
+        """log p(text of candidate | history) for the candidates of each history.
+
+        Args:
+          params: the parameters.
+          histories: rows of the catalogue, oldest first.
+          candidates: rows of the catalogue for each history; None: all items for every history.
+          report: is called often, with the number of histories that have been finished since the last call.
+          catalogue: the ranker's catalogue, followed by further items that only histories contain; None: the ranker's catalogue.
+
+        Returns:
+          [n, C] float32, in the order of the candidates; -inf after the last one.
         """
         first, text_I = self._texts
         catalogue, B, n = catalogue or self.catalogue, self.generations_at_once, len(histories)
-        everything = np.arange(len(first)), text_I
+        all_texts = np.arange(len(first)), text_I
         width = len(text_I) if candidates is None else max(map(len, candidates), default=0)
         longest = int(self.catalogue.item_lengths.max())
-        # A row holds a history and a few times as many tokens of candidates.
+        # A row contains a history, and about four times as many tokens of candidates.
         C = min(math.ceil(4 * self.config.data.row_tokens / longest), width)
         T = self.config.data.row_tokens + C * longest
         histories, scores = self.fitting(histories, catalogue), np.full((n, width), -np.inf, np.float32)
         for begin in range(0, n, B):
             batch_histories = histories[begin : begin + B]
-            more = B - len(batch_histories)
+            missing = B - len(batch_histories)
             if candidates is None:
-                texts = [everything] * len(batch_histories)
+                texts = [all_texts] * len(batch_histories)
             else:
                 texts = [np.unique(text_I[items], return_inverse=True) for items in candidates[begin : begin + B]]
             found = np.zeros((B, max(len(text) for text, _ in texts) + C), np.float32)
             for c in range(0, found.shape[1] - C, C):
                 items = [first[text[c : c + C]] for text, _ in texts]
-                batch = candidate_rows(catalogue, batch_histories + batch_histories[:1] * more, items + items[:1] * more, T, T)
+                batch = candidate_rows(catalogue, batch_histories + batch_histories[:1] * missing, items + items[:1] * missing, T, T)
                 found[:, c : c + C] = np.asarray(self.log_likelihoods(params, shard_batch(self.mesh, batch), C))
                 report(0)
             for row, (_, text) in enumerate(texts):
@@ -265,21 +321,29 @@ class Ranker:
         report: Report = nothing,
         catalogue: Catalogue | None = None,
     ) -> Found:
-        """Each history's k likeliest items by beam search, without the seen ones: as many hypotheses as leave k items when those are left
-        out. catalogue: as in `likelihoods`."""
+        """The k most likely items of each history by beam search, without the seen items.
+
+        The beams are wide enough for k items and the seen ones. Raises FloatingPointError for a score that is not finite.
+
+        Args:
+          params, histories, report, catalogue: as in `likelihoods`.
+          seen: for each history, the items that are no candidates.
+          k: length of a list, at most the number of items.
+        """
         B, T, n = self.generations_at_once, self.config.data.row_tokens, len(histories)
         size, normalize = self.config.objective.chunk, self.config.eval.length_normalized
         catalogue = catalogue or self.catalogue
         histories = self.fitting(histories, catalogue)
+        longer = int(catalogue.item_lengths.max() - self.catalogue.item_lengths.max())  # no candidate is that long
         found = np.full((n, k), -1, np.int32), np.full((n, k), -np.inf, np.float32)
         for begin in range(0, n, B):
             part = histories[begin : begin + B]
-            batch = history_rows(catalogue, part + part[:1] * (B - len(part)), T, T)
-            left_out = [np.unique(items) for items in seen[begin : begin + B]]
-            beams = min(self.catalogue.items, math.ceil((k + max(map(len, left_out))) / 16) * 16)
+            batch = history_rows(catalogue, part + part[:1] * (B - len(part)), T + longer, T)
+            excluded = [np.unique(items) for items in seen[begin : begin + B]]
+            beams = min(self.catalogue.items, math.ceil((k + max(map(len, excluded))) / 16) * 16)
             batch = shard_batch(self.mesh, batch)
             item, score = beam_search(self.model, params, self._trie, batch, beams, normalize=normalize, chunk=size)
-            for row, items in enumerate(left_out):
+            for row, items in enumerate(excluded):
                 kept = np.flatnonzero(~np.isin(item[row], items))[:k]
                 found[0][begin + row, : len(kept)], found[1][begin + row, : len(kept)] = item[row, kept], score[row, kept]
             report(len(part))
@@ -287,11 +351,11 @@ class Ranker:
 
 
 def padded(items: Lists, rows: int) -> np.ndarray:
-    """[rows, S] int32, -1 behind each list: S is a power of two, so that few shapes are compiled."""
+    """Lists as an array [rows, S] int32 with -1 after each list. S is a power of two, so that few shapes are compiled."""
     out_XS = items.padded(max(16, power_of_two(int(items.lengths.max(initial=1)))))
     return np.pad(out_XS, ((0, rows - len(out_XS)), (0, 0)), constant_values=-1)
 
 
 def power_of_two(n: int) -> int:
-    """The least power of two that is at least n."""
+    """The smallest power of two that is at least n."""
     return 1 << max(n - 1, 0).bit_length()

@@ -1,11 +1,10 @@
 """Scores of a whole catalogue as pure functions of arrays: exact ranks, the best K items, and the scores of given pairs.
 
-A score is the product of a history vector and an item vector, in float32 without rounding of its inputs. At most X times `chunk` scores
-exist at one time. Inside a `jax.shard_map` over the mesh axes `axes`, `v_IE` is this device's part of the catalogue, and the results are
-those of all parts together: `over_items` makes such a function.
+A score is the inner product of a history vector and an item vector, in float32 at the highest precision. At most X times `chunk` scores
+exist at the same time. Inside a `jax.shard_map` over the mesh axes `axes`, `v_IE` is the device's shard of the catalogue, and the results
+are those of all shards together. `over_items` makes such a function.
 
-Axes: X histories scored at one time, C items of a chunk (or given candidates), J chunks, I items, E item vectors, S seen items, K items of
-a list.
+Axes: X histories, C items of a chunk (or given candidates), J chunks, I items, E item vectors, S seen items, K items of a list.
 """
 
 import functools
@@ -29,20 +28,21 @@ def rank_catalogue(
     items: int = 0,
     axes: tuple[str, ...] = (),
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The exact rank of each target among all items. Traceable.
+    """Computes the exact rank of each target among all items. Traceable by JAX.
 
     Args:
       h_XE: history vectors, float32.
       v_IE: item vectors, float32.
-      target_X: int32, row of each target in the catalogue.
-      seen_XS: int32, distinct items that are no candidates, the target not among them; -1 for none. None: every item is a candidate.
-      chunk: items of one matrix product.
-      items: number of items; rows of v_IE behind them are padding. 0: every row is an item.
-      axes: mesh axes over which v_IE is split, inside a `shard_map`.
+      target_X: int32, row of each target in v_IE.
+      seen_XS: int32, for each history the rows of items that are no candidates, -1 for none. They must be distinct, and the target must not
+        be among them. None: every item is a candidate.
+      chunk: number of items in one matrix product.
+      items: number of items, if further rows of v_IE are padding; 0: every row is an item.
+      axes: mesh axes over which v_IE is sharded, inside a `shard_map`.
 
     Returns:
-      rank [X] int32, 1 + the candidates that score higher; ties [X] int32, the other candidates that score the same; finite [X] bool,
-      whether all scores are finite.
+      rank [X] int32, 1 + the number of candidates with a higher score; ties [X] int32, the number of other candidates with an equal score;
+      finite [X] bool, whether all scores are finite.
     """
     seen_XS = jnp.full((len(h_XE), 1), -1, jnp.int32) if seen_XS is None else seen_XS
     I = len(v_IE)  # noqa: E741
@@ -50,20 +50,20 @@ def rank_catalogue(
     C = math.ceil(I / J)
     offset = jax.lax.axis_index(axes) * I if axes else 0
     target_X, seen_XS, stop = target_X - offset, seen_XS - offset, (items or I) - offset
-    chunk_X, chunk_XS = (jnp.where((i >= 0) & (i < I), i // C, -1) for i in (target_X, seen_XS))  # -1: of another part, or none
+    chunk_X, chunk_XS = (jnp.where((i >= 0) & (i < I), i // C, -1) for i in (target_X, seen_XS))  # -1: in another shard, or none
     i_C = jnp.arange(C)
     holds_J = (chunk_X == jnp.arange(J)[:, None]).any(1)
     holders_first_J = jnp.argsort(~holds_J, stable=True)
 
-    # A target's own score is taken from the catalogue's scores: computed apart, the last bits could differ. So the chunks that hold a
-    # target are computed twice, by one and the same product of the program: first for the targets' own scores, then to compare with them.
+    # A target's own score is taken from the scores of the catalogue, because the last bits of a separate computation could differ. So chunks
+    # with a target are computed twice, by the same matrix product of the program: first for the targets' scores, then for the comparison.
     def sweep(comparing, carry):
         def step(n, carry):
             c = jnp.where(comparing, n, holders_first_J[n])
             start = jnp.minimum(c * C, I - C)
             scores_XC = jnp.einsum("XE,CE->XC", h_XE, jax.lax.dynamic_slice_in_dim(v_IE, start, C), precision="highest")
 
-            def scores_of(item_X):  # any value for items of other chunks
+            def scores_of(item_X):  # arbitrary for items of other chunks
                 return jnp.take_along_axis(scores_XC, jnp.clip(item_X - start, 0, C - 1), axis=1)
 
             def find(here_X, own_X, *counts):
@@ -87,7 +87,7 @@ def rank_catalogue(
     _, _, above_X, equal_X, finite_X = jax.lax.fori_loop(0, 2, lambda n, carry: sweep(n > 0, carry), carry)
     if axes:
         above_X, equal_X = jax.lax.psum((above_X, equal_X), axes)
-    return 1 + above_X, equal_X - 1, _everywhere(finite_X, axes)
+    return 1 + above_X, equal_X - 1, _all_shards(finite_X, axes)
 
 
 def top_items(
@@ -100,9 +100,12 @@ def top_items(
     items: int = 0,
     axes: tuple[str, ...] = (),
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The K items with the highest scores, best first; of equal scores the item that comes first in the catalogue. Traceable.
+    """Finds the K items with the highest scores, best first. Among equal scores, the first item of v_IE comes first. Traceable by JAX.
 
-    Args as in `rank_catalogue`; seen_XS: int32, items that are no candidates, -1 for none; k: K, a Python integer.
+    Args:
+      h_XE, v_IE, chunk, items, axes: as in `rank_catalogue`.
+      seen_XS: int32, for each history the rows of items that are no candidates, -1 for none; they may repeat. None: every item is one.
+      k: K, a Python integer.
 
     Returns:
       items [X, K] int32 and scores [X, K] float32, -1 and -inf where no candidate is left; finite [X] bool, whether all scores are finite.
@@ -118,14 +121,14 @@ def top_items(
         start = jnp.minimum(c * C, I - C)
         scores_XC = jnp.einsum("XE,CE->XC", h_XE, jax.lax.dynamic_slice_in_dim(v_IE, start, C), precision="highest")
         i_C = start + jnp.arange(C, dtype=jnp.int32)
-        real_C = (i_C >= c * C) & (i_C < stop)  # the last chunk begins inside the one before it
+        real_C = (i_C >= c * C) & (i_C < stop)  # the last chunk overlaps the one before it
         finite_X &= (jnp.isfinite(scores_XC) | ~real_C).all(1)
         scores_XC = jnp.where(real_C, scores_XC, -jnp.inf)
         if seen_XS is not None:
             at_XS = seen_XS - offset - start
             scores_XC = scores_XC.at[x, jnp.where(at_XS >= 0, at_XS, C)].set(-jnp.inf, mode="drop")
         found_XK, at_XK = jax.lax.top_k(scores_XC, min(k, C))
-        # Items of earlier chunks come first, and of equal scores top_k takes the first.
+        # Items of earlier chunks come first, and among equal scores top_k takes the first.
         return (*_best(k, item_XK, score_XK, offset + i_C[at_XK], found_XK), finite_X), None
 
     none = jnp.full((X, k), -1, jnp.int32), jnp.full((X, k), -jnp.inf), jnp.ones(X, bool)
@@ -133,11 +136,16 @@ def top_items(
     if axes:
         parts = (jax.lax.all_gather(x_XK, axes, axis=1, tiled=True) for x_XK in (item_XK, score_XK))
         item_XK, score_XK = _best(k, *parts)
-    return jnp.where(score_XK == -jnp.inf, -1, item_XK), score_XK, _everywhere(finite_X, axes)
+    return jnp.where(score_XK == -jnp.inf, -1, item_XK), score_XK, _all_shards(finite_X, axes)
 
 
 def pair_scores(h_XE: jax.Array, v_IE: jax.Array, item_XC: jax.Array, *, axes: tuple[str, ...] = ()) -> jax.Array:
-    """[X, C] float32: the scores of given items, -inf where item_XC is -1. Traceable. Args as in `rank_catalogue`."""
+    """[X, C] float32: the scores of given items, -inf where item_XC is -1. Traceable by JAX.
+
+    Args:
+      h_XE, v_IE, axes: as in `rank_catalogue`.
+      item_XC: int32, rows of v_IE; -1 for none.
+    """
     at_XC = item_XC - (jax.lax.axis_index(axes) * len(v_IE) if axes else 0)
     here_XC = (item_XC >= 0) & (at_XC >= 0) & (at_XC < len(v_IE))
     scores_XC = jnp.einsum("XE,XCE->XC", h_XE, v_IE[jnp.where(here_XC, at_XC, 0)], precision="highest")
@@ -147,27 +155,27 @@ def pair_scores(h_XE: jax.Array, v_IE: jax.Array, item_XC: jax.Array, *, axes: t
 
 
 def over_items(mesh: jax.sharding.Mesh, function: Callable, arrays: int) -> Callable:
-    """`function(h_XE, v_IE, *others, axes=…)` jitted, with v_IE spread over all devices of the mesh (`devices.mesh.spread_rows`) and the
-    others whole on each. arrays: how many array arguments there are."""
+    """Jits `function(h_XE, v_IE, *others, axes=…)` for a mesh: v_IE is sharded over all devices (`devices.mesh.spread_rows`), all other
+    arguments and the results are replicated. arrays: number of array arguments."""
     axes = mesh.axis_names if mesh.size > 1 else ()
 
     def call(*args):
         return function(*args, axes=axes)
 
-    everywhere, parts = PartitionSpec(), PartitionSpec(axes)
-    specs = {"in_specs": (everywhere, parts, *[everywhere] * (arrays - 2)), "out_specs": everywhere}
+    replicated, sharded = PartitionSpec(), PartitionSpec(axes)
+    specs = {"in_specs": (replicated, sharded, *[replicated] * (arrays - 2)), "out_specs": replicated}
     return jax.jit(jax.shard_map(call, mesh=mesh, check_vma=False, **specs) if axes else call)
 
 
 def ranking_program(mesh: jax.sharding.Mesh, chunk: int, items: int) -> Callable[..., tuple[jax.Array, jax.Array, jax.Array]]:
-    """(h_XE, v_IE, target_X, seen_XS) -> rank, ties, finite: `rank_catalogue` jitted for a mesh."""
+    """`rank_catalogue` jitted for a mesh: (h_XE, v_IE, target_X, seen_XS) -> rank, ties, finite."""
     return over_items(mesh, functools.partial(rank_catalogue, chunk=chunk, items=items), arrays=4)
 
 
 def top_program(
     mesh: jax.sharding.Mesh, k: int, chunk: int, items: int, filter_seen: bool = True
 ) -> Callable[..., tuple[jax.Array, jax.Array, jax.Array]]:
-    """(h_XE, v_IE, seen_XS), or (h_XE, v_IE) without filter_seen, -> items, scores, finite: `top_items` jitted for a mesh."""
+    """`top_items` jitted for a mesh: (h_XE, v_IE, seen_XS) -> items, scores, finite. Without filter_seen there is no argument seen_XS."""
 
     def top(h_XE, v_IE, seen_XS=None, *, axes):
         return top_items(h_XE, v_IE, seen_XS, k, chunk=chunk, items=items, axes=axes)
@@ -176,11 +184,12 @@ def top_program(
 
 
 def _best(k: int, *parts: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The first k by score of items and scores in parts: (items, scores, items, scores, …) or (items, scores)."""
+    """The k best of items and their scores, given in one or more parts: (items, scores, items, scores, …)."""
     item_XC, score_XC = parts if len(parts) == 2 else (jnp.concatenate(part, axis=1) for part in (parts[::2], parts[1::2]))
     score_XK, at_XK = jax.lax.top_k(score_XC, k)
     return jnp.take_along_axis(item_XC, at_XK, axis=1), score_XK
 
 
-def _everywhere(finite_X: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+def _all_shards(finite_X: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    """Whether the values are True in all shards."""
     return jax.lax.psum((~finite_X).astype(jnp.int32), axes) == 0 if axes else finite_X

@@ -302,7 +302,7 @@ def test_without_an_event_to_evaluate(tmp_path):
     prepared.events.label[:] = TRAIN
     evaluation = evaluate_all(make_evaluator(prepared), integers(prepared), 1, tmp_path)
     assert evaluation["results"]["model"] == {}
-    assert format_results(evaluation).startswith("no event to evaluate")
+    assert format_results(evaluation).startswith("nothing was evaluated: no user has a validation or test event")
 
 
 def test_the_validation_subset_is_whole_users_and_always_the_same():

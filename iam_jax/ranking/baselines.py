@@ -1,11 +1,11 @@
-"""Counting baselines, and the plain NumPy ranking that every scorer can be put through.
+"""Counting baselines, and a plain NumPy ranking for any scorer.
 
-All follow the protocol of the evaluation: the candidates of a target are all items, the user's whole history before the target
-is left out except the target itself (`filter_seen`), rank = 1 + #(score > target's), ties = #(other candidates with an equal
-score). A target is the index of an event; its history is the same user's events before it.
+Both follow the evaluation protocol. The candidates of a target are all items, without the items of the user's whole history before the
+target (`filter_seen`), but with the target itself. rank = 1 + #(score > target's), ties = #(other candidates with an equal score). A target
+is the index of an event; its history is the events of the same user before it.
 
-A scorer is a callable `(events, targets [n]) -> scores [n, items]`, finite. One that also has a method
-`ranks(events, targets, filter_seen) -> (rank, ties)` is ranked by that: the counting baselines do, without a dense score.
+A scorer is a callable `(events, targets [n]) -> scores [n, items]` that returns finite scores. If it also has a method
+`ranks(events, targets, filter_seen) -> (rank, ties)`, this method is used. The counting baselines have one, which needs no dense scores.
 """
 
 import dataclasses
@@ -17,27 +17,27 @@ from scipy import sparse
 
 from iam_jax.data.splits import TRAIN, Events, users_of
 
-_BLOCK = 1 << 23  # dense scores that exist at a time: 64 MiB of float64
-_CHUNK = 1 << 12  # targets at a time where no dense scores exist
-_ENTRIES = 1 << 22  # pairs of items that item-kNN counts or scores at a time
+_BLOCK = 1 << 23  # dense scores that exist at the same time: 64 MiB of float64
+_CHUNK = 1 << 12  # targets that are ranked at the same time without dense scores
+_ENTRIES = 1 << 22  # pairs of items that item-kNN counts or scores at the same time
 
 ScoreFunction = Callable[[Events, np.ndarray], np.ndarray]
 Pairs = tuple[np.ndarray, np.ndarray]  # (row [m], item [m])
 
 
 def rank_scores(scores: np.ndarray, target: np.ndarray, seen: Pairs | None = None) -> Pairs:
-    """Exact ranks from dense scores.
+    """Computes exact ranks from dense scores.
 
     Args:
-      scores: [n, items], integers or floats, finite.
+      scores: [n, items], finite integers or floats.
       target: [n] item of each row.
-      seen: (row [m], item [m]) pairs to leave out, in any order and with repeats; a row's own target always stays in.
+      seen: (row [m], item [m]) pairs that are no candidates, in any order; they may repeat. The target of a row is always a candidate.
 
     Returns:
       rank [n] from 1 and ties [n] from 0, int64.
 
     Raises:
-      ValueError: a score is not finite.
+      ValueError: if a score is not finite.
     """
     scores, target = np.asarray(scores), np.asarray(target)
     if np.issubdtype(scores.dtype, np.inexact) and not np.isfinite(scores).all():
@@ -59,17 +59,20 @@ def evaluate(
     filter_seen: bool = True,
     progress: Callable[[int], object] | None = None,
 ) -> Pairs:
-    """Rank and ties of each target event under a scorer, in chunks of bounded memory.
+    """Ranks each target event with a scorer, in chunks of bounded memory.
 
     Args:
       scorer: see the module's docstring.
       events: all events.
       targets: [n] indices into the events.
-      filter_seen: leave out the items of the user's history before the target, except the target.
-      progress: called with the number of targets done by each chunk, e.g. `tqdm.update`.
+      filter_seen: whether items of the user's history before the target are no candidates (except the target).
+      progress: is called after each chunk with its number of targets, for instance `tqdm.update`.
 
     Returns:
       rank [n] and ties [n], int64.
+
+    Raises:
+      ValueError: if a score is not finite.
     """
     targets, items = np.asarray(targets, np.int64), len(events.item_ids)
     rank, ties = np.ones(len(targets), np.int64), np.zeros(len(targets), np.int64)
@@ -78,18 +81,18 @@ def evaluate(
     for start in range(0, len(targets), step):
         chunk = targets[start : start + step]
         if ranks:
-            got = ranks(events, chunk, filter_seen)
+            chunk_ranks = ranks(events, chunk, filter_seen)
         else:
             seen = histories(events, chunk) if filter_seen else None
-            got = rank_scores(scorer(events, chunk), events.item[chunk], seen)
-        rank[start : start + step], ties[start : start + step] = got
+            chunk_ranks = rank_scores(scorer(events, chunk), events.item[chunk], seen)
+        rank[start : start + step], ties[start : start + step] = chunk_ranks
         if progress is not None:
             progress(len(chunk))
     return rank, ties
 
 
 def histories(events: Events, targets: np.ndarray) -> Pairs:
-    """All (row, item) pairs of the targets' histories, row by row in time order, repeats included."""
+    """The (row, item) pairs of the targets' histories: row by row in time order, with repeats."""
     begin = events.offsets[users_of(events, targets)]
     row, position = _expand(begin, targets - begin)
     return row, events.item[position].astype(np.int64)
@@ -97,16 +100,16 @@ def histories(events: Events, targets: np.ndarray) -> Pairs:
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
-    """Integer scores that are the same for every target, but for some items that depend on the last item of the history.
+    """Integer scores that do not depend on the history, except for a few items whose scores depend on its last item.
 
-    Few items follow a given item, so a rank over the whole catalogue is a lookup among the sorted `base` scores, corrected for
-    those few and for the seen items: no [targets, items] array. The dense twin is `__call__`.
+    Few items follow a given item. So a rank among the whole catalogue is a lookup in the sorted `base` scores, which is corrected for these
+    items and for the seen items. There is no [targets, items] array. `__call__` is the dense equivalent.
     """
 
     base: np.ndarray  # [items] int64
-    offsets: np.ndarray  # [items + 1]: what replaces the score of some items after last item a is at offsets[a]:offsets[a + 1]
-    item: np.ndarray  # [m] int64, sorted within one last item
-    score: np.ndarray  # [m] int64
+    offsets: np.ndarray  # [items + 1]: item[offsets[a]:offsets[a + 1]] have other scores if a is the last item
+    item: np.ndarray  # [m] int64, sorted within each last item
+    score: np.ndarray  # [m] int64, the scores of `item`
 
     def __call__(self, events: Events, targets: np.ndarray) -> np.ndarray:
         """Scores [n, items] int64."""
@@ -119,17 +122,14 @@ class Counts:
         target, last, ordered = events.item[targets].astype(np.int64), _last(events, targets), self._ordered
         own = self._lookup(last, target)
         left, right = np.searchsorted(ordered, own, "left"), np.searchsorted(ordered, own, "right")
-        above, equal = (
-            len(ordered) - right,
-            right - left,
-        )  # as if all had their base score
+        above, equal = len(ordered) - right, right - left  # as if all items had their base scores
         row, entry = self._entries(last)
         above, equal = _count(above, equal, -1, row, self.base[self.item[entry]], own)
         above, equal = _count(above, equal, +1, row, self.score[entry], own)
         if filter_seen:
             row, item = others(*histories(events, targets), target, len(self.base))
             above, equal = _count(above, equal, -1, row, self._lookup(last[row], item), own)
-        return above + 1, equal - 1  # the target itself is one of the equals
+        return above + 1, equal - 1  # the target itself is among the equal scores
 
     @functools.cached_property
     def _ordered(self) -> np.ndarray:
@@ -137,12 +137,12 @@ class Counts:
 
     @functools.cached_property
     def _keys(self) -> np.ndarray:
-        """(last item, item) as one number, ascending."""
+        """Pairs (last item, item) as one number each, ascending."""
         size = len(self.base)
         return np.repeat(np.arange(size), np.diff(self.offsets)) * size + self.item
 
     def _entries(self, last: np.ndarray) -> Pairs:
-        """(row, index into item and score) of every replaced score."""
+        """(row, index into `item` and `score`) of every item that does not have its base score."""
         begin = np.where(last < 0, 0, self.offsets[last])
         return _expand(begin, np.where(last < 0, 0, self.offsets[last + 1] - begin))
 
@@ -157,19 +157,19 @@ class Counts:
 
 @dataclasses.dataclass(frozen=True)
 class Neighbours:
-    """Item-kNN: a candidate's score is the sum over the last items of the history of decay^age times its similarity to the item, where it
-    is one of the item's nearest neighbours. Candidates that are no neighbour of any stand below all others, by popularity.
+    """Item-kNN. The score of a candidate is the sum of decay^age times similarity, over the last items of the history that have the
+    candidate among their nearest neighbours. Candidates that are no neighbours of any item come after all others, ordered by popularity.
 
-    Contributions are rounded to multiples of 2^-40, so that sums, and with them ties, are exact and do not depend on an order. A rank is a
-    lookup among the sorted `base` scores, corrected for the few neighbours and the seen items. The dense twin is `__call__`.
+    The terms are rounded to multiples of 2^-40, so that sums and ties are exact in any order of summation. A rank is a lookup in the sorted
+    `base` scores, which is corrected for the few neighbours and the seen items. `__call__` is the dense equivalent.
     """
 
-    base: np.ndarray  # [items] int64, negative: popularity less one more than the largest
+    base: np.ndarray  # [items] int64, negative: popularity - (largest popularity + 1)
     offsets: np.ndarray  # [items + 1]: the neighbours of item a are offsets[a]:offsets[a + 1]
     item: np.ndarray  # [m] int64
     similarity: np.ndarray  # [m] float64, in (0, 1]
-    decay: float  # the weight of an item relative to that of the one after it
-    last: int  # so many items of a history count
+    decay: float  # weight of an item relative to the next item
+    last: int  # number of items of the history that count
 
     def __call__(self, events: Events, targets: np.ndarray) -> np.ndarray:
         """Scores [n, items] int64."""
@@ -203,7 +203,7 @@ class Neighbours:
         if filter_seen:
             row, item = others(*histories(events, targets), target, items)
             above, equal = _count(above, equal, -1, row, lookup(row, item), own)
-        return above + 1, equal - 1  # the target itself is one of the equals
+        return above + 1, equal - 1  # the target itself is among the equal scores
 
     @functools.cached_property
     def _ordered(self) -> np.ndarray:
@@ -214,9 +214,9 @@ class Neighbours:
         begin = np.maximum(events.offsets[users_of(events, targets)], targets - self.last)
         row, position = _expand(begin, targets - begin)
         weight, item = self.decay ** (targets[row] - 1.0 - position), events.item[position]
-        of, entry = _expand(self.offsets[item], self.offsets[item + 1] - self.offsets[item])
-        score = np.rint(weight[of] * self.similarity[entry] * 2.0**40)  # whole numbers below 2^53 have exact sums in float64
-        key, total = _tally(row[of] * len(self.base) + self.item[entry], len(targets) * len(self.base), score)
+        source, entry = _expand(self.offsets[item], self.offsets[item + 1] - self.offsets[item])
+        score = np.rint(weight[source] * self.similarity[entry] * 2.0**40)  # sums of integers below 2^53 are exact in float64
+        key, total = _sums_by_key(row[source] * len(self.base) + self.item[entry], len(targets) * len(self.base), score)
         total = total.astype(np.int64)
         return key[total > 0], total[total > 0]
 
@@ -228,18 +228,17 @@ def popularity(events: Events) -> Counts:
 
 
 def last_item_transitions(events: Events) -> Counts:
-    """First-order Markov chain: how often the candidate directly followed the history's last item in a user's training events.
+    """First-order Markov chain: how often the candidate directly followed the last item of the history in users' training events.
 
-    The last item is the last before the target, whatever its label (for a test target the validation event). Equal counts, zero
-    above all, are ordered by popularity: a lexicographic order, exact in int64 as count·(largest popularity + 1) + popularity.
-    So it is a strong variant: the plain chain leaves nearly the whole catalogue tied at zero. Without a history it is
-    popularity.
+    The last item is the item of the event before the target, whatever its label (for a test target, the validation event). Equal counts,
+    most often 0, are ordered by popularity. This lexicographic order is exact in int64: count·(largest popularity + 1) + popularity. It is
+    a strong variant, since in the plain chain nearly the whole catalogue ties at 0. Without a history, the score is the popularity.
     """
     base, items = popularity(events).base, len(events.item_ids)
     train = events.label == TRAIN
     follows = train[1:] & train[:-1]
     starts = events.offsets[1:-1]
-    follows[starts[(starts > 0) & (starts < len(train))] - 1] = False  # a user's first event follows nothing
+    follows[starts[(starts > 0) & (starts < len(train))] - 1] = False  # a user's first event follows no other
     item = events.item.astype(np.int64)
     keys, count = np.unique(item[:-1][follows] * items + item[1:][follows], return_counts=True)
     last, item = np.divmod(keys, items)
@@ -247,16 +246,20 @@ def last_item_transitions(events: Events) -> Counts:
 
 
 def item_knn(events: Events, k: int = 100, decay: float = 0.8, last: int = 50) -> Neighbours:
-    """Item-based nearest neighbours over the users' training histories.
+    """Item-based nearest neighbours, from the users' training events.
+
+    The similarity of two items a and b is the cosine of their columns in the users x items matrix:
+    (users with both) / sqrt((users with a) x (users with b)). Blocks of items bound the memory. The time grows with users x last².
 
     Args:
-      events: all events; those of training count.
-      k: neighbours kept of an item, of equal ones those that stand first in the catalogue.
-      decay: in (0, 1], the weight of an item of the history relative to that of the one after it; 1: all weigh the same.
-      last: so many of a user's last training events count as occurring together, and so many of a history when scoring; at most 8192.
+      events: all events, of which the training events count.
+      k: number of neighbours of an item; among equally similar items, the first of the catalogue are kept.
+      decay: in (0, 1], weight of an item of the history relative to the next item; 1: equal weights.
+      last: number of a user's last training events that count as co-occurring, and number of items of a history that are scored; at most
+        8192.
 
-    Two items' similarity is the cosine of their columns in the users x items matrix: users who have both / sqrt(users who have the one x
-    users who have the other). Memory is bounded by blocks of items; time grows with users x last².
+    Raises:
+      ValueError: if k, decay or last is out of range.
     """
     if k < 1 or not 0 < decay <= 1 or not 1 <= last <= 1 << 13:
         raise ValueError(f"k = {k} must be 1 or more, decay = {decay} in (0, 1], last = {last} in [1, 8192]")
@@ -264,45 +267,43 @@ def item_knn(events: Events, k: int = 100, decay: float = 0.8, last: int = 50) -
     ends = events.train_ends
     begin = np.maximum(events.offsets[:-1], ends - last)
     user, position = _expand(begin, ends - begin)
-    user, item = np.divmod(np.unique(user * items + events.item[position]), items)  # a repeated item is one
+    user, item = np.divmod(np.unique(user * items + events.item[position]), items)  # each item once per user
     having = np.bincount(item, minlength=items)
     start = np.searchsorted(user, np.arange(len(ends) + 1))  # user u's items are item[start[u] : start[u + 1]]
     has_UI = sparse.csr_array((np.ones(len(item), np.int64), item, start), (len(ends), items))
     has_IU = has_UI.T.tocsr()
-    pairs = np.cumsum(has_IU @ np.diff(start))  # of an item with those of its users, summed up
-    offsets, found = [np.zeros(1, np.int64)], []
-    at = 0
-    while at < items:
-        stop = max(at + 1, int(np.searchsorted(pairs, (pairs[at - 1] if at else 0) + _ENTRIES, "right")))
-        counted = has_IU[at:stop] @ has_UI
-        counted.sort_indices()  # of equal similarities the first in the catalogue come first
-        one, other = (index.astype(np.int64) for index in counted.tocoo().coords)
-        both = counted.data
-        similarity = both / np.sqrt(having[one + at] * having[other].astype(float))
-        kept = one + at != other
-        one, other, similarity = one[kept], other[kept], similarity[kept]
-        order = np.lexsort((-similarity, one))
-        one, other, similarity = one[order], other[order], similarity[order]
-        near = np.arange(len(one)) - np.searchsorted(one, one) < k
-        found.append((other[near], similarity[near]))
-        offsets.append(offsets[-1][-1] + np.cumsum(np.bincount(one[near], minlength=stop - at)))
-        at = stop
-    neighbour, similarity = (np.concatenate(column) for column in zip(*found, strict=True))
+    pairs = np.cumsum(has_IU @ np.diff(start))  # cumulative number of pairs of an item with the items of its users
+    offsets, blocks = [np.zeros(1, np.int64)], []
+    first = 0
+    while first < items:
+        stop = max(first + 1, int(np.searchsorted(pairs, (pairs[first - 1] if first else 0) + _ENTRIES, "right")))
+        counts = has_IU[first:stop] @ has_UI
+        counts.sort_indices()  # among equal similarities, the first of the catalogue come first
+        row, other = (index.astype(np.int64) for index in counts.tocoo().coords)  # row: of the block
+        similarity = counts.data / np.sqrt(having[row + first] * having[other].astype(float))
+        different = row + first != other
+        row, other, similarity = row[different], other[different], similarity[different]
+        order = np.lexsort((-similarity, row))
+        row, other, similarity = row[order], other[order], similarity[order]
+        nearest = np.arange(len(row)) - np.searchsorted(row, row) < k
+        blocks.append((other[nearest], similarity[nearest]))
+        offsets.append(offsets[-1][-1] + np.cumsum(np.bincount(row[nearest], minlength=stop - first)))
+        first = stop
+    neighbour, similarity = (np.concatenate(column) for column in zip(*blocks, strict=True))
     return Neighbours(count - 1 - count.max(initial=0), np.concatenate(offsets), neighbour, similarity, decay, last)
 
 
-def _tally(key: np.ndarray, size: int, weight: np.ndarray | None = None) -> Pairs:
-    """The distinct keys, all below `size`, ascending, and how often each is there (or the sum of its weights)."""
+def _sums_by_key(key: np.ndarray, size: int, weight: np.ndarray) -> Pairs:
+    """The distinct keys in ascending order, and the sum of the weights of each. All keys are below `size`."""
     if size <= 2 * len(key):
-        total = np.bincount(key, weight, size)
-        there = np.flatnonzero(np.bincount(key, minlength=size) if weight is not None else total)
-        return there, total[there]
+        distinct = np.flatnonzero(np.bincount(key, minlength=size))
+        return distinct, np.bincount(key, weight, size)[distinct]
     distinct, index = np.unique(key, return_inverse=True)
     return distinct, np.bincount(index, weight, len(distinct))
 
 
 def _last(events: Events, targets: np.ndarray) -> np.ndarray:
-    """[n] the item before each target, −1 for a user's first event."""
+    """[n]: the item before each target; −1 for a user's first event."""
     targets = np.asarray(targets)
     first = events.offsets[users_of(events, targets)] == targets
     return np.where(first, -1, events.item[targets - 1]).astype(np.int64)
@@ -315,14 +316,14 @@ def _expand(begin: np.ndarray, length: np.ndarray) -> Pairs:
 
 
 def others(row: np.ndarray, item: np.ndarray, target: np.ndarray, items: int) -> Pairs:
-    """The distinct pairs that are not their row's target: a repeated item is one candidate."""
+    """The distinct (row, item) pairs, without the target of each row. items: number of items of the catalogue."""
     row, item = np.divmod(np.unique(row * np.int64(items) + item), items)
-    keep = item != target[row]
-    return row[keep], item[keep]
+    different = item != target[row]
+    return row[different], item[different]
 
 
 def _count(above: np.ndarray, equal: np.ndarray, sign: int, row: np.ndarray, score: np.ndarray, own: np.ndarray) -> Pairs:
-    """Adds (sign +1) candidates of the given rows and scores to the counts, or takes them out (−1)."""
+    """Adds candidates with the given rows and scores to the counts of each row (sign +1), or subtracts them (sign −1)."""
     own_score, rows = own[row], len(own)
     return (
         above + sign * np.bincount(row[score > own_score], minlength=rows),

@@ -44,8 +44,8 @@ def nothing(_: int) -> None:
 def keeps_item_states(config: Config, catalogue: Catalogue, history_tokens: int) -> bool:
     """Whether the states of the whole catalogue after the leading intra layers are computed once, and all histories use them.
 
-    The schedule and `model.item_states` must allow it, and the states must fit into `eval.item_states_gib`. With `auto`, they must also be no
-    additional work: text vectors need them anyway, or the histories have at least as many tokens as the catalogue.
+    The schedule and `model.item_states` must allow it, and the states must fit into `eval.item_states_gib`. With `auto`, they must also be
+    no additional work: text vectors need them anyway, or the histories have at least as many tokens as the catalogue.
 
     history_tokens: number of tokens of all histories together.
     """

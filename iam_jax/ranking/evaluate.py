@@ -1,8 +1,8 @@
-"""Evaluation: every target event ranked among the whole catalogue (docs/protocol.md).
+"""Evaluation: ranks every target event among the whole catalogue (docs/protocol.md).
 
-On a mesh of several processes all of them evaluate together, from the same parameters and all of the data (every process assembles every
-batch and gives its devices their rows): each ends with all results, and the first process writes them. `poll`, called after each batch, is
-where the processes agree to stop.
+On a mesh of several processes, all processes evaluate together, with the same parameters and all of the data: every process assembles every
+batch and passes its devices their rows. All processes get all results, and the first one writes them. `poll` is called after each batch; it
+lets the processes agree to stop.
 """
 
 import contextlib
@@ -37,11 +37,11 @@ Ranks = tuple[np.ndarray, np.ndarray]
 
 
 def no_poll() -> None:
-    """A `poll` that never stops."""
+    """A `poll` that never stops the evaluation."""
 
 
 class Evaluator:
-    """Ranks target events by a model. Compiled functions are kept, so one evaluator serves a whole training run."""
+    """Ranks target events with a model. It keeps compiled functions, so one evaluator serves a whole training run."""
 
     def __init__(self, model: Model, config: Config, prepared: Prepared, mesh: jax.sharding.Mesh):
         self.config, self.prepared, self.mesh = config, prepared, mesh
@@ -50,9 +50,10 @@ class Evaluator:
         self._rows: dict[tuple[bytes, bool], Rows] = {}
         gib = item_states_gib(config, prepared.catalogue)
         if config.states_by_item and config.model.item_states == "on" and gib > config.eval.item_states_gib:
-            print(f"ranking computes the leading intra layers for every history: the catalogue's states take {gib:.1f} GiB", flush=True)
+            limit = f"the states of the catalogue need {gib:.1f} GiB, more than config.eval.item_states_gib"
+            print(f"ranking computes the leading intra layers for every history, because {limit}", flush=True)
 
-        @functools.partial(jax.jit, out_shardings=NamedSharding(mesh, PartitionSpec()))  # read by the host, whole in every process
+        @functools.partial(jax.jit, out_shardings=NamedSharding(mesh, PartitionSpec()))  # the host of every process reads them
         def token_sums(params: Params, batch: dict) -> jax.Array:
             network = model.bind(params)
             x_BTD, label_X = network.states(batch), batch["label"].reshape(-1)
@@ -64,7 +65,7 @@ class Evaluator:
         self._token_sums = token_sums
 
     def rows(self, targets: np.ndarray, whole_text: bool = False) -> Rows:
-        """The histories of the target events, packed; with `whole_text` followed by the targets' own text."""
+        """The histories of the target events, packed into rows. whole_text: whether the text of the target follows its history."""
         key = targets.tobytes(), whole_text
         if key not in self._rows:
             events, catalogue, row_tokens = self.prepared.events, self.prepared.catalogue, self.config.data.row_tokens
@@ -73,14 +74,17 @@ class Evaluator:
         return self._rows[key]
 
     def leading_states(self, params: Params, rows: Rows) -> jax.Array | None:
-        """States of the catalogue after the leading intra layers for these histories; None where they are not kept."""
+        """States of the catalogue after the leading intra layers, for these histories; None if they are not kept (`keeps_item_states`)."""
         return self.ranker.leading_states(params, int(rows.sizes.sum()))
 
     def losses(
         self, params: Params, targets: np.ndarray, poll: Callable[[], None] = no_poll, label: str = "evaluation"
     ) -> dict[str, float]:
-        """With the token objective: token_loss, the mean of -log p of the targets' tokens given their histories, and text_loss, that of
-        the tokens that are no boundary tokens."""
+        """The losses of the token objective on the target events; {} without this objective.
+
+        token_loss is the mean of -log p over all tokens of the targets, given their histories. text_loss is the mean over their tokens
+        without the boundary tokens.
+        """
         if not self.config.objective.token or not len(targets):
             return {}
         rows, batch_rows = self.rows(targets, whole_text=True), self.config.eval.batch_rows
@@ -92,7 +96,10 @@ class Evaluator:
         return {"token_loss": sums[0] / sums[1], "text_loss": sums[2] / max(sums[3], 1)}
 
     def rank(self, params: Params, targets: np.ndarray, poll: Callable[[], None] = no_poll, label: str = "evaluation") -> Ranks:
-        """Rank [n] and ties [n] of the target events. Raises FloatingPointError on a score that is not finite."""
+        """Rank [n] and ties [n] of the target events, int64. Raises FloatingPointError for a score that is not finite.
+
+        label: is shown with the progress bars.
+        """
         events, ranker = self.prepared.events, self.ranker
         filter_seen = self.config.eval.filter_seen
         if self.config.eval.ranking == "likelihood":
@@ -122,11 +129,11 @@ class Evaluator:
             return self.ranker.history_vectors(params, self.rows(targets), leading_XD, report=report)
 
     def item_vectors(self, params: Params, leading_XD: jax.Array | None) -> jax.Array:
-        """v_IE, spread over the mesh."""
+        """v_IE float32, sharded over the mesh by rows."""
         return self.ranker.item_vectors(params, leading_XD)
 
     def _likelihoods(self, params: Params, poll: Callable[[], None], events: Events, targets: np.ndarray) -> np.ndarray:
-        """[n, I] float32: the log-likelihood of every item's text as each target's (a `baselines.ScoreFunction`)."""
+        """[n, I] float32: the log-likelihood of every item's text, given the history of each target (a `baselines.ScoreFunction`)."""
         begin = events.offsets[users_of(events, targets)]
         histories = [events.item[first:target] for first, target in zip(begin, targets, strict=True)]
         scores = self.ranker.likelihoods(params, histories, None, lambda _: poll())
@@ -136,7 +143,7 @@ class Evaluator:
 
     @contextlib.contextmanager
     def _progress(self, total: int, label: str, poll: Callable[[], None]) -> Iterator[Report]:
-        """A progress bar, and the function to be called with what each batch has done."""
+        """Shows a progress bar, and yields the function to call after each batch, with the progress that it made. It also calls `poll`."""
         shown = self.config.log.progress and total >= 4 and not jax.process_index()
         with tqdm(desc=label, total=total, leave=False, disable=not shown, mininterval=1) as bar:
 
@@ -149,13 +156,13 @@ class Evaluator:
 
 
 def seen_lists(events: Events, targets: np.ndarray) -> Lists:
-    """The distinct items before each target event, except its own."""
+    """For each target event, the distinct items of its history, without the target's own item."""
     row, item = baselines.others(*baselines.histories(events, targets), events.item[targets], len(events.item_ids))
     return Lists(item.astype(np.int32), np.concatenate([[0], np.cumsum(np.bincount(row, minlength=len(targets)))]))
 
 
 def validation_subset(events: Events, config: Config) -> np.ndarray:
-    """The targets that select the best step: all of validation, or those of a fixed random subset of users."""
+    """The validation targets that select the best step: all of them, or those of a fixed random subset of users."""
     targets = events.targets(VALIDATION)
     users = users_of(events, targets)
     if config.eval.validation_users and config.eval.validation_users < len(np.unique(users)):
@@ -165,6 +172,7 @@ def validation_subset(events: Events, config: Config) -> np.ndarray:
 
 
 def summarize(prepared: Prepared, config: Config, targets: np.ndarray, ranks: Ranks) -> dict:
+    """The metrics of the target events, as `metrics.summarize` returns them."""
     events = prepared.events
     cold = events.train_counts[events.item[targets]] == 0
     users = users_of(events, targets)
@@ -172,6 +180,7 @@ def summarize(prepared: Prepared, config: Config, targets: np.ndarray, ranks: Ra
 
 
 def protocol(prepared: Prepared, config: Config) -> dict:
+    """The protocol of the evaluation as JSON values. Runs with different protocols cannot be compared."""
     return {
         "split": config.data.split,
         "filter_seen": config.eval.filter_seen,
@@ -191,8 +200,23 @@ def evaluate_all(
     oracle: baselines.ScoreFunction | None = None,
     poll: Callable[[], None] = no_poll,
 ) -> dict:
-    """Ranks validation and, unless eval.test is off, test by the model and the baselines; writes `evaluation.json`, `ranks.parquet`
-    and the baselines' ranks, in the same order, as `baselines.parquet`; prints the table."""
+    """Ranks the validation events, and with eval.test the test events, by the model and the baselines. The first process prints the table
+    and writes `evaluation.json`, `ranks.parquet` and, with the same order of events, `baselines.parquet`.
+
+    Args:
+      evaluator: of the run.
+      params: all parameters.
+      step: the step of the parameters.
+      workdir: the working folder.
+      oracle: a scorer that knows how the data were made, if the data source has one.
+      poll: see the module's docstring.
+
+    Returns:
+      The content of `evaluation.json`.
+
+    Raises:
+      FloatingPointError: for a score that is not finite.
+    """
     prepared, config = evaluator.prepared, evaluator.config
     events = prepared.events
     scorers: dict[str, baselines.ScoreFunction] = {}
@@ -202,7 +226,7 @@ def evaluate_all(
     if oracle is not None:
         scorers["oracle"] = oracle
     results: dict[str, dict] = {"model": {}} | {name: {} for name in scorers}
-    frames, others = [], {name: [] for name in scorers}
+    frames, baseline_frames = [], {name: [] for name in scorers}
     for label in (VALIDATION, TEST) if config.eval.test else (VALIDATION,):
         targets = events.targets(label)
         if not len(targets):
@@ -214,7 +238,7 @@ def evaluate_all(
         for name, scorer in scorers.items():
             ranks = baselines.evaluate(scorer, events, targets, config.eval.filter_seen, progress=lambda _: poll())
             results[name][LABELS[label]] = summarize(prepared, config, targets, ranks)
-            others[name].append(_frame(events, label, targets, ranks).select(pl.lit(name).alias("name"), "split", "rank", "ties"))
+            baseline_frames[name].append(_frame(events, label, targets, ranks).select(pl.lit(name).alias("name"), "split", "rank", "ties"))
     evaluation = {
         "split_sha256": prepared.split.sha256,
         "protocol": protocol(prepared, config),
@@ -227,7 +251,7 @@ def evaluate_all(
     if frames:
         write_atomically(workdir / "ranks.parquet", pl.concat(frames).write_parquet)
     if frames and scorers:
-        write_atomically(workdir / "baselines.parquet", pl.concat(itertools.chain(*others.values())).write_parquet)
+        write_atomically(workdir / "baselines.parquet", pl.concat(itertools.chain(*baseline_frames.values())).write_parquet)
     else:
         (workdir / "baselines.parquet").unlink(missing_ok=True)  # of an earlier evaluation
     text = json.dumps(evaluation, indent=2) + "\n"
@@ -237,12 +261,12 @@ def evaluate_all(
 
 
 def format_results(evaluation: dict) -> str:
-    """The printed table: test where there is one."""
+    """Formats the table of an evaluation: of the test events if they were ranked, else of the validation events."""
     results = evaluation["results"]
     split = LABELS[TEST] if LABELS[TEST] in results["model"] else LABELS[VALIDATION]
     rows = {name: summary[split] for name, summary in results.items() if split in summary}
     if not rows:
-        return "no event to evaluate: no user has a validation or test event"
+        return "nothing was evaluated: no user has a validation or test event"
     first = next(iter(rows.values()))
     ks = evaluation["protocol"]["ks"]
     shown = [k for k in (10, 50) if k in ks] or ks[:2]

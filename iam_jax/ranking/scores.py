@@ -55,8 +55,8 @@ def rank_catalogue(
     holds_J = (chunk_X == jnp.arange(J)[:, None]).any(1)
     holders_first_J = jnp.argsort(~holds_J, stable=True)
 
-    # A target's own score is taken from the scores of the catalogue, because the last bits of a separate computation could differ. So chunks
-    # with a target are computed twice, by the same matrix product of the program: first for the targets' scores, then for the comparison.
+    # A target's own score is taken from the scores of the catalogue, because the last bits of a separate computation could differ. So
+    # chunks with a target are computed twice, by the same matrix product of the program: first for the targets' scores, then to compare.
     def sweep(comparing, carry):
         def step(n, carry):
             c = jnp.where(comparing, n, holders_first_J[n])

@@ -21,7 +21,7 @@ import numpy as np
 from iam_jax.config import default_config, resolve
 from iam_jax.data.assumed import Assumption, assume
 from iam_jax.devices.mesh import shard_batch
-from iam_jax.planning.plan import some_rows, training, training_arguments
+from iam_jax.planning.plan import batch_of_rows, training, training_arguments
 from iam_jax.training.run import make_run
 from iam_jax.training.step import init_state, make_train_step
 
@@ -50,7 +50,7 @@ def main() -> None:
     with jax.set_mesh(run.mesh):
         step = make_train_step(run).lower(*training_arguments(run)).compile()
         state = init_state(run)
-        batch = shard_batch(run.mesh, run.finish(some_rows(run.rows, args.rows)))
+        batch = shard_batch(run.mesh, run.finish(batch_of_rows(run.rows, args.rows)))
         arguments = jax.block_until_ready((state, batch, run.items, np.int32(0), run.frozen))
         del state
         with harness.Peak(resident) as peak:

@@ -1,7 +1,7 @@
-"""A run compiled for devices that are not here: what each of its programs holds, computes and moves, before a chip is rented.
+"""Compiles the programs of a run for devices that this machine does not have, and reads their memory, FLOPs and traffic.
 
-Nothing is allocated and nothing runs: the compiler is given shapes and shardings, and its own memory analysis is read. estimate.py makes
-times and a report of it.
+Nothing is allocated and nothing runs. The compiler gets shapes and shardings, and its own memory analysis gives the result. estimate.py
+computes times and writes the report.
 """
 
 import contextlib
@@ -36,54 +36,57 @@ from iam_jax.training.run import Run, make_run
 from iam_jax.training.step import abstract_state, make_train_step
 
 PARTS = ("training", "evaluation", "scoring")
-RESERVE = {"tpu": 0.03, "gpu": 0.25}  # of a chip's memory: what the runtime keeps on a TPU, what JAX leaves to others on a GPU
+RESERVE = {"tpu": 0.03, "gpu": 0.25}  # share of a chip's memory that a TPU's runtime needs, or that JAX does not use on a GPU
 
 
 @dataclasses.dataclass(frozen=True)
 class PlanRequest:
-    """The flags of the command line."""
+    """The flags of --mode=plan."""
 
     topology: str
-    assumption: Assumption | None  # None: the config's data are read
+    assumption: Assumption | None  # None: the plan reads the config's data
     parts: tuple[str, ...] = PARTS
     top_k: int = 100
 
 
 @dataclasses.dataclass
 class Program:
-    """One jitted function, in bytes of one device."""
+    """One jitted function. Sizes are bytes per device."""
 
     name: str
-    held: dict[str, int]  # by kind, by arithmetic
-    padding: int = 0  # arrays fill whole tiles
-    outputs: int = 0  # those that take no argument's place
+    held: dict[str, int]  # arrays in memory while it runs, by kind; computed from their shapes
+    padding: int = 0  # of the arguments, whose arrays fill whole tiles
+    outputs: int = 0  # without those that reuse the memory of an argument
     code: int = 0
-    temporaries: int | None = None  # None: not compiled, since it does not fit
-    needed: int | None = None  # by the compiler that refused it, where it says so
-    flops: Flops = dataclasses.field(default_factory=Flops)  # on all devices together
+    temporaries: int | None = None  # None: not compiled, because the program does not fit
+    needed: int | None = None  # total size by the error of the compiler, if the program does not fit and the error gives it
+    flops: Flops = dataclasses.field(default_factory=Flops)  # of all devices together
     traffic: hlo.Traffic | None = None
-    seconds: float = 0.0  # that the compiler took
+    seconds: float = 0.0  # compile time
 
     @property
     def total(self) -> int | None:
-        """None where it is only known to be more than what is held."""
+        """Total size; None if it is only known to be larger than that of the arrays in memory."""
         if self.temporaries is None:
             return self.needed
         return sum(self.held.values()) + self.padding + self.outputs + self.code + self.temporaries
 
     @property
     def least(self) -> int:
+        """Total size, or a lower bound if the total is not known."""
         return self.total if self.total is not None else sum(self.held.values())
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
+    """The compiled programs of a run on a topology."""
+
     topology: str
     config: Config
     run: Run
-    chip: Chip | None  # None: not in the table
-    capacity: int | None  # bytes of a device, less the reserve; None: not known
-    scale: float  # users that each of the planned data's users stands for
+    chip: Chip | None  # None: not in the table of chips
+    capacity: int | None  # memory of a device in bytes, without the reserve; None: not known
+    scale: float  # number of real users per user of the planned data
     assumption: Assumption | None
     step: flops.StepFlops
     programs: dict[str, list[Program]]  # by part
@@ -93,15 +96,20 @@ class Plan:
         return self.run.mesh.size
 
     def peak(self, part: str) -> Program:
+        """The program of this part that needs the most memory."""
         return max(self.programs[part], key=lambda program: program.least)
 
     def fits(self, part: str) -> bool:
+        """Whether all programs of this part fit into the memory of a device."""
         program = self.peak(part)
         return program.temporaries is not None and (self.capacity is None or program.least <= self.capacity)
 
 
 def make_plan(config: Config, request: PlanRequest) -> Plan:
-    """Raises InputError for a config, data or a topology that there cannot be a run with."""
+    """Compiles the programs of a run, and prints the compile time of each part.
+
+    Raises InputError if the config, the data or the topology is invalid.
+    """
     devices = topology.devices(request.topology)
     if config.model.pretrained:
         config = pretrained.configure(config)
@@ -113,28 +121,31 @@ def make_plan(config: Config, request: PlanRequest) -> Plan:
     make = {"training": training, "evaluation": evaluation, "scoring": functools.partial(scoring, top_k=request.top_k)}
     programs = {}
     for part in (part for part in PARTS if part in request.parts):
-        if found := make[part](run, capacity):
-            programs[part] = found
-            print(f"{part} compiled in {sum(program.seconds for program in found):.0f} s", flush=True)
+        if compiled := make[part](run, capacity):
+            programs[part] = compiled
+            print(f"{part} compiled in {sum(program.seconds for program in compiled):.0f} s", flush=True)
     return Plan(request.topology, config, run, chip, capacity, scale, request.assumption, flops.step_flops(run), programs)
 
 
 def device_capacity(device: jax.Device, chip: Chip | None) -> int | None:
-    """Bytes that a program may take: what the runtime says, where the device is here, else the data sheet's less the reserve."""
+    """The bytes that a program may use on a device; None if they are not known.
+
+    For a GPU of this machine, the runtime gives the number. Otherwise it is the data sheet's memory without the reserve.
+    """
     if device.platform == "gpu" and (stats := device.memory_stats()):
         return stats["bytes_limit"]
     return None if chip is None else int(chip.hbm_bytes * (1 - RESERVE[device.platform]))
 
 
 def _data(config: Config, assumption: Assumption | None) -> tuple[Prepared, float]:
-    """The config's data or assumed ones, and how many users each user stands for."""
+    """The config's data, or assumed data, and the number of real users per user of these data."""
     if assumption is None:
         return prepare(config.data, pretrained.vocabulary(config) if config.model.pretrained else None), 1.0
     return assume(config.data, assumption, _vocabulary(config, assumption.items))
 
 
 def _vocabulary(config: Config, items: int) -> int:
-    """Token ids, the boundary token included."""
+    """The number of token ids, including the boundary token."""
     if config.model.pretrained:
         return read_pretrained(config).vocabulary + 1
     tokenizer = config.data.tokenizer
@@ -144,7 +155,7 @@ def _vocabulary(config: Config, items: int) -> int:
 
 
 def _with_kernels(config: Config, platform: str) -> Config:
-    """With the backend of range attention that `auto` would be on the device, instead of the one that it is here."""
+    """Replaces the backend `auto` of range attention by its choice on the given platform. (By itself, it would choose for this machine.)"""
     model = config.model
     if platform != "tpu" or model.attention != "auto":
         return config
@@ -157,11 +168,12 @@ def _with_kernels(config: Config, platform: str) -> Config:
 
 
 def device_bytes(tree) -> int:
-    """What one device holds of a tree of abstract arrays."""
+    """The bytes that one device holds of a tree of abstract arrays."""
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def frozen_parameters(run: Run) -> dict:
+    """Shapes of the parameters that are not trained."""
     return abstract(run.mesh, select(run.model.shapes(), lambda name: name in run.frozen_names), run.config.model.frozen_dtype)
 
 
@@ -170,12 +182,12 @@ def _parameters(run: Run) -> dict:
 
 
 def whole(run: Run, tree):
-    """Shapes of arrays that every device holds whole."""
+    """Shapes of replicated arrays."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(run.mesh, PartitionSpec())), tree)
 
 
 def sharded_batch(run: Run, batch: Batch):
-    """Shapes of a batch as `sharding.shard_batch` places it."""
+    """Shapes of a batch with the shardings of `devices.mesh.shard_batch`."""
     shards = batch_shards(run.mesh)
 
     def place(x):
@@ -185,7 +197,8 @@ def sharded_batch(run: Run, batch: Batch):
     return jax.tree.map(place, batch)
 
 
-def some_rows(rows: Rows, count: int) -> Batch:
+def batch_of_rows(rows: Rows, count: int) -> Batch:
+    """A batch of the first rows. They repeat if there are fewer than `count`."""
     picked = [rows[row % len(rows)] for row in range(count)]
     return {name: np.stack([row[name] for row in picked]) for name in picked[0]}
 
@@ -194,12 +207,13 @@ def some_rows(rows: Rows, count: int) -> Batch:
 
 
 def training_arguments(run: Run) -> tuple:
-    """What the training step takes: state, batch, items, number of the step, frozen parameters."""
-    batch = sharded_batch(run, run.finish(some_rows(run.rows, run.config.train.batch_rows)))
+    """Shapes of the training step's arguments: state, batch, items, step number, frozen parameters."""
+    batch = sharded_batch(run, run.finish(batch_of_rows(run.rows, run.config.train.batch_rows)))
     return abstract_state(run), batch, whole(run, run.items), whole(run, np.int32(0)), frozen_parameters(run)
 
 
 def training(run: Run, capacity: int | None = None) -> list[Program]:
+    """The training step."""
     state, batch, items, step, _ = arguments = training_arguments(run)
     held = _parameters(run) | {"optimizer": state["optimizer"]}
     if "cache" in state:
@@ -209,37 +223,37 @@ def training(run: Run, capacity: int | None = None) -> list[Program]:
 
 
 def _forward(run: Run, rows: Rows, batch: Batch, relations: tuple[str, ...]) -> Flops:
-    """Of attention in these layers, over a batch of such rows."""
-    pairs = flops.visible_pairs(some_rows(rows, min(len(rows), 64)), run.config.model.self_key)
-    one = flops.attention_flops(run.config, pairs, relations)
-    return Flops({kind: count * len(batch["token"]) for kind, count in one.items()})
+    """FLOPs of attention in layers with these relations, for a batch of such rows."""
+    pairs = flops.visible_pairs(batch_of_rows(rows, min(len(rows), 64)), run.config.model.self_key)
+    per_row = flops.attention_flops(run.config, pairs, relations)
+    return Flops({kind: count * len(batch["token"]) for kind, count in per_row.items()})
 
 
 def evaluation(run: Run, capacity: int | None = None) -> list[Program]:
-    """The evaluator's programs, beside which the training state stays in memory."""
+    """The programs of the evaluation. The training state stays in memory while they run."""
     config, state = run.config, abstract_state(run)
     resident = _parameters(run) | {"optimizer": {name: x for name, x in state.items() if name != "params"}}
-    found = _vector_programs(run, capacity, resident, config.eval.batch_rows)
-    if found is None:
+    vector_programs = _vector_programs(run, capacity, resident, config.eval.batch_rows)
+    if vector_programs is None:
         return []
-    ranker, targets, vectors, programs = found
+    ranker, targets, vectors, programs = vector_programs
     events, X = run.prepared.events, ranker.at_once
     seen = padded(seen_lists(events, targets[:X]), X) if config.eval.filter_seen else np.full((X, 1), -1, np.int32)
     h, target, seen = whole(run, (np.zeros((X, vectors.shape[1]), np.float32), np.zeros(X, np.int32), seen))
     held = resident | {"batch and items": [vectors, h, target, seen]}
     ranking = _compiled("ranking", ranker.ranks, (h, vectors, target, seen), held, run, capacity)
-    # Twice, as if all chunks held a target.
+    # Every chunk is computed twice if all chunks contain a target.
     ranking.flops = Flops({"float32 highest": 2 * 2 * X * vectors.shape[0] * vectors.shape[1]})
     return [*programs, ranking]
 
 
 def scoring(run: Run, capacity: int | None = None, top_k: int = 100) -> list[Program]:
-    """The programs of `--mode=score`: vectors of users and items, and each user's best items."""
+    """The programs of `--mode=score`: vectors of users and items, and the best items of each user."""
     config, resident = run.config, _parameters(run)
-    found = _vector_programs(run, capacity, resident, config.score.batch_rows)
-    if found is None:
+    vector_programs = _vector_programs(run, capacity, resident, config.score.batch_rows)
+    if vector_programs is None:
         return []
-    ranker, targets, vectors, programs = found
+    ranker, targets, vectors, programs = vector_programs
     X = min(power_of_two(config.score.part_users), ranker.at_once)
     seen = padded(seen_lists(run.prepared.events, targets[:X]), X)
     h, seen = whole(run, (np.zeros((X, vectors.shape[1]), np.float32), seen))
@@ -249,8 +263,11 @@ def scoring(run: Run, capacity: int | None = None, top_k: int = 100) -> list[Pro
 
 
 def _vector_programs(run: Run, capacity: int | None, resident: dict, batch_rows: int):
-    """The ranking core for `batch_rows` rows at a time, the validation's targets, the shapes of the item vectors, and the programs that
-    make vectors: states of the catalogue where they are kept, of histories, of items. None where nothing is ranked by vectors."""
+    """The programs that compute vectors, for `batch_rows` rows at the same time. resident: arrays that stay in memory.
+
+    Returns the ranker, the validation targets, the shapes of the item vectors, and the programs for the states of the catalogue (if they are
+    kept), for histories and for items. Returns None if nothing is ranked by vectors.
+    """
     config, prepared = run.config, run.prepared
     targets = prepared.events.targets(VALIDATION)
     if not len(targets) or config.eval.ranking != "item":
@@ -268,7 +285,7 @@ def _vector_programs(run: Run, capacity: int | None, resident: dict, batch_rows:
         held = resident | {"batch and items": item_rows}
         programs.append(_compiled("leading states", ranker.leading, (params, item_rows, catalogue.chunks), held, run, capacity))
         first = config.schedule.leading_intra
-    batch = ranker.batch(some_rows(rows, batch_rows), power_of_two(rows.targets_per_row), leading is not None)
+    batch = ranker.batch(batch_of_rows(rows, batch_rows), power_of_two(rows.targets_per_row), leading is not None)
     batch = sharded_batch(run, {name: x for name, x in batch.items() if name != "segment"})
     held = resident | {"batch and items": [batch, leading]}
     histories = _compiled("history vectors", ranker.history_states, (params, batch, leading), held, run, capacity)
@@ -282,15 +299,17 @@ def _vector_programs(run: Run, capacity: int | None, resident: dict, batch_rows:
 
 
 def _compiled(name: str, function, arguments: tuple, held: dict, run: Run, capacity: int | None) -> Program:
-    """The program of a jitted function for abstract arguments. held: arrays by kind, also such as are no arguments and stay in memory.
-    Where these alone are above the capacity, nothing is compiled."""
+    """Compiles a jitted function for abstract arguments.
+
+    held: all arrays in memory while it runs, by kind; not all are arguments. If they alone exceed the capacity, nothing is compiled.
+    """
     program = Program(name, {kind: device_bytes(tree) for kind, tree in held.items()})
     if capacity is not None and program.least > capacity:
         return program
     start = time.monotonic()
     with jax.set_mesh(run.mesh):
         traced = function.trace(*arguments)
-        with contextlib.suppress(ValueError):  # loops of a length that depends on data
+        with contextlib.suppress(ValueError):  # for loops whose number of iterations depends on the data
             program.flops = flops.matmul_flops(traced.jaxpr.jaxpr)
         lowered = traced.lower()
         try:
@@ -298,16 +317,17 @@ def _compiled(name: str, function, arguments: tuple, held: dict, run: Run, capac
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            # What the second form calls temporaries grows with the arguments, byte for byte: it is the total.
-            found = re.search(r"Used ([\d.]+)([MG]) of|required for HLO temporaries \(([\d.]+)([MG])\)", str(error))
-            size, unit = [part for part in found.groups() if part] if found else (0, "G")
+            # The "temporaries" of the second form include the arguments, so that they are the total.
+            match = re.search(r"Used ([\d.]+)([MG]) of|required for HLO temporaries \(([\d.]+)([MG])\)", str(error))
+            size, unit = [part for part in match.groups() if part] if match else (0, "G")
             program.needed = int(float(size) * {"M": 2**20, "G": 2**30}[unit]) or None
             compiled = None
     program.seconds = time.monotonic() - start
     if compiled is None:
         return program
-    memory, passed = compiled.memory_analysis(), device_bytes([x for x in jax.tree.leaves(arguments) if hasattr(x, "sharding")])
-    program.padding = max(0, memory.argument_size_in_bytes - passed)
+    memory = compiled.memory_analysis()
+    argument_bytes = device_bytes([x for x in jax.tree.leaves(arguments) if hasattr(x, "sharding")])
+    program.padding = max(0, memory.argument_size_in_bytes - argument_bytes)
     program.temporaries, program.code = memory.temp_size_in_bytes, memory.generated_code_size_in_bytes
     program.outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
     with contextlib.suppress(NotImplementedError):

@@ -265,8 +265,8 @@ def scoring(run: Run, capacity: int | None = None, top_k: int = 100) -> list[Pro
 def _vector_programs(run: Run, capacity: int | None, resident: dict, batch_rows: int):
     """The programs that compute vectors, for `batch_rows` rows at the same time. resident: arrays that stay in memory.
 
-    Returns the ranker, the validation targets, the shapes of the item vectors, and the programs for the states of the catalogue (if they are
-    kept), for histories and for items. Returns None if nothing is ranked by vectors.
+    Returns the ranker, the validation targets, the shapes of the item vectors, and the programs for the states of the catalogue (if they
+    are kept), for histories and for items. Returns None if nothing is ranked by vectors.
     """
     config, prepared = run.config, run.prepared
     targets = prepared.events.targets(VALIDATION)

@@ -1,5 +1,4 @@
-"""Histories and candidates as people have them, in lists or in tables of polars or pandas, turned into rows of the catalogue; and answers
-in the kind that was given."""
+"""Input of the Python API: turns histories and candidates, given as lists or as polars or pandas tables, into rows of the catalogue."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -18,13 +17,12 @@ from iam_jax.errors import InputError
 
 @dataclasses.dataclass(frozen=True)
 class Histories:
-    """Histories as rows of `catalogue`, which holds the texts that were given behind the items of the working folder."""
+    """Histories as rows of `catalogue`, in which the items that were given as text follow those of the working folder."""
 
     users: Users
     catalogue: Catalogue
-    texts: int  # how many texts were given: rows of `catalogue` that are no candidates
-    table: str = ""  # "polars" or "pandas", where a table was given
-    notes: tuple[str, ...] = ()  # what was left out
+    table: str = ""  # "polars" or "pandas" if the histories were a table
+    notes: tuple[str, ...] = ()  # about events that were left out
 
 
 class Reader:
@@ -35,19 +33,22 @@ class Reader:
         self._row = {item: row for row, item in enumerate(stored.item_ids.to_list())}
 
     def row(self, item: object, name: str = "item") -> int:
-        """The row of an item id. Raises TypeError for what is no string, InputError for an unknown item."""
+        """The catalogue row of an item id. name: of the item, for errors. Raises TypeError if the id is not a string, and InputError if the
+        item is unknown."""
         if not isinstance(item, str):
-            raise TypeError(f"{name} is {item!r} ({type(item).__name__}): an item is its id, a string")
+            raise TypeError(f"{name} is {item!r} ({type(item).__name__}): an item id must be a string")
         if item not in self._row:
             raise InputError(f"{name}: no item {item!r} in the catalogue of {len(self._row):,} items")
         return self._row[item]
 
     def text_entries(self, items: Sequence[dict], names: Sequence[str]) -> list[list[int]]:
-        """The tokens of items `{"text": …}`, called `names` in errors. Raises TypeError for other dicts, InputError for a text without a
-        token, for one that is too long for a row, and for a model that reads ids."""
+        """The tokens of items `{"text": …}`. names: of the items, for errors.
+
+        Raises TypeError for other dicts. Raises InputError if a text has no tokens or does not fit into a row, or if the model reads ids.
+        """
         for name, item in zip(names, items, strict=True):
             if item.keys() != {"text"} or not isinstance(item["text"], str):
-                raise TypeError(f"{name} is {item!r}: an item that is not in the catalogue is {{'text': '…'}}")
+                raise TypeError(f"{name} is {item!r}: an item that is not in the catalogue must be {{'text': '…'}}")
         if items and not self._stored.catalogue.tokenizer_json:
             raise InputError(f"{names[0]}: the model reads item ids (config.data.tokenizer = 'id'), not text")
         catalogue, row_tokens = self._stored.catalogue, self._config.data.row_tokens
@@ -64,21 +65,22 @@ class Reader:
         return entries
 
     def histories(self, given: Any) -> Histories:
-        """Raises TypeError for what is neither a list of lists nor a table, InputError for unknown items and empty histories."""
+        """Reads histories. Raises TypeError if they are neither a list of lists nor a table, and InputError for an unknown item or an empty
+        history."""
         if kind := table_kind(given):
             table = table_of(_to_polars(given, INTERACTIONS, "histories"), INTERACTIONS, "histories")
             data = self._config.data
             drops = data.untitled == "drop" or data.k_core > 0
             users, notes = users_of_table(table, "histories", self._stored.item_ids, drops)
-            return Histories(users, self._stored.catalogue, 0, kind, tuple(notes))
+            return Histories(users, self._stored.catalogue, kind, tuple(notes))
         rows, texts, names = [], [], []
         items = self._stored.catalogue.items
         for n, history in enumerate(_lists(given, "histories")):
             if not history and not self._stored.catalogue.prompt:
-                raise InputError(f"histories[{n}] is empty: the next item is predicted from at least one item")
+                raise InputError(f"histories[{n}] is empty: the model needs at least one item to predict the next one")
             rows.append([])
-            for place, item in enumerate(history):
-                name = f"histories[{n}][{place}]"
+            for position, item in enumerate(history):
+                name = f"histories[{n}][{position}]"
                 if isinstance(item, dict):
                     rows[-1].append(items + len(texts))
                     texts.append(item)
@@ -87,11 +89,16 @@ class Reader:
                     rows[-1].append(self.row(item, name))
         catalogue = self._stored.catalogue.extended(self.text_entries(texts, names)) if texts else self._stored.catalogue
         ids = pl.Series("user", [str(n) for n in range(len(rows))], dtype=pl.String)
-        return Histories(Users(ids, to_lists(rows), None), catalogue, len(texts))
+        return Histories(Users(ids, to_lists(rows), None), catalogue)
 
     def candidates(self, given: Any, histories: Histories) -> tuple[Users, list[list[int]] | None]:
-        """The users with their candidates; for lists also the candidates' rows in the order given. Raises as `histories`, and InputError
-        for candidates that come twice or are of another kind or number than the histories."""
+        """Reads candidates for these histories.
+
+        Returns the users with their distinct candidates; if they are lists, also the rows of all candidates in the given order.
+
+        Raises what `histories` raises; TypeError if only one of the two is a table; InputError if a table repeats a pair, or if there is
+        another number of lists than histories.
+        """
         kind = table_kind(given)
         if bool(kind) != bool(histories.table):
             raise TypeError("histories and candidates: give both as lists or both as tables")
@@ -100,7 +107,7 @@ class Reader:
             return candidates_of_table(table, "candidates", histories.users, self._stored.item_ids), None
         rows = []
         for n, items in enumerate(_lists(given, "candidates")):
-            rows.append([self.row(item, f"candidates[{n}][{place}]") for place, item in enumerate(items)])
+            rows.append([self.row(item, f"candidates[{n}][{position}]") for position, item in enumerate(items)])
             if not items:
                 raise InputError(f"candidates[{n}] is empty")
         if len(rows) != len(histories.users):
@@ -110,13 +117,13 @@ class Reader:
 
 
 def table_kind(given: object) -> str:
-    """ "polars" or "pandas" for a table of one of them, "" for anything else. Imports neither."""
+    """Returns "polars" or "pandas" for their tables, "" for anything else. It imports neither library."""
     module, name = type(given).__module__.partition(".")[0], type(given).__name__
     return module if module in ("polars", "pandas") and name == "DataFrame" else ""
 
 
-def answer(table: pl.DataFrame, kind: str) -> Any:
-    """The table as polars or as pandas has it."""
+def convert_table(table: pl.DataFrame, kind: str) -> Any:
+    """Returns a polars table as a table of the library `kind`, "polars" or "pandas"."""
     if kind == "polars":
         return table
     import pandas
@@ -125,11 +132,15 @@ def answer(table: pl.DataFrame, kind: str) -> Any:
 
 
 def to_lists(rows: Sequence[Sequence[int] | np.ndarray]) -> Lists:
+    """Packs lists of integers into `Lists`."""
     return Lists(np.array([item for items in rows for item in items], np.int32), np.cumsum([0, *map(len, rows)], dtype=np.int64))
 
 
 def _to_polars(table: Any, required: Sequence[str], name: str) -> pl.DataFrame:
-    """A table of polars as it is, the required columns of a pandas table as polars has them. Errors call it `name`."""
+    """Returns a polars table unchanged, and the required columns of a pandas table as a polars table. name: of the table, for errors.
+
+    Raises InputError if a required column is missing, occurs twice or cannot be converted.
+    """
     if isinstance(table, pl.DataFrame):
         return table
     columns = []
@@ -142,35 +153,35 @@ def _to_polars(table: Any, required: Sequence[str], name: str) -> pl.DataFrame:
 
 
 def _column(column: Any) -> pl.Series:
-    """A column of pandas. Missing values (None, NaN, NaT, NA) become null."""
+    """Converts a pandas column. Missing values (None, NaN, NaT, NA) become null."""
     if getattr(column.dtype, "tz", None) is not None:
-        column = column.dt.tz_convert("UTC").dt.tz_localize(None)  # tables without a time zone are in UTC
+        column = column.dt.tz_convert("UTC").dt.tz_localize(None)  # times without a time zone are in UTC
     if isinstance(column.dtype, np.dtype) and column.dtype.kind in "iufM":
         values = column.to_numpy()
         if values.dtype.kind == "M" and np.datetime_data(values.dtype)[0] == "s":
-            values = values.astype("datetime64[ms]")  # polars does not have seconds
+            values = values.astype("datetime64[ms]")  # polars has no unit of seconds
         return pl.Series(column.name, values, nan_to_null=True)
     values = [None if missing else value for value, missing in zip(column.tolist(), column.isna().tolist(), strict=True)]
     return pl.Series(column.name, values, strict=False)
 
 
 def is_list(given: object) -> bool:
-    """Whether this is a list, a tuple or an array with at least one axis. Strings and bytes are none."""
+    """Whether the value is a list, a tuple or an array with at least one axis. Strings and bytes do not count as lists."""
     if isinstance(given, np.ndarray):
         return given.ndim > 0
     return isinstance(given, Sequence) and not isinstance(given, str | bytes)
 
 
 def _lists(given: Any, name: str) -> list[list]:
-    """A list of lists. One history instead of a list of histories is the usual mistake."""
-    expected = "a list of lists of item ids, or a table of polars or pandas"
+    """Returns the value as a list of lists. name: of the value, for errors. Raises TypeError if it is none, InputError if it is empty."""
+    expected = "a list of lists of item ids, or a polars or pandas table"
     if not is_list(given):
-        raise TypeError(f"{name} is a {type(given).__name__}: give {expected}")
+        raise TypeError(f"{name} is a {type(given).__name__}: it must be {expected}")
     lists = []
     for n, items in enumerate(given):
         if not is_list(items):
-            found = repr(items) if isinstance(items, str | dict) else f"a {type(items).__name__}"
-            raise TypeError(f"{name}[{n}] is {found}: {name} is {expected} ([['a', 'b']] is one history of two items)")
+            value = repr(items) if isinstance(items, str | dict) else f"a {type(items).__name__}"
+            raise TypeError(f"{name}[{n}] is {value}: {name} must be {expected} ([['a', 'b']] is one list with two items)")
         lists.append([str(item) if isinstance(item, np.str_) else item for item in items])
     if not lists:
         raise InputError(f"{name} is empty")

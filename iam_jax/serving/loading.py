@@ -1,4 +1,4 @@
-"""From a working folder to a model with its parameters: config, catalogue, checkpoint."""
+"""Loads a model and its parameters from a working folder."""
 
 import json
 from pathlib import Path
@@ -16,22 +16,30 @@ from iam_jax.runs.checkpoint import Checkpoints
 
 
 def shape_from_folder(workdir: Path, config: Config, saved: bool) -> Config:
-    """The config with the shape of the pretrained model's folder. The folder is read only where it is needed: for parameters that are in no
-    checkpoint, or where the config is not the saved one (which holds the shape). Raises InputError for another model or another config.
+    """Returns the config with the shape of the pretrained model, if there is one.
 
-    saved: the config is the working folder's own.
+    The folder of the pretrained model is read only if it is needed: for parameters that no checkpoint has, or if the config is not the
+    working folder's own, which has the shape.
+
+    Args:
+      workdir: the working folder.
+      config: the config.
+      saved: whether the config is the working folder's own.
+
+    Raises:
+      InputError: if the working folder belongs to another config or another pretrained model.
     """
     if config.model.pretrained and not (saved and not _reads_model_folder(config)):
         config = pretrained.configure(config)
-        known, found = data_facts(workdir).get("pretrained_sha256"), pretrained.fingerprint(config)
-        if known != found:
-            raise InputError(f"{workdir} was made from another pretrained model: its pretrained_sha256 is {known}, not {found}")
+        saved_hash, own_hash = data_facts(workdir).get("pretrained_sha256"), pretrained.fingerprint(config)
+        if saved_hash != own_hash:
+            raise InputError(f"{workdir} was made from another pretrained model: its pretrained_sha256 is {saved_hash}, not {own_hash}")
     check_same_run(workdir, config)
     return config
 
 
 def data_facts(workdir: Path) -> dict:
-    """The content of data.json: hashes of the split, the catalogue and the pretrained model. Raises InputError where it is unreadable."""
+    """The content of data.json: hashes of the split, the catalogue and the pretrained model. Raises InputError if it cannot be read."""
     try:
         return dict(json.loads((workdir / "data.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
@@ -39,13 +47,15 @@ def data_facts(workdir: Path) -> dict:
 
 
 def model_of(config: Config, stored: Stored, bounded: bool = True) -> Model:
-    """The model of a working folder. bounded: attention inside an item is compiled for the longest item of the catalogue; False: for items
-    of any length."""
+    """Makes the model of a working folder.
+
+    bounded: whether attention inside items is compiled for the longest item of the catalogue (which costs less), or for any length.
+    """
     return make_model(config, stored.catalogue.vocabulary, stored.known, int(stored.catalogue.lengths.max()) if bounded else None)
 
 
 def serving_mesh(config: Config) -> jax.sharding.Mesh:
-    """The config's mesh, or in a job of several processes this process' own devices: processes share work, not arrays."""
+    """The config's mesh. In a job of several processes, the mesh of this process's own devices: they share the work, but no arrays."""
     if jax.process_count() == 1:
         return make_mesh(config.mesh)
     devices = jax.local_devices()
@@ -53,17 +63,20 @@ def serving_mesh(config: Config) -> jax.sharding.Mesh:
 
 
 def restore(checkpoints: Checkpoints, step: str, config: Config, model: Model, mesh: jax.sharding.Mesh) -> tuple[int, Params]:
-    """The step that "best", "last" or a number names, and all parameters on the mesh. Raises InputError where none can be read."""
+    """Restores a checkpoint. step: "best", "last", or a step number.
+
+    Returns the step number, and all parameters on the mesh. Raises InputError if there is no such checkpoint or it cannot be read.
+    """
     shapes = model.shapes()
     names = frozen_names(config, shapes) if _reads_model_folder(config) else set()
-    found, params = checkpoints.load_params(step, abstract(mesh, select(shapes, lambda name: name not in names)))
+    number, params = checkpoints.load_params(step, abstract(mesh, select(shapes, lambda name: name not in names)))
     if names:
         frozen = select(shapes, lambda name: name in names)
         params = join(params, pretrained.load(config, abstract(mesh, frozen, config.model.frozen_dtype)))
-    return found, params
+    return number, params
 
 
 def _reads_model_folder(config: Config) -> bool:
-    """Whether parameters of the pretrained model's folder are in no checkpoint."""
-    unread = bool(config.model.pretrained) and not config.objective.token and not config.model.tie_tokens
-    return config.freezes or unread
+    """Whether parameters are restored from the folder of the pretrained model, because no checkpoint has them."""
+    unused_output = bool(config.model.pretrained) and not config.objective.token and not config.model.tie_tokens
+    return config.freezes or unused_output

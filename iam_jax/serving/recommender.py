@@ -27,7 +27,7 @@ from iam_jax.ranking.baselines import rank_scores
 from iam_jax.ranking.core import Found, Ranker, Report, keeps_item_states, nothing, power_of_two
 from iam_jax.runs.checkpoint import Checkpoints
 from iam_jax.serving import loading
-from iam_jax.serving.inputs import Histories, Reader, answer, is_list, to_lists
+from iam_jax.serving.inputs import Histories, Reader, convert_table, is_list, to_lists
 from iam_jax.storage.files import to_path
 
 
@@ -104,7 +104,7 @@ class Recommender:
         _check_k(k)
         read = self._read(histories)
         found = self.top(read.users, k, filter_seen, catalogue=read.catalogue)
-        return answer(self.table(read.users, *found), read.table) if read.table else self._lists(*found)
+        return convert_table(self.table(read.users, *found), read.table) if read.table else self._lists(*found)
 
     def score(self, histories: Any, candidates: Any) -> Any:
         """The scores of given candidates, whether seen or not.
@@ -125,7 +125,7 @@ class Recommender:
         users, rows = self._reader.candidates(candidates, read)
         found = self.given(users, len(self.item_ids), catalogue=read.catalogue)
         if rows is None:
-            return answer(self.table(users, *found), read.table)
+            return convert_table(self.table(users, *found), read.table)
         scores = [dict(zip(item.tolist(), score, strict=True)) for item, score in zip(*found, strict=True)]
         return [np.array([score[item] for item in items], np.float32) for score, items in zip(scores, rows, strict=True)]
 

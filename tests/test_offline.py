@@ -166,13 +166,13 @@ def test_uneven_candidates_are_scored_in_pieces(folder, users, shop, tmp_path, m
     pairs = [(user, item) for n, user in enumerate(every) for item in (items if n == 20 else items[n % 7 : n % 7 + 2])]
     pl.DataFrame(pairs, schema=["user", "item"], orient="row").write_parquet(tmp_path / "pairs.parquet")
     whole = scored(folder, tmp_path / "whole", users=users, candidates=tmp_path / "pairs.parquet")
-    given, sizes = offline.Recommender.given, []
+    given, sizes = offline.Recommender.score_candidates, []
 
     def told(self, users, *args):
         sizes.append((len(users), int(users.candidates.lengths.max())))
         return given(self, users, *args)
 
-    monkeypatch.setattr(offline.Recommender, "given", told)
+    monkeypatch.setattr(offline.Recommender, "score_candidates", told)
     monkeypatch.setattr(offline, "_PAIRS", 30)
     pieces = scored(folder, tmp_path / "pieces", users=users, candidates=tmp_path / "pairs.parquet")
     assert (1, 50) in sizes and all(count * most <= 30 for count, most in sizes if count > 1) and sum(n for n, _ in sizes) == len(every)
@@ -259,7 +259,7 @@ def test_two_processes_share_the_parts(folder, users, tmp_path):
     assert "; 4 parts" in told and "shared: 60 users in" in told and told.count("parts") == 1  # the first process tells for both
     assert read(tmp_path / "shared").equals(whole)
     (tmp_path / "shared" / "part-00002-of-00004.parquet").unlink()
-    assert "4 parts, 3 are there" in run_job(folder, 2, *flags) and read(tmp_path / "shared").equals(whole)
+    assert "4 parts, 3 exist already" in run_job(folder, 2, *flags) and read(tmp_path / "shared").equals(whole)
 
 
 @pytest.mark.parametrize("signal_", [signal.SIGTERM, signal.SIGKILL])
@@ -277,7 +277,7 @@ def test_stopped_and_on_with_the_same_command(folder, users, signal_):
     assert 2 <= kept < 60 and process.returncode == (75 if signal_ == signal.SIGTERM else -signal.SIGKILL)
     assert err == ("stopped; run the same command again to continue\n" if signal_ == signal.SIGTERM else "")
     out, _ = run(folder, *command, f"--output={two.name}")
-    assert f"60 parts, {kept} are there" in out
+    assert f"60 parts, {kept} exist already" in out
     assert contents(two) == contents(folder / f"{name}-one")
 
 
@@ -385,7 +385,7 @@ def test_text_generators(tmp_path, tiny, shop):
     assert rec.recommend([[*histories[some[0]], {"text": "red zebra"}]], k=3) != rec.recommend([histories[some[0]]], k=3)
     with pytest.raises(InputError, match=r"config\.eval\.ranking = 'likelihood' has no vectors"):
         rec.item_vectors()
-    with pytest.raises(InputError, match="--vectors: there are none with"):
+    with pytest.raises(InputError, match=r"--vectors: a model with config\.eval\.ranking = 'likelihood' has no vectors"):
         scored(tmp_path, tmp_path / "vectors", vectors=True)
 
 
@@ -399,8 +399,11 @@ def test_text_generators(tmp_path, tiny, shop):
         ({"output": "out"}, ("--users=TABLE is missing",)),
         ({"output": "out", "candidates": "pairs.csv", "vectors": True}, ("--candidates=TABLE needs --users",)),
         ({"output": "out", "users": "good.csv", "top_k": 0}, ("--top_k=0",)),
-        ({"output": "out", "users": "good.csv", "vectors": True, "top_k": 3}, ("--vectors goes with neither",)),
-        ({"output": "run", "users": "good.csv"}, ("--output=run is not empty and holds no request.json",)),
+        (
+            {"output": "out", "users": "good.csv", "vectors": True, "top_k": 3},
+            ("--vectors cannot be combined with --candidates or --top_k",),
+        ),
+        ({"output": "run", "users": "good.csv"}, ("--output=run is not empty and has no request.json",)),
         ({"output": "good.csv/out", "users": "good.csv"}, ("good.csv cannot be written to",)),
         ({"output": "out", "users": "good.csv", "step": "77"}, ("--step=77", "30")),
         ({"output": "out", "users": "absent.csv"}, ("absent.csv", "No such file")),
@@ -487,5 +490,5 @@ def test_other_requests_and_other_folders_are_refused(folder, users, tmp_path):
 
 def test_added_items_need_a_model_that_reads_text(folder, tmp_path):
     config = config_of(folder, objective__vectors="table")
-    with pytest.raises(InputError, match=r"--items: the model does not read the items' text"):
+    with pytest.raises(InputError, match=r"--items: the model's item vectors do not come from text"):
         ScoreRequest(output=str(tmp_path / "out"), vectors=True, items="new.csv").check(config)

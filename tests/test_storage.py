@@ -339,7 +339,7 @@ def test_evaluation_scores_and_comparison_read_and_write_there(folder, clients, 
     frame = pl.concat(pl.read_parquet(path) for path in sorted(lists.glob("*.parquet")))
     assert frame["user"].n_unique() == 40 and frame["rank"].to_list()[:5] == [1, 2, 3, 4, 5]
     _, err = run(folder, env, *scoring, "--output=s3://bucket/runs", code=2)
-    assert err == "error: --output=s3://bucket/runs is not empty and holds no request.json: not a folder of scores\n"
+    assert err == "error: --output=s3://bucket/runs is not empty and has no request.json: not a folder of scores\n"
 
     run(folder, env, "--mode=compare", "--runs=whole,s3://bucket/runs/a,gs://bucket/runs/a", "--output=gs://bucket/table")
     table = json.loads(both["gs"].cat_file("bucket/table/comparison.json"))

@@ -33,11 +33,11 @@ from iam_jax.ranking.scores import over_items, pair_scores, ranking_program, top
 _SCORES = 1 << 21  # scores that exist at the same time: 8 MiB, which fit partly into a CPU's cache
 _PAIR_NUMBERS = 1 << 23  # numbers in the vectors of given candidates that exist at the same time: 32 MiB
 
-Found = tuple[np.ndarray, np.ndarray]  # items [n, K] int32, best first, and scores [n, K] float32, -inf for none
+ItemsAndScores = tuple[np.ndarray, np.ndarray]  # items [n, K] int32, best first, and scores [n, K] float32, -inf for none
 Report = Callable[[int], None]  # is called after each batch with its number of histories
 
 
-def nothing(_: int) -> None:
+def no_report(_: int) -> None:
     """A `Report` that does nothing."""
 
 
@@ -136,7 +136,7 @@ class Ranker:
         return arrays | {"target_at": np.pad(target_at, padding), "segment": np.pad(segment, padding, constant_values=-1)}
 
     def history_vectors(
-        self, params: Params, rows: Rows, leading_XD: jax.Array | None, batch_rows: int | None = None, report: Report = nothing
+        self, params: Params, rows: Rows, leading_XD: jax.Array | None, batch_rows: int | None = None, report: Report = no_report
     ) -> np.ndarray:
         """h_nE float32: the projected state at the end of each segment of the rows, from which the next item is predicted.
 
@@ -166,7 +166,12 @@ class Ranker:
         return max(8, min(1024, _SCORES // min(self.config.eval.chunk_items, self.catalogue.items)))
 
     def rank(
-        self, h_nE: np.ndarray, v_IE: jax.Array, target_n: np.ndarray, seen: Callable[[np.ndarray], Lists] | None, report: Report = nothing
+        self,
+        h_nE: np.ndarray,
+        v_IE: jax.Array,
+        target_n: np.ndarray,
+        seen: Callable[[np.ndarray], Lists] | None,
+        report: Report = no_report,
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The exact rank of one target per history among the whole catalogue.
 
@@ -270,7 +275,7 @@ class Ranker:
         params: Params,
         histories: Sequence[np.ndarray],
         candidates: Sequence[np.ndarray] | None,
-        report: Report = nothing,
+        report: Report = no_report,
         catalogue: Catalogue | None = None,
     ) -> np.ndarray:
         """log p(text of candidate | history) for the candidates of each history.
@@ -318,9 +323,9 @@ class Ranker:
         histories: Sequence[np.ndarray],
         seen: Sequence[np.ndarray],
         k: int,
-        report: Report = nothing,
+        report: Report = no_report,
         catalogue: Catalogue | None = None,
-    ) -> Found:
+    ) -> ItemsAndScores:
         """The k most likely items of each history by beam search, without the seen items.
 
         The beams are wide enough for k items and the seen ones. Raises FloatingPointError for a score that is not finite.

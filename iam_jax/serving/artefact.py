@@ -1,10 +1,11 @@
-"""A folder that turns histories into top-K lists without this project's code: docs/serving.md says how a service loads it.
+"""Exports a folder that turns histories into top-K lists without this project's code. docs/serving.md shows how a service loads it.
 
-`scorer.stablehlo` is a function serialised by `jax.export`, for CPU, CUDA and TPU, of plain XLA operations (dense attention: its memory
-grows with the square of a row): (weights, token, group, seen) -> items, scores. Beside it lie the parameters it reads and the item vectors
-(`weights.safetensors`), the items' ids and tokens, the tokenizer, and what else a caller has to know (`artefact.json`).
+`scorer.stablehlo` is a function serialised by `jax.export` for CPU, CUDA and TPU: (weights, token, group, seen) -> items, scores. It uses
+plain XLA operations only. Attention is dense, so that its memory grows with the square of the row length. The other files contain the
+parameters that the function reads and the item vectors (`weights.safetensors`), the items' ids and tokens, the tokenizer, and all other
+facts that a caller needs (`artefact.json`).
 
-Axes: B users, any number; T token slots, S seen items, any number; E item vectors, I items, C items of a chunk, K items of a list.
+Axes: B users (any number), T token slots, S seen items (any number), E item vectors, I items, K items of a list.
 """
 
 import dataclasses
@@ -33,24 +34,32 @@ from iam_jax.model.pretrained.exporting import check_output, write_tensors
 from iam_jax.ranking.core import Ranker
 from iam_jax.ranking.scores import top_items
 
-FORMAT = 1  # of the folder
+FORMAT = 1  # version of the folder's format
 TOP_K = 100
 PLATFORMS = ("cpu", "cuda", "tpu")
 VECTORS = "item_vectors"
 
 
 def check(config: Config) -> None:
-    """Raises InputError for a model that has no such scorer, before any work."""
+    """Raises InputError if the model cannot be exported as a scorer."""
     if not config.objective.item:
-        raise InputError("--format=stablehlo exports item scores: config.objective.item = 0 has none")
+        raise InputError("--format=stablehlo exports item scores, but the model has none (config.objective.item = 0)")
     if config.eval.ranking != "item":
-        raise InputError(f"--format=stablehlo exports item scores, and config.eval.ranking = {config.eval.ranking!r} orders by others")
+        raise InputError(f"--format=stablehlo exports item scores, but config.eval.ranking = {config.eval.ranking!r} does not rank by them")
     if config.model.dtype == "bfloat16" and jax.default_backend() == "gpu":
-        raise InputError("--format=stablehlo: bfloat16 attention of a GPU is no plain XLA; export on a CPU (JAX_PLATFORMS=cpu)")
+        raise InputError("--format=stablehlo: bfloat16 attention on a GPU is not plain XLA; export on a CPU (JAX_PLATFORMS=cpu)")
 
 
 def export_function(config: Config, catalogue: Catalogue, params: Params, width: int, k: int) -> tuple[jax.export.Exported, list[str]]:
-    """The function, and the names of the parameters that it reads. params: all of them, or their shapes; width: E."""
+    """Exports the function. Returns it with the names of the parameters that it reads.
+
+    Args:
+      config: the run's config.
+      catalogue: the items.
+      params: all parameters, or their shapes.
+      width: E.
+      k: K.
+    """
     plain = dataclasses.replace(config, model=dataclasses.replace(config.model, attention="reference", remat=False))
     model = make_model(plain, catalogue.vocabulary, catalogue.items, int(catalogue.lengths.max()))
     shapes = {name_of(path): jax.ShapeDtypeStruct(x.shape, x.dtype) for path, x in jax.tree_util.tree_leaves_with_path(params)}
@@ -64,7 +73,7 @@ def export_function(config: Config, catalogue: Catalogue, params: Params, width:
         batch = {"token": token_BT, "user": real_BT.astype(np.int32), "group": jnp.maximum(group_BT, 0), "position": position_BT}
         last_B = jnp.maximum(real_BT.sum(1) - 1, 0)
         x_BD = jnp.take_along_axis(network.states(batch), last_B[:, None, None], axis=1)[:, 0]
-        h_BE = jnp.where(real_BT.any(1, keepdims=True), network.project(x_BD), 0)  # without a history, as in evaluation
+        h_BE = jnp.where(real_BT.any(1, keepdims=True), network.project(x_BD), 0)  # an empty history has the vector 0
         return top_items(h_BE, weights[VECTORS], seen_BS, k)[:2]
 
     def exported(names: list[str], B, S) -> jax.export.Exported:
@@ -73,18 +82,30 @@ def export_function(config: Config, catalogue: Catalogue, params: Params, width:
         make = jax.export.export(jax.jit(score), platforms=PLATFORMS)
         return make(weights, rows, rows, jax.ShapeDtypeStruct((B, S), int32))
 
-    order = sorted([*shapes, VECTORS])  # as JAX flattens a dict
-    alone = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:1])
-    with jax.set_mesh(alone):  # a function that was exported on a mesh wants as many devices
-        # Of sizes that are not known JAX keeps arguments that nothing reads.
+    order = sorted([*shapes, VECTORS])  # the order in which JAX flattens a dict
+    one_device = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:1])
+    with jax.set_mesh(one_device):  # an exported function needs as many devices as its mesh has
+        # With symbolic sizes, JAX would keep arguments that the function does not read, so the first export has fixed sizes.
         read = {order[n] for n in exported(list(shapes), 1, 1).module_kept_var_idx if n < len(order)}
         names = [name for name in shapes if name in read]
         return exported(names, *jax.export.symbolic_shape("b, s")), names
 
 
 def export(ranker: Ranker, params: Params, prepared: Prepared, step: int, output: Path, top_k: int = TOP_K) -> list[str]:
-    """Writes the folder, whole or not at all, and returns notes for the user. params: all parameters, addressable from this process.
-    Raises FloatingPointError for an item vector that is not finite."""
+    """Writes the folder, completely or not at all. Returns notes for the user.
+
+    Args:
+      ranker: of the run.
+      params: all parameters, addressable from this process.
+      prepared: the run's data.
+      step: the step number of the parameters.
+      output: the folder, which must be empty or not exist.
+      top_k: length of the lists.
+
+    Raises:
+      InputError: if the model cannot be exported, or the folder cannot be written.
+      FloatingPointError: if an item vector is not finite.
+    """
     config, catalogue = ranker.config, ranker.catalogue
     check(config)
     output, k = check_output(output), min(top_k, catalogue.items)
@@ -121,12 +142,13 @@ def export(ranker: Ranker, params: Params, prepared: Prepared, step: int, output
 
 
 def _facts(config: Config, catalogue: Catalogue, k: int, step: int) -> dict:
+    """The content of `artefact.json`, except for the hash of the split."""
     tokens, offsets = catalogue.tokens, catalogue.offsets
     facts = {"format": FORMAT, "step": step, "top_k": k, "items": catalogue.items, "row_tokens": config.data.row_tokens}
-    facts["last_n"] = config.data.last_n  # events of a history that are read; 0: all that fit
+    facts["last_n"] = config.data.last_n  # number of events of a history that are read; 0: all that fit
     facts["filter_seen"] = config.eval.filter_seen
     facts |= {"prompt": tokens[offsets[-3] : offsets[-2]].tolist(), "suffix": tokens[offsets[-2] :].tolist()}
-    if catalogue.tokenizer_json:  # what makes tokens of a text
+    if catalogue.tokenizer_json:  # how a text becomes tokens
         separator = encode(Tokenizer.from_str(catalogue.tokenizer_json), [config.data.separator], special=True)[0]
         facts |= {"text": config.data.text, "separator": separator, "item_tokens": config.data.item_tokens}
         facts["boundary"] = catalogue.vocabulary - 1

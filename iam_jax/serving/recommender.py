@@ -1,6 +1,6 @@
-"""A trained model at work: recommendations, scores and ranks for histories, and the vectors behind them.
+"""Recommendations, scores, ranks and vectors from a trained model.
 
-`Recommender` is the Python API's object, and offline scoring (`--mode=score`) calls the same methods part by part.
+`Recommender` belongs to the Python API. Offline scoring (`--mode=score`) uses it, too, for one part of the users at a time.
 """
 
 import functools
@@ -24,7 +24,7 @@ from iam_jax.devices.mesh import batch_shards
 from iam_jax.errors import InputError
 from iam_jax.model import Model, Params
 from iam_jax.ranking.baselines import rank_scores
-from iam_jax.ranking.core import Found, Ranker, Report, keeps_item_states, nothing, power_of_two
+from iam_jax.ranking.core import ItemsAndScores, Ranker, Report, keeps_item_states, no_report, power_of_two
 from iam_jax.runs.checkpoint import Checkpoints
 from iam_jax.serving import loading
 from iam_jax.serving.inputs import Histories, Reader, convert_table, is_list, to_lists
@@ -32,21 +32,29 @@ from iam_jax.storage.files import to_path
 
 
 class Recommendation(NamedTuple):
+    """A recommended item.
+
+    Attributes:
+      item: its id.
+      score: the score by which it was ranked.
+    """
+
     item: str
     score: float
 
 
 def load(workdir: str | Path, step: str | int = "best", overrides: Mapping[str, Any] | None = None) -> "Recommender":
-    """The model of a working folder, from one of its checkpoints.
+    """Loads a trained model from a working folder.
 
     Args:
-      workdir: the folder of a trained run: a local path, gs:// or s3://.
-      step: "best" by validation, "last", or the number of a step.
-      overrides: fields that may change between two runs of one folder, by dotted name: `{"mesh.data": 1}`, `{"model.pretrained": "…"}` if
-        the pretrained model has moved, `{"eval.ranking": "likelihood"}` for a model with both objectives.
+      workdir: the working folder of a trained run: a local path, gs:// or s3://.
+      step: "best" (by validation), "last", or a step number.
+      overrides: values of single fields by dotted name: `{"mesh.data": 1}`, `{"model.pretrained": "…"}` if the pretrained model has moved,
+        `{"eval.ranking": "likelihood"}` for a model with both objectives. Fields that change the model or the data cannot be overridden.
 
     Raises:
-      InputError: no run there, a damaged or missing checkpoint, files that do not belong together, an override that makes another model.
+      InputError: if the folder has no run or no such checkpoint, if its files are damaged or do not belong together, or if an override is
+        not allowed.
     """
     folder = to_path(str(workdir))
     config = resolve(override(get_config(str(folder)), overrides))
@@ -55,18 +63,18 @@ def load(workdir: str | Path, step: str | int = "best", overrides: Mapping[str, 
     checkpoints = Checkpoints(folder, config.train.keep, config.selection, read_only=True)
     model, mesh = loading.model_of(config, stored), loading.serving_mesh(config)
     with jax.set_mesh(mesh):
-        found, params = loading.restore(checkpoints, str(step), config, model, mesh)
+        number, params = loading.restore(checkpoints, str(step), config, model, mesh)
     checkpoints.close()
-    return Recommender(config, stored, model, params, mesh, found)
+    return Recommender(config, stored, model, params, mesh, number)
 
 
 class Recommender:
-    """A model with its catalogue and one checkpoint's parameters. Compiled functions are kept from call to call.
+    """A trained model with its catalogue. `iam_jax.load` makes it. The first call of a method compiles; later calls reuse the result.
 
     Attributes:
       config: the run's config (`iam_jax.config.Config`).
       params: the parameters, a nested dict of arrays.
-      step: the step of the checkpoint.
+      step: the step number of the checkpoint.
     """
 
     def __init__(self, config: Config, stored: Stored, model: Model, params: Params, mesh: jax.sharding.Mesh, step: int):
@@ -78,80 +86,90 @@ class Recommender:
 
     @functools.cached_property
     def items(self) -> pl.DataFrame:
-        """The catalogue in the order of its rows: `item`; `text`, decoded from at most `data.item_tokens` tokens (null for a model of ids);
-        `trained`, whether the item has a training event."""
+        """The catalogue as a polars table, one row per item.
+
+        Its columns are `item`; `text`, decoded from at most `data.item_tokens` tokens (null if the model reads ids); and `trained`, whether
+        the item has a training event.
+        """
         texts = decoded_texts(self._stored.catalogue, self.config.data)
         text = pl.Series("text", texts, dtype=pl.String) if texts else pl.Series("text", [None] * len(self.item_ids), pl.String)
         return pl.DataFrame([self.item_ids.rename("item"), text, pl.Series("trained", self._stored.trained)])
 
     def recommend(self, histories: Any, k: int = 10, filter_seen: bool = True) -> Any:
-        """The k best items for each history, best first.
+        """Recommends the k best items for each history, best first.
 
         Args:
-          histories: a list of histories, each a list of item ids in the order of time; an item that is not in the catalogue is
-            `{"text": "…"}` (models of text). Or a table of polars or pandas with the columns `user`, `item` and `timestamp`.
-          k: items of a list. A list is shorter where fewer items are left.
-          filter_seen: leave out the items of the history.
+          histories: a list of histories, each a list of item ids, oldest first. If the model reads text, `{"text": "…"}` is an item that is
+            not in the catalogue. Or a polars or pandas table with the columns `user`, `item` and `timestamp`.
+          k: length of a list. A list is shorter if fewer items are left.
+          filter_seen: whether to leave out the items of the history.
 
         Returns:
-          For lists, a list of `Recommendation(item, score)` for each history; for a table, a table of the same kind with the columns
+          For lists, a list of `Recommendation(item, score)` for each history. For a table, a table of the same library with the columns
           `user`, `item`, `rank` (from 1) and `score`, sorted by user and rank.
 
         Raises:
-          InputError: unknown items, an empty history, k below 1.
-          TypeError: neither lists nor a table.
+          InputError: if an item is unknown, a history is empty, or k is below 1.
+          TypeError: if an argument has a wrong type.
+          FloatingPointError: if a score is not finite.
         """
         _check_k(k)
         read = self._read(histories)
-        found = self.top(read.users, k, filter_seen, catalogue=read.catalogue)
-        return convert_table(self.table(read.users, *found), read.table) if read.table else self._lists(*found)
+        item_nK, score_nK = self.top(read.users, k, filter_seen, catalogue=read.catalogue)
+        if read.table:
+            return convert_table(self.table(read.users, item_nK, score_nK), read.table)
+        return self._lists(item_nK, score_nK)
 
     def score(self, histories: Any, candidates: Any) -> Any:
-        """The scores of given candidates, whether seen or not.
+        """Scores given candidates, including items of the history.
 
         Args:
           histories: as in `recommend`.
-          candidates: a list of item ids for each history; or a table with the columns `user` and `item`.
+          candidates: a list of item ids for each history, which may repeat; or, if the histories are a table, a table with the columns
+            `user` and `item`.
 
         Returns:
-          For lists, a float32 array for each history, in the order of its candidates; for tables, a table of the same kind with the
-          columns `user`, `item`, `rank` and `score`.
+          For lists, a float32 array for each history, in the order of its candidates. For tables, a table of the same library as the
+          histories, with the columns `user`, `item`, `rank` (from 1) and `score`, sorted by user and rank.
 
         Raises:
-          InputError: unknown items or users, an empty history, no candidate.
-          TypeError: neither lists nor tables.
+          InputError: if an item or a user is unknown, if a history or a list of candidates is empty, or if a table repeats a pair.
+          TypeError: if an argument has a wrong type.
+          FloatingPointError: if a score is not finite.
         """
         read = self._read(histories)
         users, rows = self._reader.candidates(candidates, read)
-        found = self.given(users, len(self.item_ids), catalogue=read.catalogue)
+        item_nK, score_nK = self.score_candidates(users, len(self.item_ids), catalogue=read.catalogue)
         if rows is None:
-            return convert_table(self.table(users, *found), read.table)
-        scores = [dict(zip(item.tolist(), score, strict=True)) for item, score in zip(*found, strict=True)]
+            return convert_table(self.table(users, item_nK, score_nK), read.table)
+        scores = [dict(zip(item.tolist(), score, strict=True)) for item, score in zip(item_nK, score_nK, strict=True)]
         return [np.array([score[item] for item in items], np.float32) for score, items in zip(scores, rows, strict=True)]
 
     def rank(self, histories: Any, targets: Sequence[str], filter_seen: bool = True) -> tuple[np.ndarray, np.ndarray]:
-        """The exact rank of one target for each history among the whole catalogue.
+        """Ranks one target per history exactly among the whole catalogue.
 
         Args:
           histories: a list of histories, as in `recommend`.
           targets: an item id for each history.
-          filter_seen: the items of the history, except the target, are no candidates.
+          filter_seen: whether the items of the history, except the target, are no candidates.
 
         Returns:
-          rank [n] int64, 1 + the candidates that score higher, and ties [n] int64, the other candidates that score the same.
+          rank [n] int64, 1 + the number of candidates with a higher score; and ties [n] int64, the number of other candidates with an equal
+          score.
 
         Raises:
-          InputError: unknown items, an empty history, another number of targets.
-          TypeError: wrong types.
+          InputError: if an item is unknown, a history is empty, or the number of targets is not that of the histories.
+          TypeError: if an argument has a wrong type, including tables.
+          FloatingPointError: if a score is not finite.
         """
         read = self._read(histories)
         if read.table:
-            raise TypeError("rank takes lists of histories, with one target for each")
+            raise TypeError("histories is a table: `rank` needs a list of histories and a list with one target for each")
         users = read.users
         if not is_list(targets):
-            raise TypeError(f"targets is a {type(targets).__name__}: give a list of item ids")
+            raise TypeError(f"targets is a {type(targets).__name__}: it must be a list of item ids")
         if len(targets) != len(users):
-            raise InputError(f"{len(targets):,} targets for {len(users):,} histories: give one item id for each")
+            raise InputError(f"{len(targets):,} targets for {len(users):,} histories: each history needs one")
         target = np.array([self._reader.row(item, f"targets[{n}]") for n, item in enumerate(targets)], np.int64)
         seen = _below(users.events, len(self.item_ids)) if filter_seen else None
         if self.config.eval.ranking == "likelihood":
@@ -161,20 +179,27 @@ class Recommender:
             self._check_finite(np.isfinite(scores).all(1), users.ids)
             return rank_scores(scores, target, None if seen is None else (np.repeat(np.arange(len(seen)), seen.lengths), seen.item))
         h_nE = self._history_vectors(users, catalogue=read.catalogue)
-        without = None if seen is None else (lambda at: _others(seen.of(at), target[at]))
+        excluded = None if seen is None else (lambda at: _without_targets(seen.of(at), target[at]))
         with jax.set_mesh(self._mesh):
-            rank, ties, finite = self.ranker.rank(h_nE, self._item_vectors, target, without)
+            rank, ties, finite = self.ranker.rank(h_nE, self._item_vectors, target, excluded)
         self._check_finite(finite, users.ids)
         return rank, ties
 
     def similar(self, item: str | dict, k: int = 10) -> list[Recommendation]:
-        """The k items whose vectors are nearest to that of `item` by cosine, nearest first, `item` itself left out.
+        """Finds the k items whose vectors have the largest cosine similarity to that of `item`, without `item` itself.
 
-        item: an id, or `{"text": "…"}` for a model that reads text.
+        Args:
+          item: an item id; or `{"text": "…"}`, if item vectors come from text.
+          k: length of the list. It is shorter if the catalogue has fewer items.
+
+        Returns:
+          A list of `Recommendation(item, score)`, most similar first. The score is the cosine; it is 0 for items whose vector is 0 (without
+          text vectors, the items without a training event).
 
         Raises:
-          InputError: an unknown item, k below 1, a model without item vectors.
-          TypeError: neither a string nor a text.
+          InputError: if the item is unknown, k is below 1, or the model has no item vectors.
+          TypeError: if an argument has a wrong type.
+          FloatingPointError: if a cosine is not finite.
         """
         _check_k(k)
         self._check_vectors("similar")
@@ -191,26 +216,45 @@ class Recommender:
         return self._lists(item_1K, cosine_1K)[0]
 
     def item_vectors(self) -> np.ndarray:
-        """[I, E] float32: the vector of every item, in the order of `items`. Raises InputError for a model without item vectors."""
+        """Returns the vectors of all items.
+
+        Returns:
+          [I, E] float32, in the order of `items`. The score of an item is the inner product of its vector and the history's vector.
+
+        Raises:
+          InputError: if the model has no item vectors (`eval.ranking` = "likelihood").
+          FloatingPointError: if a vector is not finite.
+        """
         self._check_vectors("item_vectors")
         return self.vectors_of(slice(0, len(self.item_ids)))
 
     def user_vectors(self, histories: Any) -> np.ndarray:
-        """[n, E] float32: the vector of every history (of a table: of its users, sorted by id). A score is the product of a history's
-        vector and an item's. Raises as `recommend`, and InputError for a model without vectors."""
+        """Returns the vector of each history.
+
+        Args:
+          histories: as in `recommend`.
+
+        Returns:
+          [n, E] float32, in the order of the histories; for a table, in the order of the sorted user ids.
+
+        Raises:
+          InputError: if an item is unknown, a history is empty, or the model has no vectors (`eval.ranking` = "likelihood").
+          TypeError: if `histories` has a wrong type.
+          FloatingPointError: if a vector is not finite.
+        """
         self._check_vectors("user_vectors")
         read = self._read(histories)
         return self.history_vectors(read.users, catalogue=read.catalogue)
 
-    # ---- the same for users that are read already, as offline scoring calls it
+    # ---- the same for `Users`, as offline scoring needs it
 
     @property
     def item_ids(self) -> pl.Series:
-        """The ids of the catalogue in the order of its rows."""
+        """The item ids, in the order of the catalogue."""
         return self._stored.item_ids
 
     def vectors_of(self, rows: slice) -> np.ndarray:
-        """[n, E] float32: the vectors of a stretch of the catalogue. Raises FloatingPointError for a value that is not finite."""
+        """[n, E] float32: the vectors of these items. rows: of the catalogue. Raises FloatingPointError for a value that is not finite."""
         with jax.set_mesh(self._mesh):
             v_nE = np.asarray(self._item_vectors[rows])
         if not np.isfinite(v_nE).all():
@@ -218,13 +262,19 @@ class Recommender:
         return v_nE
 
     def history_vectors(
-        self, users: Users, history_tokens: int | None = None, report: Report = nothing, catalogue: Catalogue | None = None
+        self, users: Users, history_tokens: int | None = None, report: Report = no_report, catalogue: Catalogue | None = None
     ) -> np.ndarray:
-        """[n, E] float32: the projected state behind all of a user's events (`data.last_n`), of which the most recent that fit are read.
-        Raises FloatingPointError for a value that is not finite.
+        """[n, E] float32: the projected state at the end of each user's history. The model reads the most recent events that fit into a
+        row, at most `data.last_n`.
 
-        history_tokens: of all histories of the request, which decide whether the catalogue's states are used (`keeps_item_states`); None:
-        of these. report: called after each batch with its number of users. catalogue: the model's own with more items behind.
+        Args:
+          users: the users with their events.
+          history_tokens: number of tokens of all histories of the request, for `keeps_item_states`; None: of these histories.
+          report: is called after each batch with its number of users.
+          catalogue: the model's catalogue, followed by further items that only histories contain; None: the model's catalogue.
+
+        Raises:
+          FloatingPointError: if a vector is not finite.
         """
         h_nE = self._history_vectors(users, history_tokens, report, catalogue)
         self._check_finite(np.isfinite(h_nE).all(1), users.ids, "the vector")
@@ -236,40 +286,45 @@ class Recommender:
         k: int,
         filter_seen: bool,
         history_tokens: int | None = None,
-        report: Report = nothing,
+        report: Report = no_report,
         catalogue: Catalogue | None = None,
-    ) -> Found:
-        """Each user's k best items of the catalogue; the keywords are those of `history_vectors`. Raises FloatingPointError for a score
-        that is not finite."""
+    ) -> ItemsAndScores:
+        """The k best items of the catalogue for each user. All other arguments: as in `history_vectors`.
+
+        Raises FloatingPointError for a score that is not finite.
+        """
         items = len(self.item_ids)
         k, seen = min(k, items), _below(users.events, items) if filter_seen else None
         if self.config.eval.ranking == "likelihood":
-            left_out = seen.split() if seen is not None else [np.zeros(0, np.int32)] * len(users)
+            excluded = seen.split() if seen is not None else [np.zeros(0, np.int32)] * len(users)
             with jax.set_mesh(self._mesh):
-                return self.ranker.likeliest(self.params, self._last(users), left_out, k, report, catalogue)
+                return self.ranker.likeliest(self.params, self._last(users), excluded, k, report, catalogue)
         h_nE = self._history_vectors(users, history_tokens, report, catalogue)
         with jax.set_mesh(self._mesh):
             item, score, finite = self.ranker.top(h_nE, self._item_vectors, seen, k)
         self._check_finite(finite, users.ids)
         return item, score
 
-    def given(
+    def score_candidates(
         self,
         users: Users,
         k: int,
         history_tokens: int | None = None,
-        report: Report = nothing,
+        report: Report = no_report,
         catalogue: Catalogue | None = None,
-    ) -> Found:
-        """Each user's k best of the given candidates, whether seen or not; of equal scores the first of the catalogue is first. The
-        keywords are those of `history_vectors`. Raises FloatingPointError for a score that is not finite."""
+    ) -> ItemsAndScores:
+        """The k best of each user's candidates, including seen items. Among equal scores, the first item of the catalogue comes first.
+        All other arguments: as in `history_vectors`.
+
+        Raises FloatingPointError for a score that is not finite.
+        """
         assert users.candidates is not None
         item = users.candidates.padded(power_of_two(int(users.candidates.lengths.max())))
         if self.config.eval.ranking == "likelihood":
             with jax.set_mesh(self._mesh):
                 ranker = self._ranker_of(catalogue or self._stored.catalogue)
-                found = ranker.likelihoods(self.params, self._last(users), users.candidates.split(), report, catalogue)
-            score = np.pad(found, ((0, 0), (0, item.shape[1] - found.shape[1])), constant_values=-np.inf)
+                likelihoods = ranker.likelihoods(self.params, self._last(users), users.candidates.split(), report, catalogue)
+            score = np.pad(likelihoods, ((0, 0), (0, item.shape[1] - likelihoods.shape[1])), constant_values=-np.inf)
         else:
             h_nE = self._history_vectors(users, history_tokens, report, catalogue)
             with jax.set_mesh(self._mesh):
@@ -279,10 +334,10 @@ class Recommender:
         return np.take_along_axis(item, order, axis=1), np.take_along_axis(score, order, axis=1)
 
     def table(self, users: Users, item: np.ndarray, score: np.ndarray) -> pl.DataFrame:
-        """What `top` or `given` found, as rows `user`, `item`, `rank`, `score`."""
-        user, place = np.nonzero(score > -np.inf)
-        ids = users.ids.gather(user).rename("user"), self.item_ids.gather(item[user, place]).rename("item")
-        return pl.DataFrame([*ids, pl.Series("rank", place + 1, dtype=pl.Int32), pl.Series("score", score[user, place])])
+        """The result of `top` or `score_candidates` as a table with the columns `user`, `item`, `rank` and `score`."""
+        user, position = np.nonzero(score > -np.inf)
+        ids = users.ids.gather(user).rename("user"), self.item_ids.gather(item[user, position]).rename("item")
+        return pl.DataFrame([*ids, pl.Series("rank", position + 1, dtype=pl.Int32), pl.Series("score", score[user, position])])
 
     # ----
 
@@ -297,34 +352,36 @@ class Recommender:
         return read
 
     def _history_vectors(
-        self, users: Users, history_tokens: int | None = None, report: Report = nothing, catalogue: Catalogue | None = None
+        self, users: Users, history_tokens: int | None = None, report: Report = no_report, catalogue: Catalogue | None = None
     ) -> np.ndarray:
-        """As `history_vectors`; its scores are checked instead."""
+        """As `history_vectors`, but the caller checks the scores instead."""
         catalogue, row_tokens = catalogue or self._stored.catalogue, self.config.data.row_tokens
         events, targets = with_targets(users.events.last(self.config.data.last_n))
         rows = Rows(events, catalogue, evaluation_segments(events, catalogue, row_tokens, targets), row_tokens)
         tokens = int(catalogue.lengths[users.events.item].sum()) if history_tokens is None else history_tokens
-        own = catalogue is self._stored.catalogue and keeps_item_states(self.config, catalogue, tokens)
+        leading = catalogue is self._stored.catalogue and keeps_item_states(self.config, catalogue, tokens)
         shards = batch_shards(self._mesh)
-        few = -(-min(power_of_two(len(rows)), self.config.score.batch_rows) // shards) * shards  # a single history is no whole batch
+        # Few histories are a smaller batch.
+        batch_rows = -(-min(power_of_two(len(rows)), self.config.score.batch_rows) // shards) * shards
         with jax.set_mesh(self._mesh):
-            return self._ranker_of(catalogue).history_vectors(self.params, rows, self._leading_states if own else None, few, report)
+            leading_XD = self._leading_states if leading else None
+            return self._ranker_of(catalogue).history_vectors(self.params, rows, leading_XD, batch_rows, report)
 
     def _last(self, users: Users) -> list[np.ndarray]:
         return users.events.last(self.config.data.last_n).split()
 
     @functools.cached_property
     def _leading_states(self) -> jax.Array | None:
-        """Of the catalogue, where the config keeps them for many histories."""
+        """The states of the catalogue after the leading intra layers; None if they are not kept for any number of histories."""
         return self.ranker.leading_states(self.params, sys.maxsize)
 
     @functools.cached_property
     def _item_vectors(self) -> jax.Array:
-        """v_IE spread over the mesh."""
+        """v_IE float32, sharded over the mesh by rows."""
         return self.ranker.item_vectors(self.params, self._leading_states if self.config.leading_vectors else None)
 
     def _text_vector(self, item: dict) -> jax.Array:
-        """[1, E]: the vector of an item with this text and without a row of the table."""
+        """[1, E] float32: the vector of an item with this text and without a table row."""
         if not self.config.uses_text:
             raise InputError(f"item = {item!r}: the model's item vectors do not come from text (config.objective.vectors)")
         entry = self._reader.text_entries([item], ["item"])[0]
@@ -334,7 +391,7 @@ class Recommender:
         return ranker.text_vectors(self.params, token_1T, np.array([len(entry)], np.int32))
 
     def _ranker_of(self, catalogue: Catalogue) -> Ranker:
-        """The ranker for histories of this catalogue. The usual one is compiled for items no longer than those of the model's own."""
+        """The ranker for histories of items of this catalogue. `self.ranker` only reads items as long as those of the model's catalogue."""
         longest = self._stored.catalogue.lengths.max()
         return self.ranker if catalogue.lengths.max() <= longest else self._ranker_of_any_length
 
@@ -354,13 +411,13 @@ class Recommender:
     def _item_ids(self) -> list[str]:
         return self.item_ids.to_list()
 
-    def _check_vectors(self, what: str) -> None:
+    def _check_vectors(self, method: str) -> None:
         if self.config.eval.ranking == "likelihood":
-            raise InputError(f"{what}: a model with config.eval.ranking = 'likelihood' has no vectors")
+            raise InputError(f"{method}: a model with config.eval.ranking = 'likelihood' has no vectors")
 
-    def _check_finite(self, finite_n: np.ndarray | np.bool, ids: pl.Series, what: str = "a score") -> None:
+    def _check_finite(self, finite_n: np.ndarray | np.bool, ids: pl.Series, value: str = "a score") -> None:
         if not finite_n.all():
-            raise FloatingPointError(f"{what} of user {ids[int(np.argmin(finite_n))]!r} is not finite")
+            raise FloatingPointError(f"{value} of user {ids[int(np.argmin(finite_n))]!r} is not finite")
 
 
 @jax.jit
@@ -370,18 +427,18 @@ def _unit(v_IE: jax.Array) -> jax.Array:
 
 def _check_k(k: object) -> None:
     if not isinstance(k, int | np.integer) or isinstance(k, bool):
-        raise TypeError(f"k is {k!r} ({type(k).__name__}): give a whole number")
+        raise TypeError(f"k is {k!r} ({type(k).__name__}): it must be an integer")
     if k < 1:
         raise InputError(f"k = {k}: must be 1 or more")
 
 
 def _below(lists: Lists, items: int) -> Lists:
-    """Without the rows from `items` on, which are no candidates."""
+    """The lists without rows of the catalogue from `items` on, which are no candidates."""
     if not (lists.item >= items).any():
         return lists
     return to_lists([row[row < items] for row in lists.split()])
 
 
-def _others(lists: Lists, target: np.ndarray) -> Lists:
+def _without_targets(lists: Lists, target: np.ndarray) -> Lists:
     """The distinct items of each list, without its target."""
-    return to_lists([np.setdiff1d(row, [one]) for row, one in zip(lists.split(), target, strict=True)])
+    return to_lists([np.setdiff1d(items, [item]) for items, item in zip(lists.split(), target, strict=True)])

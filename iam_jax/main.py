@@ -256,10 +256,10 @@ def _with_config(argv: list[str], file: str) -> list[str]:
 def _check_names(argv: list[str]) -> None:
     """Raises InputError for a flag of an unknown config field. (The error of ml_collections would name only the last part.)"""
     sections = config_lib.default_config().to_dict()
-    known = [f"--config.{name}" for name in config_lib.flatten(sections)]
+    fields = [f"--config.{name}" for name in config_lib.flatten(sections)]
     for name in (argument.partition("=")[0].partition("[")[0] for argument in argv[1:]):
-        if name.startswith("--config.") and name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
+        if name.startswith("--config.") and name not in fields:
+            close = difflib.get_close_matches(name, fields, n=1)
             raise InputError(f"{name} is not a config field{f'; did you mean {close[0]}?' if close else ''}")
 
 

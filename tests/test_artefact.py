@@ -205,7 +205,7 @@ def test_what_cannot_be_exported_is_said_in_one_line(trained):
         _, err = run(trained, "--workdir=run", "--mode=export", "--format=stablehlo", *flags, code=2)
         assert err.count("\n") == 1 and said in err
     assert not (trained / "new").exists()
-    with pytest.raises(InputError, match=r"config\.objective\.item = 0 has none"):
+    with pytest.raises(InputError, match=r"but the model has none \(config\.objective\.item = 0\)"):
         artefact.check(make_config(objective={"item": 0.0, "token": 1.0}, eval={"ranking": "likelihood"}))
 
 

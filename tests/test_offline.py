@@ -19,7 +19,7 @@ from test_main import config_text, contents, run, start, wait_for
 from tqdm import tqdm
 
 import iam_jax
-from iam_jax.config import get_config, resolve
+from iam_jax.config import get_config, override, resolve, to_json
 from iam_jax.data import stored as stored_lib
 from iam_jax.data.histories import Lists
 from iam_jax.data.tokenizer import train_bpe
@@ -385,6 +385,11 @@ def test_text_generators(tmp_path, tiny, shop):
     assert rec.recommend([[*histories[some[0]], {"text": "red zebra"}]], k=3) != rec.recommend([histories[some[0]]], k=3)
     with pytest.raises(InputError, match=r"config\.eval\.ranking = 'likelihood' has no vectors"):
         rec.item_vectors()
+    long_texts = override(get_config(str(tmp_path / "run")), {"data.item_tokens": 40})
+    (tmp_path / "run" / "config.json").write_text(to_json(resolve(long_texts)))
+    rec, history = iam_jax.load(tmp_path / "run"), [{"text": "zebra lantern " * 3}]  # longer than all items
+    ranked, order = rec.recommend([history], k=12)[0], rec.items["item"].to_list()
+    np.testing.assert_allclose([dict(ranked)[item] for item in order], rec.score([history], [order])[0], rtol=1e-4)
     with pytest.raises(InputError, match=r"--vectors: a model with config\.eval\.ranking = 'likelihood' has no vectors"):
         scored(tmp_path, tmp_path / "vectors", vectors=True)
 

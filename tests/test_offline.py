@@ -417,7 +417,7 @@ def test_text_generators(tmp_path, tiny, shop):
         ({"output": "out", "users": "good.csv", "candidates": "unknown.csv"}, ("unknown.csv: column 'item'", "'nowhere' (line 3)")),
         ({"output": "out", "users": "good.csv", "candidates": "twice.csv"}, ("twice.csv: 2 rows repeat a pair", "u")),
         ({"output": "out", "users": "good.csv", "candidates": "stranger.csv"}, ("stranger.csv: column 'user'", "'nobody' (line 2)")),
-        ({"output": "out", "users": "good.csv", "items": "known.csv"}, ("known.csv: column 'item'", "has already", "(line 2)")),
+        ({"output": "out", "users": "good.csv", "items": "known.csv"}, ("known.csv: column 'item'", "in the working folder's catalogue already", "(line 2)")),
         (
             {"output": "out", "users": "good.csv", "items": "double.csv"},
             ("double.csv: column", "more than once", "line 2", "line 4"),
@@ -481,7 +481,7 @@ def test_other_requests_and_other_folders_are_refused(folder, users, tmp_path):
     items.with_columns(pl.when(pl.col("item") == items["item"][0]).then(pl.lit("other")).otherwise("item").alias("item")).write_parquet(
         copy / "run" / stored_lib.ITEMS_FILE
     )
-    with pytest.raises(InputError, match=r"not those of data\.json: their items_sha256"):
+    with pytest.raises(InputError, match=r"do not match data\.json: their items_sha256"):
         scored(copy, tmp_path / "new", users=users)
     (copy / "run" / stored_lib.ITEMS_FILE).unlink()
     with pytest.raises(InputError, match=r"items\.parquet is missing"):

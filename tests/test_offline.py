@@ -417,7 +417,10 @@ def test_text_generators(tmp_path, tiny, shop):
         ({"output": "out", "users": "good.csv", "candidates": "unknown.csv"}, ("unknown.csv: column 'item'", "'nowhere' (line 3)")),
         ({"output": "out", "users": "good.csv", "candidates": "twice.csv"}, ("twice.csv: 2 rows repeat a pair", "u")),
         ({"output": "out", "users": "good.csv", "candidates": "stranger.csv"}, ("stranger.csv: column 'user'", "'nobody' (line 2)")),
-        ({"output": "out", "users": "good.csv", "items": "known.csv"}, ("known.csv: column 'item'", "in the working folder's catalogue already", "(line 2)")),
+        (
+            {"output": "out", "users": "good.csv", "items": "known.csv"},
+            ("known.csv: column 'item'", "in the working folder's catalogue already", "(line 2)"),
+        ),
         (
             {"output": "out", "users": "good.csv", "items": "double.csv"},
             ("double.csv: column", "more than once", "line 2", "line 4"),

@@ -78,7 +78,7 @@ def test_the_wheel_works_alone(version, wheel, tmp_path):
 
     command = venv / "bin" / "iam-jax"
     refused = run(command, "--config=dmeo", cwd=work, code=2)
-    assert refused.stderr.startswith("error: config 'dmeo': there are ") and len(refused.stderr.splitlines()) == 1
+    assert refused.stderr.startswith("error: config 'dmeo': unknown name, the names are ") and len(refused.stderr.splitlines()) == 1
     flags = [f"--config.{name}={value}" for name, value in SMALL.items()]
     assert "wrote runs/demo/evaluation.json" in run(command, "--config=demo", *flags, cwd=work).stdout
     results = json.loads((work / "runs" / "demo" / "evaluation.json").read_text(encoding="utf-8"))["results"]

@@ -308,7 +308,8 @@ def test_exit_codes(monkeypatch, capsys, raised, code, printed):
         raise raised
 
     monkeypatch.setattr(main_lib, "run", run)
-    monkeypatch.setattr(Signals, "install", lambda self: None)
+    for name in ("install", "ignore"):  # else the other tests, and the programs that they start, would ignore signals
+        monkeypatch.setattr(Signals, name, lambda self: None)
     with pytest.raises(SystemExit) as ended:
         main_lib._main([])
     assert ended.value.code == code and capsys.readouterr().err == printed

@@ -112,19 +112,23 @@ STACKS = {
 
 @functools.cache
 def probe(**fields):
-    """(params) -> states [24, D] and a Jacobian [24, 24, D]: the derivative of a random direction of state t by input s."""
+    """(params, count) -> states [24, D] and a Jacobian [24, 24, D]: the derivative of a random direction of state t by input s, zero for
+    t >= count."""
     model, _ = model_of(**fields)
     direction = jnp.asarray(np.random.default_rng(0).standard_normal((24, 16)), jnp.float32)
 
     @jax.jit
-    def run(params):
+    def run(params, count=0):
         def states(embedding):
             bound = params | {"decoder": params["decoder"] | {"embedding_VD": embedding}}
             return model.bind(bound).decoder(BATCH).reshape(24, -1)
 
         x, pullback = jax.vjp(states, params["decoder"]["embedding_VD"])
-        jacobian = jax.lax.map(lambda t: pullback(jnp.zeros_like(x).at[t].set(direction[t]))[0], jnp.arange(24))
-        return x, jacobian
+
+        def derivative(t, jacobian):
+            return jacobian.at[t].set(pullback(jnp.zeros_like(x).at[t].set(direction[t]))[0])
+
+        return x, jax.lax.fori_loop(0, count, derivative, jnp.zeros((24, 24, 16)))
 
     return run
 
@@ -158,7 +162,7 @@ def test_states_depend_on_what_they_may_see_and_on_nothing_else(schedule, self_k
     fields = {"schedule": schedule, "self_key": self_key, **IMPLEMENTATIONS[implementation]}
     params, run = model_of(**fields)[1], probe(**fields)
     expected = reach(schedule)
-    states, jacobian = map(np.asarray, run(params))
+    states, jacobian = map(np.asarray, run(params, 24))
     np.testing.assert_array_equal((jacobian != 0).any(-1), expected)
     embedding = params["decoder"]["embedding_VD"]
     changed = [(np.asarray(run(with_embedding(params, embedding.at[s].add(1.0)))[0]) != states).any(-1) for s in range(24)]
@@ -236,13 +240,19 @@ def test_states_are_the_same_by_every_implementation(implementation, name):
     programs = [jax.make_jaxpr(lambda p, m=m: m.bind(p).decoder(BATCH))(params) for m in (model, other)]
     mark = "custom_vjp" if implementation == "local" else "pallas_call"
     assert [mark in str(program) for program in programs] == [False, True]
-    expected, got = (np.asarray(jax.jit(lambda p, m=m: m.bind(p).decoder(BATCH))(params)) for m in (model, other))
-    np.testing.assert_allclose(got[REAL], expected[REAL], rtol=2e-5, atol=2e-5)
+    got = np.asarray(jax.jit(lambda p: other.bind(p).decoder(BATCH))(params))
+    np.testing.assert_allclose(got[REAL], run(**fields)[REAL], rtol=2e-5, atol=2e-5)
 
 
 STATES = {
     "schedule": "(intra inter)*3 full", "dropout": 0.3,
 }  # fmt: skip
+
+
+@functools.cache
+def all_layers(scan):
+    model, params = model_of(**STATES, scan=scan)
+    return np.asarray(jax.jit(lambda params: model.bind(params).decoder(BATCH, key=jax.random.key(0)))(params))
 
 
 @pytest.mark.parametrize("scan", [False, True])
@@ -256,9 +266,9 @@ def test_layers_compose(at, scan):
     def run(params):
         decoder = model.bind(params).decoder
         first = decoder(BATCH, key=key, last=at)
-        return decoder(BATCH, key=key, first=at, x_BTD=first), decoder(BATCH, key=key), first
+        return decoder(BATCH, key=key, first=at, x_BTD=first), first
 
-    composed, whole, first = map(np.asarray, run(params))
+    (composed, first), whole = map(np.asarray, run(params)), all_layers(scan)
     np.testing.assert_allclose(composed, whole, rtol=1e-5, atol=1e-5)
     assert (np.abs(first - whole).max() > 0.1) == (at < 7)
 

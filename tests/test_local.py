@@ -1,6 +1,7 @@
 """launch/local.py: jobs of real processes give equal results for any number of processes, also after a kill or a stop."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import polars as pl
 import pytest
 from helpers import metrics_lines as lines
 from jobs import LAUNCHER, load_launcher, run_job, start_job
-from test_main import assert_same, checkpoint, config_text
+from test_main import assert_same, checkpoint, config_text, run
 
 from iam_jax.config import default_config, resolve
 from iam_jax.data.batches import training_rows
@@ -36,7 +37,10 @@ def folder(tmp_path_factory, settings):
 
 @pytest.fixture(scope="module")
 def single_process(folder):
-    run_job(folder, 1, "--config=tiny.py", "--workdir=one")
+    """One process, in two commands. Its state between them is in the folder `changed`."""
+    run(folder, "--config=tiny.py", "--workdir=one", "--config.train.steps=42", "--config.eval.test=false")
+    shutil.copytree(folder / "one", folder / "changed")
+    run(folder, "--config=tiny.py", "--workdir=one")
     return folder / "one"
 
 
@@ -87,8 +91,7 @@ def test_every_row_once_an_epoch(two_processes, settings):
 
 def test_continued_by_another_number_of_processes(folder, single_process):
     """The losses and tokens of one process: no row is repeated or skipped."""
-    run_job(folder, 1, "--config=tiny.py", "--workdir=changed", "--config.train.steps=42", "--config.eval.test=false")
-    run_job(folder, 2, "--config=tiny.py", "--workdir=changed")
+    assert "continuing from step 42" in run_job(folder, 2, "--config=tiny.py", "--workdir=changed")
     assert_alike(single_process, folder / "changed")
 
 

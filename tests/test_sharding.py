@@ -79,8 +79,8 @@ def mesh_of(mesh_shape: tuple[int, int, int]) -> jax.sharding.Mesh:
 
 
 def attend_on(mesh_shape: tuple[int, int, int]) -> dict:
-    """Values and gradients of every backend, for two key-value heads and for one (fewer than the tensor shards of (2, 2, 2)), and for
-    divisible and other numbers of rows."""
+    """Values and gradients of every backend; of one kernel, since what is sharded does not depend on it, also for one key-value head (fewer
+    than the tensor shards of (2, 2, 2)) and for a number of rows that is not divisible."""
     from iam_jax.kernels.range_attention import range_attention
 
     results, rng = {}, np.random.default_rng(0)
@@ -88,7 +88,7 @@ def attend_on(mesh_shape: tuple[int, int, int]) -> dict:
         for K, B in ((2, 8), (1, 4), (2, 3)):
             q, k, v, do = (rng.standard_normal((B, 20, n, 16)).astype(np.float32) for n in (4, K, K, 4))
             t = np.tile(np.arange(20, dtype=np.int32), (B, 1))
-            for backend in ("local", "tpu", "gpu"):
+            for backend in ("local", "tpu", "gpu") if (K, B) == (2, 8) else ("tpu",):
 
                 @jax.jit
                 def run(q, k, v, do, t, backend=backend):
@@ -100,10 +100,10 @@ def attend_on(mesh_shape: tuple[int, int, int]) -> dict:
                     o, pullback = jax.vjp(attend, q, k, v)
                     return o, *pullback(do)
 
-                compiled = run.lower(q, k, v, do, t).as_text()
+                lowered = run.lower(q, k, v, do, t)
                 results[f"{backend}, {K} heads, {B} rows"] = {
-                    "results": [np.asarray(x).tolist() for x in run(q, k, v, do, t)],
-                    "by hand": "manual_computation" in compiled or "shard_map" in compiled,
+                    "results": [np.asarray(x).tolist() for x in lowered.compile()(q, k, v, do, t)],
+                    "by hand": any(name in lowered.as_text() for name in ("manual_computation", "shard_map")),
                 }
     return results
 
@@ -289,7 +289,7 @@ def test_parts_of_rows_stay_sharded(results):
 def test_attention_equals_that_of_one_device(results):
     """Kernels, which XLA cannot partition, are sharded explicitly over rows and heads."""
     one, many = results["attention"]
-    assert len(one) == 9
+    assert len(one) == 5
     for name, alone in one.items():
         assert not alone["by hand"] and many[name]["by hand"] == (not name.startswith("local")), name
         for a, b in zip(alone["results"], many[name]["results"], strict=True):

@@ -255,8 +255,7 @@ def all_layers(scan):
     return np.asarray(jax.jit(lambda params: model.bind(params).decoder(BATCH, key=jax.random.key(0)))(params))
 
 
-@pytest.mark.parametrize("scan", [False, True])
-@pytest.mark.parametrize("at", range(8))
+@pytest.mark.parametrize(("at", "scan"), [*((at, True) for at in range(8)), *((at, False) for at in (0, 3, 4, 7))])
 def test_layers_compose(at, scan):
     """Continuing from the states after `at` layers gives the states after all layers; every layer has its own dropout."""
     model, params = model_of(**STATES, scan=scan)

@@ -243,7 +243,8 @@ def test_the_initial_model_and_the_losses(folder, make):
         for target in events.targets(label):
             begin = events.offsets[np.searchsorted(events.offsets, target, side="right") - 1]
             item = events.item[target : target + 1]
-            row = candidate_rows(catalogue, [events.item[begin:target]], [item], run_.config.data.row_tokens)
+            room = run_.config.data.row_tokens
+            row = candidate_rows(catalogue, [events.item[begin:target]], [item], room, room)  # of one shape: one program
             x_TD = np.asarray(states(row))[0]
             logits = np.concatenate([x_TD @ np.asarray(part).T for part in model.output_embedding()], axis=1)
             log_p = logits - np.log(np.exp(logits).sum(1, keepdims=True))

@@ -58,6 +58,14 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: place.get(item.path.stem, len(place)))
 
 
+@pytest.fixture(autouse=True, scope="module")
+def short_collections():
+    """What a file leaves (compiled programs, mostly) is looked through no more in the next ones, of which some collect often."""
+    yield
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def same_signal_handlers():
     """A test that changed them would change the programs that later tests start: an ignored signal stays ignored there."""

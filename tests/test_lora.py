@@ -1,5 +1,6 @@
 """Adapters compared with NumPy, merged and unmerged; inserted layers have no effect at the start."""
 
+import dataclasses
 from functools import cache
 from pathlib import Path
 
@@ -31,6 +32,14 @@ def batch_of(token):
     """A batch with one user and items of five tokens."""
     t = np.arange(token.shape[1], dtype=np.int32)[None]
     return {"token": token, "user": np.ones_like(t), "group": 1 + t // 5, "position": t}
+
+
+@cache
+def start_of(config, seed=0):
+    """Parameters at the start. Their type does not depend on that of the states."""
+    if config.model.dtype != "float32":
+        return start_of(dataclasses.replace(config, model=dataclasses.replace(config.model, dtype="float32")), seed)
+    return jax.jit(model_of(config).init)(jax.random.key(seed))
 
 
 @cache
@@ -95,7 +104,7 @@ def test_merged_equals_unmerged(folder, base):
 
 def test_untouched_at_the_start_and_only_where_the_pattern_says(folder):
     config = configured(folder, targets=r"attention\.(query|value)|down")
-    made = jax.jit(model_of(config).init)(jax.random.key(0))
+    made = start_of(config)
     adapters = sorted(name for name in flat(made) if "_lora_" in name)
     assert [name.removeprefix("decoder.blocks.0_0.") for name in adapters] == [
         "attention.query_lora_DL", "attention.query_lora_LNH", "attention.value_lora_DL", "attention.value_lora_LKH",
@@ -132,7 +141,7 @@ def test_inserted_layers_leave_the_logits_as_they_were(folder, schedule):
     """Bitwise at the start, but not with nonzero output projections."""
     plain, config = (pretrained.configure(config_of(folder, schedule)) for schedule in ("full*2", schedule))
     pretrained_params = load(config)
-    start = flat(jax.jit(model_of(config).init)(jax.random.key(1)))
+    start = flat(start_of(config, 1))
     inserted = {name: x for name, x in start.items() if name not in flat(pretrained_params)}
     expected = logits(plain, load(plain))
     np.testing.assert_array_equal(logits(config, _join(pretrained_params, inserted)), expected)
@@ -145,15 +154,22 @@ def test_inserted_layers_leave_the_logits_as_they_were(folder, schedule):
 
 
 @pytest.mark.parametrize("schedule", ["(full*2 +intra +inter)*2", "+inter full*4 +intra"])
-def test_inserted_layers_leave_bfloat16_as_it_was(tmp_path, schedule):
+def test_inserted_layers_leave_bfloat16_as_it_was(deeper, schedule):
     """Independently of what XLA fuses with the states between two layers."""
-    at, found = write_model(tmp_path / "model", MODELS["llama3"] | {"num_hidden_layers": 4}), []
-    for layers in ("full*4", schedule):
-        config = pretrained.configure(config_of(at, layers, dtype="bfloat16"))
-        model = model_of(config)
-        params = _join(jax.jit(model.init)(jax.random.key(1)), flat(load(config)))
-        found.append(np.asarray(optimized_jit(lambda p, model=model: model.bind(p).states(batch_of(tokens())))(params)))
-    np.testing.assert_array_equal(*found)
+    np.testing.assert_array_equal(states_in_bfloat16(deeper, schedule), states_in_bfloat16(deeper, "full*4"))
+
+
+@pytest.fixture(scope="module")
+def deeper(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("deeper") / "model", MODELS["llama3"] | {"num_hidden_layers": 4})
+
+
+@cache
+def states_in_bfloat16(folder, schedule):
+    config = pretrained.configure(config_of(folder, schedule, dtype="bfloat16"))
+    model = model_of(config)
+    params = _join(start_of(config, 1), flat(load(config)))
+    return np.asarray(optimized_jit(lambda p: model.bind(p).states(batch_of(tokens())))(params))
 
 
 @pytest.mark.parametrize(("kind", "away"), [("qwen2", 0), ("qwen3", 0), ("gpt2", 1e-5)])
@@ -164,7 +180,7 @@ def test_inserted_layers_of_other_families(tmp_path, kind, away):
     for schedule in ("full*4", "(full*2 +intra +inter)*2"):
         config = pretrained.configure(config_of(at, schedule))
         model = model_of(config)
-        params = _join(jax.jit(model.init)(jax.random.key(1)), flat(load(config)))
+        params = _join(start_of(config, 1), flat(load(config)))
         found.append(np.asarray(optimized_jit(lambda p, model=model: model.bind(p).states(batch_of(tokens())))(params)))
     np.testing.assert_allclose(*found, rtol=0, atol=away)
 
@@ -187,7 +203,7 @@ def stories(schedule, dtype):
     batch = batch_of(np.random.default_rng(0).integers(3, 105, (1, 200)).astype(np.int32))
     config = pretrained.configure(config_of(STORIES, schedule, row_tokens=256, dtype=dtype))
     model = model_of(config)
-    params = _join(jax.jit(model.init)(jax.random.key(0)), flat(load(config)))
+    params = _join(start_of(config), flat(load(config)))
     return np.asarray(optimized_jit(lambda p: model.bind(p).states(batch) @ model.bind(p).output_embedding()[0].T)(params))
 
 

@@ -34,13 +34,15 @@ flags.FLAGS.mark_as_parsed()  # grain reads absl flags
 # With --dist=loadfile a file stays in one worker, as its fixtures and compiled programs do. The longest come first, so that no worker is
 # left with one at the end.
 LONGEST = (
-    "test_local", "test_sharding", "test_range_attention", "test_faults", "test_finetune", "test_offline", "test_processes", "test_lora",
-    "test_recommender", "test_artefact", "test_main", "test_decoder", "test_train", "test_benchmarks", "test_docs", "test_relations",
+    "test_local", "test_faults", "test_offline", "test_sharding", "test_range_attention", "test_train", "test_finetune", "test_lora",
+    "test_decoder", "test_processes", "test_main", "test_item_rows", "test_docs", "test_reproduce", "test_benchmarks", "test_ranking",
+    "test_artefact", "test_relations", "test_beam", "test_recommender",
 )  # fmt: skip
 
 
 def pytest_collection_finish():
     gc.freeze()  # what the imports left is looked through no more: collections are shorter
+    gc.set_threshold(20_000, 20, 50)  # collections are fewer: tracing makes many objects, and few cycles of them
 
 
 def pytest_configure(config):

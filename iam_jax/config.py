@@ -50,6 +50,7 @@ class DataConfig:
     separator: str = ""  # text before every item; it belongs to that item
     suffix: str = ""  # text after the last item of a history; the next item is predicted from its end
     row_tokens: int = 512  # token slots in a row; several users share one row
+    row_items: int = 256  # with item-level layers (the mark | in model.schedule): item slots in a row of histories
     context_items: int = 4  # minimum number of items without targets to the left, where a long history is cut into windows
     shuffled_titles: bool = False  # control: permute the texts among the items
     shuffled_order: bool = False  # control: permute each user's training items, in training and in histories; same split hash
@@ -68,7 +69,10 @@ class LoraConfig:
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     pretrained: str = ""  # Hugging Face folder; it provides the weights and the shape (the fields from width to tie_tokens)
-    schedule: str = "(intra inter)*2"  # full | intra | inter | intra_both; `*n` repeats a relation or a (group), `+` inserts a layer
+    schedule: str = (
+        "(intra inter)*2"  # full | intra | inter | intra_both; `*n` repeats a relation or a (group), `+` inserts a layer, `|` is the mark
+    )
+    # of item-level layers: behind it, each item has one slot
     width: int = 64  # width of the model (D)
     heads: int = 4  # number of query heads
     kv_heads: int = 0  # number of key-value heads; 0: as many as heads
@@ -93,6 +97,9 @@ class ModelConfig:
     qk_norm: bool = False  # norm of queries and keys, per head
     scale_embedding: bool = True  # multiply token embeddings by sqrt(width), as in the original Transformer
     tie_tokens: bool = True  # the token objective's output embedding is the input embedding
+    item_input: str = "none"  # identity at the input, behind the leading intra layers: none | table (the item table's row) | own (a table)
+    item_width: int = 0  # width of the item-level layers and of item vectors; 0: width
+    item_heads: int = 0  # number of query heads of the item-level layers, if item_width is set; 0: heads
     inter_positions: str = "token"  # rotary positions in inter layers: token | item (the item's number)
     self_key: bool = False  # inter layers: a token also sees itself
     dropout: float = 0.1  # dropout on embeddings and on each layer's output
@@ -104,6 +111,15 @@ class ModelConfig:
     item_states: str = "auto"  # compute leading intra layers once per distinct item: auto (no dropout, and less work) | on | off
     scan: bool = True  # lax.scan over the schedule's repeats: compiles faster, computes the same
     remat: bool = False  # recompute a layer's activations in the backward pass
+
+    @property
+    def item_shape(self) -> "ModelConfig":
+        """The shape of the item-level layers. They have no adapters."""
+        shape = dataclasses.replace(self, lora=LoraConfig())
+        if not self.item_width:
+            return shape
+        heads = self.item_heads or self.heads
+        return dataclasses.replace(shape, width=self.item_width, heads=heads, kv_heads=0, head_size=0, mlp_width=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,6 +229,27 @@ class Config:
     def leading_vectors(self) -> bool:
         """Whether text vectors are computed from the states after the leading intra layers."""
         return self.uses_text and self.objective.text_layers == "leading"
+
+    @property
+    def item_level(self) -> bool:
+        """Whether the schedule has item-level layers. A batch of histories then has one slot for each item."""
+        return self.schedule.item_level
+
+    @property
+    def row_slots(self) -> int:
+        """The number of slots of a row of histories: of items with item-level layers, else of tokens."""
+        return self.data.row_items if self.item_level else self.data.row_tokens
+
+    @property
+    def has_table(self) -> bool:
+        """Whether the model has an item table of its own: for item vectors, or for `model.item_input` = "table"."""
+        vectors = self.objective.item > 0 and self.objective.vectors != "text"
+        return not self.model.tie_items and (vectors or self.model.item_input == "table")
+
+    @property
+    def row_options(self) -> dict[str, bool]:
+        """Options of rows of histories (`iam_jax.data.batches.Rows`)."""
+        return {"by_item": self.item_level, "identity": self.model.item_input != "none"}
 
     @property
     def states_by_item(self) -> bool:
@@ -471,6 +508,27 @@ def check(config: Config) -> None:
     choice("model.activation", model.activation, "silu", "gelu", "relu")
     choice("model.norm", model.norm, "rms", "layer")
     choice("model.positions", model.positions, "rotary", "learned")
+    choice("model.item_input", model.item_input, "none", "table", "own")
+    item_level = schedule.item_level
+    for field in ("item_width", "item_heads"):
+        require(getattr(model, field) >= 0, f"model.{field}", "must be 0 or more")
+        require(item_level or not getattr(model, field), f"model.{field}", "needs item-level layers (the mark | in model.schedule)")
+    require(bool(model.item_width) or not model.item_heads, "model.item_heads", "needs model.item_width")
+    heads = model.item_shape.heads
+    require(model.item_width % heads == 0, "model.item_width", f"must be divisible by the number of heads, {heads}")
+    even = not model.item_width or model.item_width // heads % 2 == 0
+    require(even, "model.item_width", f"rotary positions need an even head size, not {model.item_width // heads}")
+    needed = data.context_items + 1 + bool(data.prompt) + bool(data.suffix)
+    row_fits = data.row_items >= needed
+    require(row_fits, "data.row_items", f"prompt, suffix and data.context_items + 1 items need {needed}")
+    if item_level:
+        require(rotary, "model.positions", "item-level layers (the mark | in model.schedule) need rotary positions")
+        require(model.item_states != "off", "model.item_states", "item-level layers read the states of whole items")
+        require(objective.token == 0, "objective.token", "no token is predicted behind the mark | of model.schedule")
+        require(objective.text_layers == "leading", "objective.text_layers", "only the layers before the mark | of model.schedule see text")
+    require(model.item_input != "table" or config.has_table or model.tie_items, "model.item_input", "there is no item table")
+    identity = model.item_input == "none" or evaluation.ranking == "item"
+    require(identity, "model.item_input", "must be 'none' with eval.ranking = 'likelihood'")
     choice("model.inter_positions", model.inter_positions, "token", "item")
     choice("model.dtype", model.dtype, "float32", "bfloat16")
     choice("model.attention", model.attention, "auto", "reference", "tpu", "gpu")

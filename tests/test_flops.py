@@ -68,7 +68,7 @@ def test_visible_pairs():
     assert visible_pairs(packed_batch()) == expected | {"intra_both": sum(both) / 2}
     assert visible_pairs(packed_batch(), self_key=True)["inter"] == sum(inter) / 2 + (10 + 9) / 2
     model = {"heads": 2, "head_size": 6, "dtype": "bfloat16"}
-    counted = attention_flops(make_config(model=model), expected, ("intra", "inter", "inter"), forward=2, backward=True)
+    counted = attention_flops(make_config(model=model).model, expected, ("intra", "inter", "inter"), forward=2, backward=True)
     assert counted == {"bfloat16": 4 * 2 * 6 * (2 + 2.5) * (expected["intra"] + 2 * expected["inter"])}
 
 

@@ -81,6 +81,12 @@ class Catalogue:
         padded[np.arange(padded.shape[1]) < lengths[:, None]] = self.tokens[: self.offsets[self.items]]
         return padded, lengths.astype(np.int32)
 
+    def boundaries(self) -> "Catalogue":
+        """The catalogue with only the last token of every entry, for rows that have one slot for each item."""
+        there = self.lengths > 0
+        tokens = self.tokens[self.offsets[1:][there] - 1]
+        return dataclasses.replace(self, tokens=tokens, offsets=np.concatenate([[0], np.cumsum(there)]))
+
     def extended(self, entries: list[list[int]]) -> "Catalogue":
         """The catalogue with more items after its own, each given by its tokens."""
         end = self.offsets[self.items]

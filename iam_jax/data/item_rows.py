@@ -47,9 +47,12 @@ def pack_items(catalogue: Catalogue, items: np.ndarray, row_tokens: int, rows: i
 
 
 class CatalogueItems:
-    """The whole catalogue in rows. Replaces a batch's `item` and `within` by the `slot` of every token."""
+    """The whole catalogue in rows. Replaces a batch's `item` and `within` by the `slot` of every token.
 
-    def __init__(self, catalogue: Catalogue, row_tokens: int, rows_at_once: int):
+    by_item: only the boundary states are kept, one for each entry of the catalogue; the slot of an item is its number.
+    """
+
+    def __init__(self, catalogue: Catalogue, row_tokens: int, rows_at_once: int, by_item: bool = False):
         entries = np.flatnonzero(catalogue.lengths)
         rows, start = pack_items(catalogue, entries, row_tokens)
         self.chunks = math.ceil(len(rows["token"]) / rows_at_once)
@@ -57,10 +60,13 @@ class CatalogueItems:
         self.rows = {name: np.pad(x, ((0, more), (0, 0))) for name, x in rows.items()}
         self.start = np.zeros(catalogue.items + 2, np.int64)  # padding is entry I, even without a prompt
         self.start[entries] = start
-        self.boundary_slots = start[: catalogue.items] + catalogue.item_lengths - 1
+        self.by_item = by_item
+        last = self.start + np.maximum(catalogue.lengths - 1, 0)
+        self.kept = last if by_item else None  # [I + 2] the slots whose states are kept; None: all
+        self.boundary_slots = np.arange(catalogue.items) if by_item else last[: catalogue.items]
 
     def __call__(self, batch: Batch) -> Batch:
-        slot = self.start[batch["item"]] + batch["within"]
+        slot = batch["item"] if self.by_item else self.start[batch["item"]] + batch["within"]
         return without_items(batch) | {"slot": slot.astype(np.int32)}
 
 
@@ -73,10 +79,17 @@ class DistinctItems:
 
     saving = ""  # how much work it saves, in words
 
-    def __init__(self, rows: Rows, batch_rows: int, parts: int = 1, multiple: int = 1, targets: bool = True):
+    def __init__(self, rows: Rows, batch_rows: int, parts: int = 1, multiple: int = 1, targets: bool = True, row_tokens: int = 0):
         """batch_rows: rows of a batch, in `parts` micro-batches. multiple: the number of rows of items in a chunk is a multiple of it.
-        targets: whether the targets are included; without them there is no `target_slot`."""
-        self.rows, self.catalogue, self.row_tokens, self.parts, self.targets = rows, rows.catalogue, rows.row_tokens, parts, targets
+        targets: whether the targets are included; without them there is no `target_slot`. row_tokens: length of the rows of items; 0: that
+        of `rows`."""
+        self.rows, self.catalogue, self.row_tokens, self.parts, self.targets = (
+            rows,
+            rows.catalogue,
+            row_tokens or rows.row_slots,
+            parts,
+            targets,
+        )
         # There are at most as many tokens as in all occurrences, or in all items. A row has fewer free slots than the longest item.
         tokens = min(rows.most_item_tokens * batch_rows // parts, int(self.catalogue.lengths.sum()))
         least = math.ceil(tokens / (self.row_tokens - int(self.catalogue.lengths.max()) + 1)) + 1

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from iam_jax.config import Config
-from iam_jax.devices.mesh import split_rows
+from iam_jax.devices.mesh import constrain_activations, split_rows
 from iam_jax.model.decoder import Cache, Decoder, Norm
 from iam_jax.model.lora import Keys, weight
 
@@ -15,35 +15,66 @@ class Network(nnx.Module):
 
     def __init__(self, config: Config, vocabulary: int, items: int, longest: int | None, keys: Keys):
         model, D = config.model, config.model.width
+        E = model.item_width or D
         self.config = config
         self.decoder = Decoder(model, config.schedule, vocabulary, config.data.row_tokens, longest, keys)
         if config.objective.item and not model.tie_items:
             # The projections start as the identity, so that an untrained model prefers items whose text is like the last item's. With
             # random projections the text has no effect during the first epochs (configs/demo.py: validation NDCG@10 0.03 instead of
             # 0.19).
-            self.state_DE = nnx.Param(jnp.eye(D))
-            if config.objective.vectors != "text":
-                self.table_IE = weight(keys, (items, D), D)
+            self.state_DE = nnx.Param(jnp.eye(E))
+        if config.has_table:
+            self.table_IE = weight(keys, (items, E), E)
         if config.objective.item and config.uses_text:
             # A projection of its own: without it a user's first item state would equal its own vector.
             self.text_norm = Norm(model, D)
-            self.text_DE = nnx.Param(jnp.eye(D) * D**-0.5)  # vectors of the size of a table row
+            # Vectors of the size of a table row
+            self.text_DE = nnx.Param(jnp.eye(D) * D**-0.5) if E == D else weight(keys, (D, E), D, E**-0.5)
         if (config.objective.token or model.pretrained) and not model.tie_tokens:
             self.output_VD = weight(keys, (vocabulary - bool(model.pretrained), D), D)
             if model.pretrained:
                 self.output_boundary_D = nnx.Param(jnp.zeros(D))
+        if model.item_width:  # from the text's stream of states to that of the item-level layers
+            self.content_norm = Norm(model, D)
+            self.content_DE = weight(keys, (D, E), D)
+        if model.item_input == "own":
+            self.identity_IE = weight(keys, (items, E), E)
+        if model.item_input != "none":
+            self.identity_scale = nnx.Param(jnp.full((), E**0.5, jnp.float32))  # rows of the size of a token's embedding
 
-    def states(self, batch: dict, key: jax.Array | None = None, leading_XD: jax.Array | None = None) -> jax.Array:
+    def states(
+        self, batch: dict, key: jax.Array | None = None, leading_XD: jax.Array | None = None, trained_I: jax.Array | None = None
+    ) -> jax.Array:
         """x_BTD float32 after the final norm, from `token`, `user`, `group`, `position` and optionally `candidate` [B, T].
 
-        leading_XD: states after the leading intra layers, computed once per item (`leading_states`); the batch's `slot` [B, T] then holds
-        the row of each token (data/item_rows.py).
+        Args:
+          batch: see above; with `model.item_input` also `identity` [B, T], the item at its boundary token, else -1.
+          key: for dropout; None: no dropout.
+          leading_XD: states after the leading intra layers, computed once per item (`leading_states`); the batch's `slot` [B, T] then holds
+            the row of each token (data/item_rows.py).
+          trained_I: bool, whether each item has a training event; needed with `model.item_input`.
         """
-        if leading_XD is None:
-            x_BTD = self.decoder(batch, key=key)
-        else:
-            x_BTD = self.decoder(batch, key=key, first=self.config.schedule.leading_intra, x_BTD=self.taken(leading_XD, batch["slot"]))
-        return self.decoder.final_norm(x_BTD.astype(jnp.float32))
+        first = self.config.schedule.leading_intra
+        if leading_XD is None and not self.config.item_level and self.config.model.item_input == "none":
+            return self.decoder.normed(self.decoder(batch, key=key))
+        if leading_XD is None and self.config.item_level and first:
+            raise ValueError("item-level layers need the states of whole items")
+        x_BTD = self.decoder(batch, key=key, last=first) if leading_XD is None else self.taken(leading_XD, batch["slot"])
+        return self.decoder.normed(self.decoder(batch, key=key, first=first, x_BTD=self._item_input(x_BTD, batch, trained_I)))
+
+    def _item_input(self, x_BTD: jax.Array, batch: dict, trained_I: jax.Array | None) -> jax.Array:
+        """The input of the layers behind the leading intra layers: content, and the item's identity in the state of its boundary token."""
+        model = self.config.model
+        if model.item_width:
+            x_BTD = self.content_norm(x_BTD) @ self.content_DE[...].astype(x_BTD.dtype)
+        if model.item_input != "none":
+            assert trained_I is not None
+            table_IE = self.table(trained_I) if model.item_input == "table" else _rows(self.identity_IE[...], trained_I)
+            item_BT = batch["identity"]
+            there_BT = (item_BT >= 0) & (item_BT < len(trained_I))  # items that only a history has, given by their text, have no row
+            row_BTE = table_IE[jnp.where(there_BT, item_BT, 0)] * self.identity_scale[...]
+            x_BTD = x_BTD + jnp.where(there_BT[..., None], row_BTE, 0).astype(x_BTD.dtype)
+        return constrain_activations(x_BTD)
 
     @staticmethod
     def taken(leading_XD: jax.Array, slot: jax.Array) -> jax.Array:
@@ -71,10 +102,7 @@ class Network(nnx.Module):
 
     def table(self, trained_I: jax.Array) -> jax.Array:
         """v_IE. Rows of items without a training event are zero, and so are those of items added after training."""
-        table_IE = (self.decoder.embedding_VD if self.config.model.tie_items else self.table_IE)[...]
-        if more := len(trained_I) - len(table_IE):
-            table_IE = jnp.pad(table_IE, ((0, more), (0, 0)))
-        return jnp.where(trained_I[:, None], table_IE, 0)
+        return _rows((self.decoder.embedding_VD if self.config.model.tie_items else self.table_IE)[...], trained_I)
 
     def text_vectors(self, token_CT: jax.Array, length_C: jax.Array, key: jax.Array | None = None) -> jax.Array:
         """v_CE from the items' text: the boundary state of each item alone, without a prompt, after the leading intra layers or all
@@ -93,7 +121,7 @@ class Network(nnx.Module):
     def cached_states(self, batch: dict, cache: Cache, slot_BT: jax.Array, ranges: dict | None = None) -> tuple[jax.Array, Cache]:
         """x_BTD float32 after the final norm, with the keys and values of earlier tokens (`Decoder.cached`)."""
         x_BTD, cache = self.decoder.cached(batch, cache, slot_BT, ranges)
-        return self.decoder.final_norm(x_BTD.astype(jnp.float32)), cache
+        return self.decoder.normed(x_BTD), cache
 
     def output_embedding(self) -> tuple[jax.Array, ...]:
         """(e_VD,): the token objective's logits are x_XD e_VD^T. For a pretrained model (e_VD, e_1D): the boundary token's row comes last.
@@ -106,3 +134,10 @@ class Network(nnx.Module):
         else:
             raise ValueError("config.model.tie_tokens = False without objective.token: the model has no output embedding")
         return (embedding[...],) if boundary is None else (embedding[...], boundary[...][None])
+
+
+def _rows(table_IE: jax.Array, trained_I: jax.Array) -> jax.Array:
+    """The rows of a table; zero for items without a training event, also for items that were added after training."""
+    if more := len(trained_I) - len(table_IE):
+        table_IE = jnp.pad(table_IE, ((0, more), (0, 0)))
+    return jnp.where(trained_I[:, None], table_IE, 0)

@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from iam_jax.config import Config
 from iam_jax.data.assumed import Assumption, assume
-from iam_jax.data.batches import Batch, Rows, evaluation_segments
+from iam_jax.data.batches import Batch, Rows, evaluation_rows
 from iam_jax.data.prepare import Prepared, prepare
 from iam_jax.data.splits import VALIDATION
 from iam_jax.data.tokenizer import highest_id, load_tokenizer
@@ -225,8 +225,9 @@ def training(run: Run, capacity: int | None = None) -> list[Program]:
 def _forward(run: Run, rows: Rows, batch: Batch, relations: tuple[str, ...]) -> Flops:
     """FLOPs of attention in layers with these relations, for a batch of such rows."""
     pairs = flops.visible_pairs(batch_of_rows(rows, min(len(rows), 64)), run.config.model.self_key)
-    per_row = flops.attention_flops(run.config, pairs, relations)
-    return Flops({kind: count * len(batch["token"]) for kind, count in per_row.items()})
+    config = run.config
+    per_row = flops.attention_flops(config.model.item_shape if config.item_level else config.model, pairs, relations)
+    return Flops({kind: count * len(batch["user"]) for kind, count in per_row.items()})
 
 
 def evaluation(run: Run, capacity: int | None = None) -> list[Program]:
@@ -275,8 +276,8 @@ def _vector_programs(run: Run, capacity: int | None, resident: dict, batch_rows:
     trained = prepared.events.train_counts > 0
     ranker = Ranker(config, prepared.catalogue, trained, run.model, run.mesh, batch_rows)
     params, items = join(run.abstract_trained, frozen_parameters(run)), whole(run, ranker.items)
-    segments = evaluation_segments(prepared.events, prepared.catalogue, config.data.row_tokens, targets)
-    rows, leading, first, programs = Rows(prepared.events, prepared.catalogue, segments, config.data.row_tokens), None, 0, []
+    rows = evaluation_rows(prepared.events, prepared.catalogue, config.row_slots, targets, **config.row_options)
+    leading, first, programs = None, 0, []
     if keeps_item_states(config, prepared.catalogue, int(rows.sizes.sum())):
         catalogue = ranker.catalogue_items
         item_rows = sharded_batch(run, catalogue.rows)

@@ -21,7 +21,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from iam_jax.config import Config
-from iam_jax.data.batches import Rows, evaluation_batches, evaluation_segments
+from iam_jax.data.batches import Rows, evaluation_batches, evaluation_rows
 from iam_jax.data.histories import Lists
 from iam_jax.data.item_rows import without_items
 from iam_jax.data.prepare import Prepared
@@ -49,14 +49,14 @@ class Evaluator:
         self.ranker = Ranker(config, prepared.catalogue, trained_I, model, mesh, config.eval.batch_rows)
         self._rows: dict[tuple[bytes, bool], Rows] = {}
         gib = item_states_gib(config, prepared.catalogue)
-        if config.states_by_item and config.model.item_states == "on" and gib > config.eval.item_states_gib:
+        if config.states_by_item and not config.item_level and config.model.item_states == "on" and gib > config.eval.item_states_gib:
             limit = f"the states of the catalogue need {gib:.1f} GiB, more than config.eval.item_states_gib"
             print(f"ranking computes the leading intra layers for every history, because {limit}", flush=True)
 
         @functools.partial(jax.jit, out_shardings=NamedSharding(mesh, PartitionSpec()))  # the host of every process reads them
         def token_sums(params: Params, batch: dict) -> jax.Array:
             network = model.bind(params)
-            x_BTD, label_X = network.states(batch), batch["label"].reshape(-1)
+            x_BTD, label_X = network.states(batch, trained_I=self.ranker.items.trained_I), batch["label"].reshape(-1)
             embedding = network.output_embedding()
             loss_X = -label_log_probs(x_BTD.reshape(-1, x_BTD.shape[-1]), embedding, label_X, chunk=config.objective.chunk)
             text_X = (label_X >= 0) & (label_X != prepared.catalogue.vocabulary - 1)
@@ -68,9 +68,8 @@ class Evaluator:
         """The histories of the target events, packed into rows. whole_text: whether the text of the target follows its history."""
         key = targets.tobytes(), whole_text
         if key not in self._rows:
-            events, catalogue, row_tokens = self.prepared.events, self.prepared.catalogue, self.config.data.row_tokens
-            segments = evaluation_segments(events, catalogue, row_tokens, targets, whole_text)
-            self._rows[key] = Rows(events, catalogue, segments, row_tokens)
+            events, catalogue, config = self.prepared.events, self.prepared.catalogue, self.config
+            self._rows[key] = evaluation_rows(events, catalogue, config.row_slots, targets, whole_text, **config.row_options)
         return self._rows[key]
 
     def leading_states(self, params: Params, rows: Rows) -> jax.Array | None:

@@ -53,7 +53,7 @@ class Reader:
             raise InputError(f"{names[0]}: the model reads item ids (config.data.tokenizer = 'id'), not text")
         catalogue, row_tokens = self._stored.catalogue, self._config.data.row_tokens
         entries, _ = text_entries(catalogue, self._config.data, [" ".join(item["text"].split()) for item in items])
-        room = row_tokens - catalogue.frame_tokens
+        room = row_tokens - (0 if self._config.item_level else catalogue.frame_tokens)
         if self._config.eval.ranking == "likelihood":  # a candidate follows the history
             room -= int(catalogue.item_lengths.max())
         for name, entry in zip(names, entries, strict=True):

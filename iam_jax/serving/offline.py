@@ -93,9 +93,12 @@ def score(workdir: Path, config: Config, request: ScoreRequest, saved: bool, sig
         stored, notes = add_items(stored, config.data, request.items)
     catalogue, users = stored.catalogue, None
     longest = int(catalogue.item_lengths.max())
-    if (needed := catalogue.frame_tokens + 2 * longest) > config.data.row_tokens:
+    needed, what = (
+        (longest, "the longest item") if config.item_level else (catalogue.frame_tokens + 2 * longest, "two of the longest items")
+    )
+    if needed > config.data.row_tokens:
         row_tokens = f"config.data.row_tokens = {config.data.row_tokens}"
-        raise InputError(f"{request.items}: two of the longest items need {needed} tokens, but {row_tokens}")
+        raise InputError(f"{request.items}: {needed} tokens are needed for {what}, but {row_tokens}")
     if request.users:
         users, user_notes = read_users(request.users, stored.item_ids, config.data.untitled == "drop" or config.data.k_core > 0)
         notes += [*user_notes, f"{len(users):,} users, {len(users.events.item):,} events, {len(stored.item_ids):,} items"]

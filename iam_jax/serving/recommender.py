@@ -16,7 +16,7 @@ import numpy as np
 import polars as pl
 
 from iam_jax.config import Config, get_config, override, resolve
-from iam_jax.data.batches import Rows, evaluation_segments
+from iam_jax.data.batches import evaluation_rows
 from iam_jax.data.catalogue import Catalogue
 from iam_jax.data.histories import Lists, Users, with_targets
 from iam_jax.data.stored import Stored, decoded_texts, read_stored
@@ -355,17 +355,20 @@ class Recommender:
         self, users: Users, history_tokens: int | None = None, report: Report = no_report, catalogue: Catalogue | None = None
     ) -> np.ndarray:
         """As `history_vectors`, but the caller checks the scores instead."""
-        catalogue, row_tokens = catalogue or self._stored.catalogue, self.config.data.row_tokens
+        catalogue, config = catalogue or self._stored.catalogue, self.config
         events, targets = with_targets(users.events.last(self.config.data.last_n))
-        rows = Rows(events, catalogue, evaluation_segments(events, catalogue, row_tokens, targets), row_tokens)
+        rows = evaluation_rows(events, catalogue, config.row_slots, targets, **config.row_options)
         tokens = int(catalogue.lengths[users.events.item].sum()) if history_tokens is None else history_tokens
         leading = catalogue is self._stored.catalogue and keeps_item_states(self.config, catalogue, tokens)
         shards = batch_shards(self._mesh)
         # Few histories are a smaller batch.
         batch_rows = -(-min(power_of_two(len(rows)), self.config.score.batch_rows) // shards) * shards
         with jax.set_mesh(self._mesh):
-            leading_XD = self._leading_states if leading else None
-            return self._ranker_of(catalogue).history_vectors(self.params, rows, leading_XD, batch_rows, report)
+            leading_XD, ranker = self._leading_states if leading else None, self._ranker_of(catalogue)
+            if config.item_level and not leading:
+                assert self._leading_states is not None
+                leading_XD = ranker.with_items(self.params, self._leading_states, catalogue)
+            return ranker.history_vectors(self.params, rows, leading_XD, batch_rows, report)
 
     def _last(self, users: Users) -> list[np.ndarray]:
         return users.events.last(self.config.data.last_n).split()

@@ -20,7 +20,7 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, jaxpr_as_fun, jaxprs_in_params
 from jax.interpreters import partial_eval
 
-from iam_jax.config import Config
+from iam_jax.config import Config, ModelConfig
 from iam_jax.data.batches import Batch
 from iam_jax.data.item_rows import CHUNKS
 from iam_jax.devices.chips import Flops
@@ -132,13 +132,14 @@ def visible_pairs(batch: Batch, self_key: bool = False) -> dict[str, float]:
     return pairs
 
 
-def attention_flops(config: Config, pairs: dict[str, float], relations: tuple[str, ...], forward: int = 1, backward: bool = False) -> Flops:
+def attention_flops(
+    model: ModelConfig, pairs: dict[str, float], relations: tuple[str, ...], forward: int = 1, backward: bool = False
+) -> Flops:
     """FLOPs of attention in layers of these relations.
 
-    pairs: visible pairs by relation; if they are per row, the result is per row. forward: how often the forward pass is computed. backward:
-    whether there is a backward pass.
+    model: the shape of the layers. pairs: visible pairs by relation; if they are per row, the result is per row. forward: how often the
+    forward pass is computed. backward: whether there is a backward pass.
     """
-    model = config.model
     size = model.heads * (model.head_size or model.width // model.heads)
     kind = "bfloat16" if model.dtype == "bfloat16" else "float32 highest"
     return Counter({kind: 4 * size * (forward + 2.5 * backward) * sum(pairs[relation] for relation in relations)})
@@ -175,16 +176,17 @@ def step_flops(run: Run) -> StepFlops:
     again = 1 + config.model.remat
     leading = config.schedule.leading_intra if "leading" in batch else 0
     layers = config.schedule.relations
-    calls = [(pairs, size, layers[leading:], again)]
+    shape = config.model.item_shape if config.item_level else config.model
+    calls = [(shape, pairs, size, layers[leading:], again)]
     if leading:
-        calls.append((visible_pairs(batch["leading"]), len(micro["leading"]["user"]), layers[:leading], again))
+        calls.append((config.model, visible_pairs(batch["leading"]), len(micro["leading"]["user"]), layers[:leading], again))
     count, checkpointed = _texts(config, run.items, micro)
     if count:
         of_text = layers[: config.schedule.leading_intra] if config.objective.text_layers == "leading" else layers
-        calls.append((text_pairs(config, np.asarray(run.items.catalogue.length_I)), count, of_text, again + checkpointed))
-    for pairs, times, relations, forward in calls:
+        calls.append((config.model, text_pairs(config, np.asarray(run.items.catalogue.length_I)), count, of_text, again + checkpointed))
+    for shape, pairs, times, relations, forward in calls:
         for total, computed in ((model, 1), (hardware, forward if backward else 1)):
-            one = attention_flops(config, pairs, relations, computed, backward)
+            one = attention_flops(shape, pairs, relations, computed, backward)
             total.update({kind: times * flops for kind, flops in one.items()})
     return StepFlops(*(Counter({kind: parts * flops for kind, flops in total.items()}) for total in (model, hardware)))
 

@@ -68,10 +68,11 @@ def make_run(config: Config, prepared: Prepared, devices: Sequence[jax.Device] |
     rows = training_rows(
         prepared.events,
         catalogue,
-        data.row_tokens,
+        config.row_slots,
         data.context_items,
         whole_text=any(objectives.OBJECTIVES[name].whole_text for name in objectives.weights(config)),
         seed=config.train.seed,
+        **config.row_options,
     )
     if not rows.targets:
         raise InputError("there is nothing to train on: no user has two training events")
@@ -99,10 +100,11 @@ def _check_attention(config: Config, platform: str) -> None:
 def _distinct_items(config: Config, rows: Rows, mesh: jax.sharding.Mesh) -> DistinctItems | None:
     """The distinct items of batches, if they go through the leading intra layers once each (model.item_states); else None."""
     model, parts = config.model, config.optimizer.accumulate
-    if not config.states_by_item or model.item_states == "off" or (model.item_states == "auto" and config.drops):
+    always = config.item_level or model.item_states == "on"
+    if not config.states_by_item or model.item_states == "off" or (config.drops and not always):
         return None
     text = config.leading_vectors and config.softmax != "full"
-    items = DistinctItems(rows, config.train.batch_rows, parts, batch_shards(mesh), targets=text)
+    items = DistinctItems(rows, config.train.batch_rows, parts, batch_shards(mesh), text, config.data.row_tokens)
     # One micro-batch, of the first rows, represents all.
     first = [rows[row] for row in range(min(len(rows), config.train.batch_rows // parts))]
     batch = {name: np.stack([row[name] for row in first]) for name in first[0]}
@@ -110,5 +112,8 @@ def _distinct_items(config: Config, rows: Rows, mesh: jax.sharding.Mesh) -> Dist
     tokens, slots = int(rows.catalogue.lengths[distinct].sum()), batch["token"].size
     if text:  # the targets' vectors are computed from the same states
         slots += batch["target"].size * int(rows.catalogue.item_lengths.max())
+    if config.item_level:
+        items.saving = f"{tokens:,} tokens in a micro-batch"
+        return items
     items.saving = f"{tokens:,} tokens instead of {slots:,} slots in a micro-batch"
-    return items if model.item_states == "on" or tokens <= 0.6 * slots else None
+    return items if always or tokens <= 0.6 * slots else None

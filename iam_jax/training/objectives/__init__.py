@@ -52,7 +52,7 @@ def losses(network: Network, config: Config, items: TrainingItems, batch: dict, 
         leading_XD = network.leading_states(batch["leading"], CHUNKS, None if states_key is None else jax.random.fold_in(states_key, 0))
     if leading_XD is not None and "target_slot" in batch and config.leading_vectors:
         target_XE = network.text_head(network.taken(leading_XD, batch["target_slot"].reshape(-1)))
-    states = States(network.states(batch, states_key, leading_XD), target_XE)
+    states = States(network.states(batch, states_key, leading_XD, items.catalogue.trained_I), target_XE)
     sums = {}
     for number, name in enumerate(OBJECTIVES):
         objective = OBJECTIVES[name]

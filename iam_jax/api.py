@@ -266,6 +266,7 @@ def opened(
         print(f"{prepared.catalogue.truncated:,} items have more than {config.data.item_tokens} text tokens and are truncated")
     print(f"data ready in {time.time() - start:.1f} s", flush=True)
     facts = {"--workdir": str(workdir), **(flags or {}), "split_sha256": prepared.split.sha256, "pretrained_sha256": fingerprint}
+    facts["vectors_sha256"] = None if prepared.content is None else prepared.content.sha256
     distributed.agree(_shared_facts(config) | facts, signals)
 
     import jax
@@ -292,7 +293,7 @@ def _shared_facts(config: Config) -> dict[str, object]:
     """Returns what must be the same in all processes of a job: the config, except for the fields of the own host, and the JAX version."""
     import jax
 
-    host_fields = "data.path", "data.cache", "model.pretrained", "log."
+    host_fields = "data.path", "data.cache", "data.vectors", "model.pretrained", "log."
     fields = flatten(json.loads(to_json(config)))
     facts: dict[str, object] = {f"config.{name}": value for name, value in fields.items() if not name.startswith(host_fields)}
     return facts | {"the version of JAX": jax.__version__}

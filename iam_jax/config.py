@@ -49,6 +49,11 @@ class DataConfig:
     prompt: str = ""  # text before the first item of every history
     separator: str = ""  # text before every item; it belongs to that item
     suffix: str = ""  # text after the last item of a history; the next item is predicted from its end
+    vectors: str = (
+        ""  # content vectors of the items: a Parquet file (item, vector) or a folder of them | tfidf (of their text) | empty: none
+    )
+    vector_size: int = 256  # tfidf: length of a vector
+    vector_transform: str = "none"  # none | center | whiten: zero mean, and identity covariance, over the items with a training event
     row_tokens: int = 512  # token slots in a row; several users share one row
     row_items: int = 256  # with item-level layers (the mark | in model.schedule): item slots in a row of histories
     context_items: int = 4  # minimum number of items without targets to the left, where a long history is cut into windows
@@ -288,11 +293,18 @@ class Config:
 
 
 # Fields that may change between two runs of one working folder. `data.path`, `data.cache` and `model.pretrained` are locations; hashes of
-# their content are compared instead.
+# their content are compared instead. A path in `data.vectors` is one, too (`run_fields`).
 FREE_FIELDS = (
     "eval.", "score.", "log.", "mesh.", "data.path", "data.cache", "train.max_minutes", "train.keep", "train.skip_limit",
     "model.scan", "model.remat", "model.attention", "model.pretrained",
 )  # fmt: skip
+
+
+def run_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that are equal in all runs of a working folder, given all fields (`flatten`): without FREE_FIELDS and the number of steps,
+    and with "a path" for the path of vectors."""
+    kept = {name: value for name, value in fields.items() if not name.startswith(FREE_FIELDS) and name != "train.steps"}
+    return kept | ({} if kept["data.vectors"] in ("", "tfidf") else {"data.vectors": "a path"})
 
 
 def default_config() -> ml_collections.ConfigDict:
@@ -396,11 +408,11 @@ def check_same_run(workdir: str | os.PathLike, config: Config) -> None:
     if not (to_path(workdir) / CONFIG_FILE).exists():
         return
     saved, wanted = flatten(_read_saved(workdir)), flatten(json.loads(to_json(config)))
-    differing = [
-        f"{key} ({saved[key]!r} there, {wanted[key]!r} here)"
-        for key in sorted(wanted)
-        if not key.startswith(FREE_FIELDS) and saved[key] != wanted[key] and not (key == "train.steps" and wanted[key] >= saved[key])
-    ]
+    kept, fixed = run_fields(saved), run_fields(wanted)
+    names = [name for name in fixed if kept[name] != fixed[name]]
+    if wanted["train.steps"] < saved["train.steps"]:
+        names.append("train.steps")
+    differing = [f"{name} ({saved[name]!r} there, {wanted[name]!r} here)" for name in sorted(names)]
     if differing:
         raise InputError(f"{workdir} belongs to a run with another config: {'; '.join(differing)}. Choose another --workdir.")
 
@@ -479,6 +491,10 @@ def check(config: Config) -> None:
     require(data.vocabulary >= 256, "data.vocabulary", "a byte-level BPE has at least 256 tokens")
     require(data.item_tokens >= 1, "data.item_tokens", "must be 1 or more")
     require(data.context_items >= 1, "data.context_items", "must be 1 or more, because a target is predicted from the item before it")
+    require(data.vector_size >= 1, "data.vector_size", "must be 1 or more")
+    choice("data.vector_transform", data.vector_transform, "none", "center", "whiten")
+    transform = bool(data.vectors) or data.vector_transform == "none"
+    require(transform, "data.vector_transform", "needs data.vectors")
     require(data.row_tokens >= 2, "data.row_tokens", "must be 2 or more")
     for field in ("users", "products"):
         require(getattr(data.synthetic, field) >= 10, f"data.synthetic.{field}", "must be 10 or more")

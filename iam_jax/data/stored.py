@@ -16,6 +16,7 @@ from iam_jax.data import tokenizer as tokens_lib
 from iam_jax.data.catalogue import Catalogue, frame_entries, item_entries, item_texts
 from iam_jax.data.prepare import Prepared
 from iam_jax.data.tables import read_table, refuse
+from iam_jax.data.vectors import TRANSFORM_FILE, VECTORS_FILE, Vectors
 from iam_jax.errors import InputError
 from iam_jax.storage.files import parquet_source
 
@@ -30,6 +31,12 @@ class Stored:
     catalogue: Catalogue
     trained: np.ndarray  # [I] bool: whether the item has a training event
     known: int  # number of items of the training catalogue
+    content: Vectors | None = None  # with data.vectors
+
+    @property
+    def vectors(self) -> np.ndarray | None:
+        """[I, P] float32: the items' content vectors, in the order of item_ids. None without data.vectors."""
+        return None if self.content is None else self.content.of_items
 
 
 def identity(item_ids: list[str], catalogue: Catalogue) -> dict[str, str]:
@@ -73,7 +80,17 @@ def read_stored(workdir: Path, config: DataConfig) -> Stored:
     for name, value in identity(ids.to_list(), catalogue).items():
         if not isinstance(saved, dict) or saved.get(name) != value:
             raise InputError(f"{workdir}: {ITEMS_FILE} and tokenizer.json do not match data.json: their {name} is {value}")
-    return Stored(ids, catalogue, trained, len(ids))
+    return Stored(ids, catalogue, trained, len(ids), _read_vectors(workdir, config, len(ids), saved.get("vectors_sha256")))
+
+
+def _read_vectors(workdir: Path, config: DataConfig, items: int, sha256: str | None) -> Vectors | None:
+    """The vectors of a working folder's catalogue, if it has any. Raises InputError if they are not those of data.json."""
+    if not config.vectors:
+        return None
+    content = Vectors.load(workdir)
+    if content.sha256 != sha256 or len(content.of_items) != items:
+        raise InputError(f"{workdir}: {VECTORS_FILE} and {TRANSFORM_FILE} do not match data.json, whose vectors_sha256 is {sha256}")
+    return content
 
 
 def add_items(stored: Stored, config: DataConfig, path: str | Path) -> tuple[Stored, list[str]]:

@@ -25,7 +25,7 @@ LAYOUT = (
     "each ending in .csv, .tsv, .csv.gz, .tsv.gz or .parquet"
 )
 _TIMESTAMPS = (pl.Int64, pl.Float64, pl.Datetime("us", "UTC"))
-_BAD_PARQUET = (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError)
+BAD_PARQUET = (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError)
 # Rust's \d matches the digits of every script, hence [0-9]. Zeros after the sixth decimal are accepted, other digits do not match.
 _ISO = (
     r"^(?<date>[0-9]{4}-[0-9]{2}-[0-9]{2})(?:[T ](?<clock>[0-9]{2}:[0-9]{2})"
@@ -274,7 +274,7 @@ def _read_parquet(path: Path, required: Sequence[str], others: bool) -> pl.DataF
         with path.open("rb") as file:  # an open file: a path would be expanded where it holds `*` or `[`
             chosen = choose_columns(path, list(pl.read_parquet_schema(file)), required, others)
         return pl.read_parquet(path, columns=chosen, glob=False, hive_partitioning=False).select(chosen)
-    except _BAD_PARQUET as error:
+    except BAD_PARQUET as error:
         raise InputError(f"{path}: not a readable Parquet file: {str(error).splitlines()[0]}") from error
 
 

@@ -17,7 +17,7 @@ import jax
 import polars as pl
 from tqdm import tqdm
 
-from iam_jax.config import FREE_FIELDS, Config, flatten
+from iam_jax.config import Config, flatten, run_fields
 from iam_jax.data.histories import Users, read_candidates, read_users
 from iam_jax.data.stored import add_items, read_stored
 from iam_jax.devices import distributed
@@ -179,9 +179,7 @@ def _part(
 def _identity(workdir: Path, config: Config, request: ScoreRequest, step: int, progress: dict) -> dict:
     """Everything that the parts depend on, apart from rounding: the content of request.json."""
     fields = flatten(dataclasses.asdict(config))
-    run_fields = {name: value for name, value in fields.items() if not name.startswith(FREE_FIELDS)}
-    run_fields.pop("train.steps")
-    run = json.dumps([run_fields, data_facts(workdir), progress], sort_keys=True, default=str)
+    run = json.dumps([run_fields(fields), data_facts(workdir), progress], sort_keys=True, default=str)
     identity = {"run": hashlib.sha256(run.encode()).hexdigest(), "step": step}
     for name in ("users", "items", "candidates"):
         if path := getattr(request, name):

@@ -134,8 +134,8 @@ class ObjectiveConfig:
     vectors: str = "table"  # what an item's vector is: table | text | both (their sum)
     text_layers: str = "leading"  # which layers a text vector goes through: leading (the leading intra layers) | all
     softmax: str = "auto"  # full | sampled | cached | auto (full for tables, sampled with text)
-    negatives: int = 512  # sampled: negatives drawn per step, in addition to the batch's own targets
-    negatives_power: float = 1.0  # sampled: they are drawn in proportion to (training events of the item) ** power
+    negatives: int = 512  # sampled: negatives drawn per step, besides the batch's targets; cached: items whose text is computed, likewise
+    negatives_power: float = 1.0  # they are drawn in proportion to (training events of the item) ** power; cached: half of them uniformly
     refresh_steps: int = 100  # cached: steps between two refreshes of the cached text vectors
     chunk: int = 2048  # positions whose logits exist at the same time, on all devices together
 
@@ -604,6 +604,8 @@ def check(config: Config) -> None:
     softmax = objective.softmax != "cached" or config.uses_text
     require(softmax, "objective.softmax", "'cached' needs objective.item and objective.vectors = 'text' or 'both'")
     require(objective.negatives >= 0, "objective.negatives", "must be 0 or more")
+    drawn = config.softmax != "cached" or objective.negatives > 0
+    require(drawn, "objective.negatives", "must be 1 or more with objective.softmax = 'cached'")
     require(0 <= objective.negatives_power <= 2, "objective.negatives_power", "must be in [0, 2]")
     for field in ("refresh_steps", "chunk"):
         require(getattr(objective, field) >= 1, f"objective.{field}", "must be 1 or more")

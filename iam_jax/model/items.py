@@ -34,10 +34,15 @@ def make_items(catalogue: Catalogue, trained_I: np.ndarray) -> Items:
 
 def all_text_vectors(model: Network, items: Items, chunk: int = 1024, key: jax.Array | None = None) -> jax.Array:
     """v_IE of every item's text, `chunk` items at a time."""
-    token, length = strided(items.token_IT, chunk), strided(items.length_I, chunk, fill=1)
+    return text_vectors_in_chunks(model, items.token_IT, items.length_I, chunk, key)
+
+
+def text_vectors_in_chunks(model: Network, token_CT: jax.Array, length_C: jax.Array, chunk: int, key: jax.Array | None = None) -> jax.Array:
+    """`Network.text_vectors`, about `chunk` items at a time, each computed again for the backward pass."""
+    token, length = strided(token_CT, chunk), strided(length_C, chunk, fill=1)
     keys = None if key is None else jax.random.split(key, len(token))
     vectors = jax.lax.map(jax.checkpoint(lambda xs: model.text_vectors(*xs)), (token, length, keys))
-    return unstrided(vectors, len(items.token_IT))
+    return unstrided(vectors, len(token_CT))
 
 
 def item_vectors(model: Network, config: Config, items: Items, boundary_ID: jax.Array | None = None) -> jax.Array:

@@ -81,9 +81,10 @@ class Network(nnx.Module):
         """The states at `slot`, which has any shape. Gradients are summed in float32, since an item may occur hundreds of times."""
         return leading_XD.astype(jnp.float32)[slot].astype(leading_XD.dtype)
 
-    def leading_states(self, rows: dict, chunks: int, key: jax.Array | None = None) -> jax.Array:
+    def leading_states(self, rows: dict, chunks: int, key: jax.Array | None = None, recompute: bool = False) -> jax.Array:
         """x_XD: states of all slots of items packed into rows (data/item_rows.py), after the leading intra layers. The rows are computed in
-        `chunks` parts, one after another; a part without a token is skipped."""
+        `chunks` parts, one after another; a part without a token is skipped. recompute: whether the backward pass computes each part again,
+        so that only one part's activations are in memory."""
         layers = self.config.schedule.leading_intra
         parts = split_rows(jax.tree.map(lambda x: x.reshape(chunks, -1, *x.shape[1:]), rows), axis=1)
 
@@ -94,6 +95,7 @@ class Network(nnx.Module):
             skipped = jnp.zeros(jax.eval_shape(part, *xs).shape, self.config.model.dtype)
             return jax.lax.cond((xs[0]["user"] > 0).any(), part, lambda *_: skipped, *xs)
 
+        unless_empty = jax.checkpoint(unless_empty) if recompute else unless_empty
         x = jax.lax.map(unless_empty, (parts, None if key is None else jax.random.split(key, chunks)))
         return x.reshape(-1, x.shape[-1])
 

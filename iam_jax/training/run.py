@@ -12,7 +12,7 @@ from flax.traverse_util import flatten_dict
 
 from iam_jax.config import Config
 from iam_jax.data.batches import Batch, Rows, training_rows
-from iam_jax.data.item_rows import DistinctItems, without_items
+from iam_jax.data.item_rows import DistinctItems, chunks, without_items
 from iam_jax.data.prepare import Prepared
 from iam_jax.devices.mesh import batch_shards, make_mesh
 from iam_jax.errors import InputError
@@ -99,21 +99,21 @@ def _check_attention(config: Config, platform: str) -> None:
 
 def _distinct_items(config: Config, rows: Rows, mesh: jax.sharding.Mesh) -> DistinctItems | None:
     """The distinct items of batches, if they go through the leading intra layers once each (model.item_states); else None."""
-    model, parts = config.model, config.optimizer.accumulate
+    model, batch_rows = config.model, config.train.batch_rows
     always = config.item_level or model.item_states == "on"
     if not config.states_by_item or model.item_states == "off" or (config.drops and not always):
         return None
     text = config.leading_vectors and config.softmax != "full"
-    items = DistinctItems(rows, config.train.batch_rows, parts, batch_shards(mesh), text, config.data.row_tokens)
-    # One micro-batch, of the first rows, represents all.
-    first = [rows[row] for row in range(min(len(rows), config.train.batch_rows // parts))]
+    items = DistinctItems(rows, batch_rows, chunks(config.optimizer.accumulate), batch_shards(mesh), text, config.data.row_tokens)
+    # One batch, of the first rows, represents all.
+    first = [rows[row] for row in range(min(len(rows), batch_rows))]
     batch = {name: np.stack([row[name] for row in first]) for name in first[0]}
     distinct = items.distinct(batch)
     tokens, slots = int(rows.catalogue.lengths[distinct].sum()), batch["token"].size
     if text:  # the targets' vectors are computed from the same states
         slots += batch["target"].size * int(rows.catalogue.item_lengths.max())
     if config.item_level:
-        items.saving = f"{tokens:,} tokens in a micro-batch"
+        items.saving = f"{tokens:,} tokens in a batch"
         return items
-    items.saving = f"{tokens:,} tokens instead of {slots:,} slots in a micro-batch"
+    items.saving = f"{tokens:,} tokens instead of {slots:,} slots in a batch"
     return items if always or tokens <= 0.6 * slots else None

@@ -4,8 +4,8 @@ Axes: X targets, M targets of a row, C candidates, I items, E item vectors, D mo
 """
 
 import dataclasses
+import math
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +15,10 @@ from iam_jax.config import Config
 from iam_jax.data.batches import Segments
 from iam_jax.data.catalogue import Catalogue
 from iam_jax.data.splits import Events
-from iam_jax.model.items import Items, all_text_vectors, make_items
+from iam_jax.model.items import Items, all_text_vectors, make_items, text_vectors_in_chunks
 from iam_jax.model.network import Network
 from iam_jax.model.softmax import cross_entropy, sampled_cross_entropy
-from iam_jax.training.objectives.objective import Objective, States
+from iam_jax.training.objectives.objective import Objective, Shared, States
 
 _ARRAYS = ("catalogue", "target_share_I", "drawn_share_I", "drawn_until_I")  # of TrainingItems
 
@@ -42,6 +42,8 @@ def make_training_items(catalogue: Catalogue, events: Events, segments: Segments
     np.add.at(is_target, segments.last, -1)
     targets = np.bincount(events.item[np.cumsum(is_target[:-1]) > 0], minlength=catalogue.items)
     drawn = np.where(trained > 0, trained.astype(np.float64) ** config.objective.negatives_power, 0)
+    if config.softmax == "cached":  # half of the draws are uniform, so that no weight 1 / (n q_i) is above 2 I / n
+        drawn = drawn / drawn.sum() + (trained > 0) / (trained > 0).sum()
     return TrainingItems(
         make_items(catalogue, trained > 0),
         jnp.asarray(targets / max(targets.sum(), 1), jnp.float32),
@@ -57,61 +59,97 @@ def summed_up(weight_I: np.ndarray) -> np.ndarray:
     return np.rint(total_I / total_I[-1] * 2**31).astype(np.uint32)
 
 
-def _loss(network: Network, config: Config, items: TrainingItems, batch: dict, states: States, keys, cache_IE) -> jax.Array:
+def _shared(network: Network, config: Config, items: TrainingItems, batch: dict, leading_XD, keys, cache_IE) -> Shared:
+    """Text vectors of the candidates (None: no text) and, for the sampled softmax, the candidates and log E_c of each.
+
+    The candidates of every softmax are those of the whole batch, drawn once per step."""
     text_key, draw_key = keys
+    objective, catalogue = config.objective, items.catalogue
+    if config.softmax == "full":
+        return Shared(all_text_vectors(network, catalogue, key=text_key) if config.uses_text else None)
+    target_X = batch["target"].reshape(-1)
+    drawn_C = draw(draw_key, items.drawn_until_I, objective.negatives)
+    candidate_C = jnp.concatenate([target_X, drawn_C])
+    text_CE = _texts(network, config, catalogue, batch, candidate_C, leading_XD, text_key) if config.uses_text else None
+    if config.softmax == "cached":
+        assert text_CE is not None  # config.py refuses a cache without text
+        return Shared(straight_through(cache_IE, text_CE, candidate_C, _weights(items, target_X, drawn_C)))
+    others = jnp.maximum((target_X >= 0).sum() - 1, 0)  # a position's own target is not one of its negatives
+    expected_I = others * items.target_share_I + objective.negatives * items.drawn_share_I
+    return Shared(text_CE, (candidate_C, jnp.log(jnp.maximum(expected_I[jnp.maximum(candidate_C, 0)], 1e-30))))
+
+
+def _texts(network: Network, config: Config, catalogue: Items, batch: dict, candidate_C, leading_XD, key) -> jax.Array:
+    """Text vectors of candidates, the targets first: from `leading_XD` where they are among its items, else from their tokens."""
+    parts, targets = config.optimizer.accumulate, None
+    if leading_XD is not None and "target_slot" in batch and config.leading_vectors:
+        targets = network.text_head(network.taken(leading_XD, batch["target_slot"].reshape(-1)))
+        candidate_C = candidate_C[len(targets) :]
+    safe_C = jnp.maximum(candidate_C, 0)
+    token_CT, length_C = catalogue.token_IT[safe_C], catalogue.length_I[safe_C]
+    if parts == 1:
+        fresh = network.text_vectors(token_CT, length_C, key)
+    else:  # at most as many at a time as if every micro-batch had its own
+        fresh = text_vectors_in_chunks(network, token_CT, length_C, math.ceil(len(safe_C) / parts), key)
+    return fresh if targets is None else jnp.concatenate([targets, fresh])
+
+
+def _weights(items: TrainingItems, target_X: jax.Array, drawn_C: jax.Array) -> jax.Array:
+    """The weights of the targets and of the drawn items in `straight_through`. Those of a target's occurrences add up to 1. A drawn item i
+    has the weight 1 / (n q_i), or 0 if it is a target: n draws from q give every other item the expected weight 1."""
+    # -1 is counted in an extra last place
+    count_I = jnp.zeros(len(items.drawn_share_I) + 1, jnp.int32).at[target_X].add(1)
+    of_target_X = jnp.where(target_X >= 0, 1 / jnp.maximum(count_I[target_X], 1), 0)
+    of_drawn_C = jnp.where(count_I[drawn_C] > 0, 0, 1 / (len(drawn_C) * items.drawn_share_I[drawn_C]))
+    return jnp.concatenate([of_target_X, of_drawn_C])
+
+
+@jax.custom_vjp
+def straight_through(v_IE: jax.Array, fresh_CE: jax.Array, item_C: jax.Array, weight_C: jax.Array) -> jax.Array:
+    """v_IE unchanged; the gradient g_IE of it goes to fresh vectors of some items instead: to that of item c, weight_c g_c.
+
+    With the cache as v_IE, the vectors of all candidates are of one age, so the loss cannot learn to tell fresh from stale ones. If the
+    cache is fresh, v_i = f_i(parameters), the full softmax has the gradient sum_i J_i^T g_i, where J_i is the Jacobian of f_i. The one here
+    is sum_c weight_c J_c^T g_c. Neither g nor J depends on which items were drawn, so its expectation is the full one if the weights of
+    every item add up to 1 in expectation (`_weights`)."""
+    return v_IE
+
+
+def _straight_through_forward(v_IE, fresh_CE, item_C, weight_C):
+    return v_IE, (item_C, weight_C)
+
+
+def _straight_through_backward(residuals, g_IE):
+    item_C, weight_C = residuals
+    return None, weight_C[:, None] * g_IE[item_C], None, None
+
+
+straight_through.defvjp(_straight_through_forward, _straight_through_backward)
+
+
+def _loss(network: Network, config: Config, items: TrainingItems, batch: dict, states: States, keys, shared: Shared) -> jax.Array:
+    trained_I, chunk = items.catalogue.trained_I, config.objective.chunk
     x_BMD = jnp.take_along_axis(states.x_BTD, batch["target_at"][..., None], axis=1)
     h_XE = network.project(x_BMD.reshape(-1, x_BMD.shape[-1]))
     target_X = batch["target"].reshape(-1)
-    if config.softmax == "sampled":
-        return _sampled(network, config, items, h_XE, target_X, text_key, draw_key, states.target_XE)
-    if config.softmax == "full":
-        v_IE = all_text_vectors(network, items.catalogue, key=text_key) if config.uses_text else None
-    else:
-        v_IE = _with_fresh_targets(network, items.catalogue, target_X, text_key, states.target_XE, cache_IE)
-    if config.objective.vectors != "text":
-        table_IE = network.table(items.catalogue.trained_I)
-        v_IE = table_IE if v_IE is None else v_IE + table_IE
-    assert v_IE is not None  # from text, or from the table
-    return cross_entropy(h_XE, v_IE, target_X, allowed_C=items.catalogue.trained_I, chunk=config.objective.chunk)
+    table_IE = network.table(trained_I) if config.objective.vectors != "text" else None
+    if config.softmax != "sampled":
+        v_IE = _sum(shared.learned, table_IE)
+        return cross_entropy(h_XE, v_IE, target_X, allowed_C=trained_I, chunk=chunk)
+    candidate_C, log_expected_C = shared.given
+    v_CE = _sum(shared.learned, None if table_IE is None else table_IE[jnp.maximum(candidate_C, 0)])
+    # The targets are the first candidates.
+    vt_XE = v_CE[batch["target_place"].reshape(-1)] if "target_place" in batch else v_CE[: len(target_X)]
+    return sampled_cross_entropy(h_XE, target_X, candidate_C, v_CE, vt_XE, log_expected_C, chunk)
 
 
-def _with_fresh_targets(network: Network, catalogue: Items, target_X, text_key, vt_XE, cache_IE) -> jax.Array:
-    """v_IE: the cached text vectors, and fresh ones of the targets, as positives and as each other's negatives. The text learns from
-    the fresh ones."""
-    if vt_XE is None:
-        safe_X = jnp.maximum(target_X, 0)
-        vt_XE = network.text_vectors(catalogue.token_IT[safe_X], catalogue.length_I[safe_X], text_key)
-    place_X = _first_places(target_X, len(cache_IE))
-    return jax.lax.stop_gradient(cache_IE).at[place_X].set(vt_XE, mode="drop", unique_indices=True)
-
-
-def _sampled(network: Network, config: Config, items: TrainingItems, h_XE, target_X, text_key, draw_key, vt_XE) -> jax.Array:
-    objective, catalogue = config.objective, items.catalogue
-    drawn_C = draw(draw_key, items.drawn_until_I, objective.negatives)
-    candidate_C = jnp.concatenate([target_X, drawn_C])
-    safe_C = jnp.maximum(candidate_C, 0)
-    v_CE: Any = 0
-    if config.uses_text:
-        fresh_C = safe_C if vt_XE is None else safe_C[len(target_X) :]
-        v_CE = network.text_vectors(catalogue.token_IT[fresh_C], catalogue.length_I[fresh_C], text_key)
-        v_CE = v_CE if vt_XE is None else jnp.concatenate([vt_XE, v_CE])
-    if objective.vectors != "text":
-        v_CE = v_CE + network.table(catalogue.trained_I)[safe_C]
-    others = jnp.maximum((target_X >= 0).sum() - 1, 0)  # a position's own target is not one of its negatives
-    expected_I = others * items.target_share_I + objective.negatives * items.drawn_share_I
-    log_expected_C = jnp.log(jnp.maximum(expected_I[safe_C], 1e-30))
-    return sampled_cross_entropy(h_XE, target_X, candidate_C, v_CE, v_CE[: len(target_X)], log_expected_C, objective.chunk)
-
-
-def _first_places(target_X: jax.Array, items: int) -> jax.Array:
-    """The item of each target that occurs for the first time. Other targets, and -1, get distinct places from `items` on.
-
-    A repeated item has another dropout mask, and the result of several writes to one row is undefined.
-    """
-    at_X = jnp.arange(len(target_X), dtype=jnp.int32)
-    item_X = jnp.where(target_X >= 0, target_X, items)
-    first_I = jnp.full(items + 1, len(target_X), jnp.int32).at[item_X].min(at_X)
-    return jnp.where((target_X >= 0) & (first_I[item_X] == at_X), target_X, items + at_X)
+def _sum(text: jax.Array | None, table: jax.Array | None) -> jax.Array:
+    """The vectors of candidates: from text, or from the table, or their sum."""
+    if text is None or table is None:
+        both = table if text is None else text
+        assert both is not None
+        return both
+    return text + table
 
 
 def draw(key: jax.Array, until_I: jax.Array, count: int) -> jax.Array:
@@ -123,6 +161,7 @@ ITEM = Objective(
     name="item",
     meaning="softmax over items",
     loss=_loss,
+    shared=_shared,
     count=lambda batch: (batch["target"] >= 0).sum(),
     weight=lambda config: config.objective.item,
 )

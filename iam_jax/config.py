@@ -49,9 +49,7 @@ class DataConfig:
     prompt: str = ""  # text before the first item of every history
     separator: str = ""  # text before every item; it belongs to that item
     suffix: str = ""  # text after the last item of a history; the next item is predicted from its end
-    vectors: str = (
-        ""  # content vectors of the items: a Parquet file (item, vector) or a folder of them | tfidf (of their text) | empty: none
-    )
+    vectors: str = ""  # content vectors of the items: a Parquet file (item, vector) or a folder of them | tfidf (of their text)
     vector_size: int = 256  # tfidf: length of a vector
     vector_transform: str = "none"  # none | center | whiten: zero mean, and identity covariance, over the items with a training event
     row_tokens: int = 512  # token slots in a row; several users share one row
@@ -131,9 +129,9 @@ class ModelConfig:
 class ObjectiveConfig:
     item: float = 1.0  # weight of the item objective; 0: a text generator, ranked with eval.ranking = likelihood
     token: float = 0.0  # weight of the next-token objective
-    vectors: str = "table"  # what an item's vector is: table | text | both (their sum)
+    vectors: str = "table"  # what an item's vector is: table | text (its content: text and data.vectors) | both (their sum)
     text_layers: str = "leading"  # which layers a text vector goes through: leading (the leading intra layers) | all
-    softmax: str = "auto"  # full | sampled | cached | auto (full for tables, sampled with text)
+    softmax: str = "auto"  # full | sampled | cached | auto (sampled if text is read by layers, else full)
     negatives: int = 512  # sampled: negatives drawn per step, besides the batch's targets; cached: items whose text is computed, likewise
     negatives_power: float = 1.0  # they are drawn in proportion to (training events of the item) ** power; cached: half of them uniformly
     refresh_steps: int = 100  # cached: steps between two refreshes of the cached text vectors
@@ -233,7 +231,7 @@ class Config:
     @property
     def leading_vectors(self) -> bool:
         """Whether text vectors are computed from the states after the leading intra layers."""
-        return self.uses_text and self.objective.text_layers == "leading"
+        return self.reads_text and self.objective.text_layers == "leading"
 
     @property
     def item_level(self) -> bool:
@@ -254,7 +252,17 @@ class Config:
     @property
     def row_options(self) -> dict[str, bool]:
         """Options of rows of histories (`iam_jax.data.batches.Rows`)."""
-        return {"by_item": self.item_level, "identity": self.model.item_input != "none"}
+        return {"by_item": self.item_level, "identity": self.model.item_input != "none" or bool(self.data.vectors)}
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether item vectors are computed by layers that read the items' text."""
+        return self.uses_text and (self.objective.text_layers == "all" or self.schedule.leading_intra > 0)
+
+    @property
+    def vector_width(self) -> int:
+        """The width of item vectors and of projected history states (E)."""
+        return self.model.item_width or self.model.width
 
     @property
     def states_by_item(self) -> bool:
@@ -289,7 +297,7 @@ class Config:
         """objective.softmax, where `auto` is replaced by its choice."""
         if self.objective.softmax != "auto":
             return self.objective.softmax
-        return "sampled" if self.uses_text else "full"
+        return "sampled" if self.reads_text else "full"  # vectors that are given are projected at once
 
 
 # Fields that may change between two runs of one working folder. `data.path`, `data.cache` and `model.pretrained` are locations; hashes of
@@ -543,8 +551,9 @@ def check(config: Config) -> None:
         require(objective.token == 0, "objective.token", "no token is predicted behind the mark | of model.schedule")
         require(objective.text_layers == "leading", "objective.text_layers", "only the layers before the mark | of model.schedule see text")
     require(model.item_input != "table" or config.has_table or model.tie_items, "model.item_input", "there is no item table")
-    identity = model.item_input == "none" or evaluation.ranking == "item"
-    require(identity, "model.item_input", "must be 'none' with eval.ranking = 'likelihood'")
+    by_score = evaluation.ranking == "item"
+    require(model.item_input == "none" or by_score, "model.item_input", "must be 'none' with eval.ranking = 'likelihood'")
+    require(not data.vectors or by_score, "data.vectors", "must be empty with eval.ranking = 'likelihood'")
     choice("model.inter_positions", model.inter_positions, "token", "item")
     choice("model.dtype", model.dtype, "float32", "bfloat16")
     choice("model.attention", model.attention, "auto", "reference", "tpu", "gpu")
@@ -597,9 +606,11 @@ def check(config: Config) -> None:
     )
     text, token = objective.vectors != "table", objective.token
     require(not (by_id and token), "objective.token", "needs text tokens, but data.tokenizer is 'id'")
-    require(not (by_id and text), "objective.vectors", "vectors from text need text tokens, but data.tokenizer is 'id'")
+    require(
+        not (by_id and text and config.reads_text), "objective.vectors", "vectors from text need text tokens, but data.tokenizer is 'id'"
+    )
     require(not (token and schedule.sees_ahead), "objective.token", f"the relation {schedule.sees_ahead} sees the token to be predicted")
-    text_layers = not config.uses_text or objective.text_layers == "all" or schedule.leading_intra > 0
+    text_layers = not config.uses_text or config.reads_text or bool(data.vectors)
     require(text_layers, "objective.text_layers", "'leading' needs a schedule that begins with intra layers")
     softmax = objective.softmax != "cached" or config.uses_text
     require(softmax, "objective.softmax", "'cached' needs objective.item and objective.vectors = 'text' or 'both'")

@@ -20,6 +20,7 @@ from iam_jax.data.item_rows import CatalogueItems, DistinctItems, without_items
 from iam_jax.devices.mesh import make_mesh
 from iam_jax.errors import InputError
 from iam_jax.model import make_model
+from iam_jax.model.items import make_items
 from iam_jax.ranking.evaluate import Evaluator
 from iam_jax.schedule import parse_schedule
 from iam_jax.training.flops import attention_flops, step_flops, visible_pairs
@@ -204,13 +205,13 @@ def states_and_batch(name):
     config, prepared, made, params, rows = case(schedule, **fields)
     plain = stack([rows[r] for r in range(3)])
     finish = DistinctItems(rows, 3, row_tokens=24) if config.states_by_item else without_items
-    trained = jnp.asarray(prepared.events.train_counts > 0)
+    items = make_items(prepared.catalogue, prepared.events.train_counts > 0)
 
     @jax.jit
     def states(params, batch):
         network = made.bind(params)
         leading = network.leading_states(batch["leading"], 8) if "leading" in batch else None
-        return network.states(batch, leading_XD=leading, trained_I=trained)
+        return network.states(batch, leading_XD=leading, items=items)
 
     return config, prepared, params, plain, finish(plain), states
 
@@ -265,8 +266,8 @@ def test_a_slot_depends_on_earlier_items_and_on_nothing_else(schedule, implement
     B, S = batch["user"].shape
     slot = np.arange(B * S, dtype=np.int32).reshape(B, S)  # every slot has a content of its own
     batch = {name: x for name, x in batch.items() if name in ("user", "group", "position", "identity")} | {"slot": slot}
-    trained = jnp.asarray(prepared.events.train_counts > 0)
-    states = jax.jit(lambda content: made.bind(params).states(batch, leading_XD=content, trained_I=trained).reshape(B * S, -1))
+    items = make_items(prepared.catalogue, prepared.events.train_counts > 0)
+    states = jax.jit(lambda content: made.bind(params).states(batch, leading_XD=content, items=items).reshape(B * S, -1))
     content = jnp.asarray(np.random.default_rng(0).standard_normal((B * S, 16)), jnp.float32)
     before = np.asarray(states(content))
     reach = np.eye(B * S, dtype=bool)
@@ -282,7 +283,8 @@ def test_identity_moves_only_what_follows_and_cold_items_have_none():
     config, prepared, made, params, rows = case("intra inter", "own")  # at token level
     batch = without_items(stack([rows[r] for r in range(2)]))
     trained = prepared.events.train_counts > 0
-    states = jax.jit(lambda params, batch: made.bind(params).states(batch, trained_I=jnp.asarray(trained)))
+    items = make_items(prepared.catalogue, trained)
+    states = jax.jit(lambda params, batch: made.bind(params).states(batch, items=items))
     before = np.asarray(states(params, batch))
     assert not trained.all()
     for item in range(prepared.catalogue.items):
@@ -314,20 +316,20 @@ def test_ranking_uses_the_states_of_training(name):
     rows = evaluator.rows(targets)
     plain = stack([rows[r] for r in range(len(rows))])
     batch = DistinctItems(rows, len(rows), row_tokens=24)(plain) if config.states_by_item else without_items(plain)
-    trained = jnp.asarray(prepared.events.train_counts > 0)
+    items = make_items(prepared.catalogue, prepared.events.train_counts > 0)
 
     @jax.jit
     def projected(params, batch):
         network = made.bind(params)
         leading = network.leading_states(batch["leading"], 8) if "leading" in batch else None
-        return network.project(network.states(batch, leading_XD=leading, trained_I=trained))
+        return network.project(network.states(batch, leading_XD=leading, items=items))
 
     x = np.asarray(projected(params, batch))
     for b in range(len(rows)):
         for m in np.flatnonzero(plain["target"][b] >= 0):
             np.testing.assert_allclose(h[plain["segment"][b, m]], x[b, plain["target_at"][b, m]], rtol=1e-4, atol=1e-5)
-    items = CatalogueItems(prepared.catalogue, 24, 4, by_item=True)
-    assert (items(plain)["slot"] == plain["item"]).all() and items.boundary_slots.tolist() == list(range(prepared.catalogue.items))
+    packed = CatalogueItems(prepared.catalogue, 24, 4, by_item=True)
+    assert (packed(plain)["slot"] == plain["item"]).all() and packed.boundary_slots.tolist() == list(range(prepared.catalogue.items))
 
 
 def test_flops_of_item_level_layers():

@@ -10,16 +10,21 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
+from helpers import make_config, write_shop
 from test_prepare import COLUMNS, EVENTS, ITEMS, write
 
 from iam_jax.config import DataConfig, SyntheticConfig
 from iam_jax.data import vectors as vectors_lib
+from iam_jax.data.assumed import Assumption, assume
 from iam_jax.data.catalogue import Catalogue, shuffled_rows
 from iam_jax.data.prepare import prepare
 from iam_jax.data.sources import synthetic
+from iam_jax.data.stored import Stored, add_items, read_stored
 from iam_jax.data.tfidf import fit_words, token_svd
 from iam_jax.data.vectors import Vectors, read_vectors, statistics
 from iam_jax.errors import InputError
+from iam_jax.runs.workdir import open_workdir
+from iam_jax.serving.inputs import Reader
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 IDS = ["007", "a", "b", "木 "]  # the catalogue's order
@@ -352,6 +357,92 @@ def test_token_embeddings_of_a_catalogue(titles):
         token_svd(catalogue, 20)
 
 
+# ---- new items
+
+
+def stored_of(config: DataConfig, folder: Path) -> Stored:
+    """The catalogue as a working folder keeps it; the tables and the vectors are gone."""
+    run = make_config()
+    open_workdir(folder, dataclasses.replace(run, data=config), prepare(config), create=True)
+    return read_stored(folder, config)
+
+
+NEW = {"item": ["z", "c"], "title": ["red lamp", "blue lantern"], "vector": [[1.0, 2.0, 3.0], [4.0, 5.0, 6.5]]}
+
+
+def test_new_items_bring_vectors(config, tmp_path):
+    config = dataclasses.replace(config, vector_transform="whiten")
+    stored, path = stored_of(config, tmp_path / "run"), tmp_path / "new.parquet"
+    np.testing.assert_array_equal(stored.vectors, prepare(config).vectors)
+    pl.DataFrame(NEW | {"other": [1, 2]}).write_parquet(path)
+    added, notes = add_items(stored, config, path)
+    assert added.item_ids.to_list() == [*IDS, "c", "z"] and notes == []
+    x = np.concatenate([X, np.float32(NEW["vector"][::-1])])
+    np.testing.assert_array_equal(added.vectors, stored.content.transform(x))
+    # An item without text is left out, with its vector.
+    dropping = dataclasses.replace(config, untitled="drop")
+    pl.DataFrame(NEW | {"title": ["red lamp", ""]}).write_parquet(path)
+    added, notes = add_items(stored, dropping, path)
+    np.testing.assert_array_equal(added.vectors, stored.content.transform(x[[0, 1, 2, 3, 5]]))
+    assert notes == ["left out 1 added items without text"]
+    for columns, message in (
+        ({"vector": ["red", "blue"]}, f"column 'vector' is of type String; {FLOAT_LISTS}"),
+        ({"vector": [[1.0, 2.0, 3.0], None]}, "column 'item': items with null as their vector: 'c' (row 2)"),
+        ({"vector": [[1.0, 2.0], [3.0, 4.0]]}, "column 'vector' has 2 numbers, but the vectors of the model's items have 3"),
+    ):
+        pl.DataFrame(NEW | columns).write_parquet(path)
+        with pytest.raises(InputError, match=f"^{re.escape(f'{path}: {message}')}$"):
+            add_items(stored, config, path)
+    pl.DataFrame(NEW).drop("vector").write_parquet(path)
+    with pytest.raises(InputError, match="no column 'vector'"):
+        add_items(stored, config, path)
+    with pytest.raises(InputError, match=r"^new\.csv: new items of this model need a column 'vector' .*, which only \.parquet files have$"):
+        add_items(stored, config, "new.csv")
+
+
+def test_vectors_of_new_texts(config, tmp_path):
+    config = dataclasses.replace(config, vectors="tfidf", vector_size=2, vector_transform="whiten")
+    stored = stored_of(config, tmp_path / "run")
+    pl.DataFrame(NEW).drop("vector").write_csv(tmp_path / "new.csv")
+    added, _ = add_items(stored, config, tmp_path / "new.csv")
+    np.testing.assert_array_equal(added.vectors[:4], prepare(config).vectors)
+    np.testing.assert_array_equal(added.vectors[4:], stored.content.of_texts(["blue lantern", "red lamp"]))
+    reader = Reader(dataclasses.replace(make_config(), data=config), stored)
+    read = reader.histories([["a", {"text": " red  lamp"}], [{"text": "blue lantern"}]])
+    assert read.users.events.item.tolist() == [1, 4, 5]
+    np.testing.assert_allclose(read.new_vectors, added.vectors[[5, 4]], atol=1e-6)
+    assert reader.histories([["a"]]).new_vectors is None
+
+
+def test_histories_with_new_vectors(config, tmp_path):
+    stored = stored_of(config, tmp_path / "run")
+    reader = Reader(dataclasses.replace(make_config(), data=config), stored)
+    for vector in ([1, 2, 3], (1.0, 2.0, 3.0), np.float16([1, 2, 3])):
+        read = reader.histories([["a", {"text": "red lamp", "vector": vector}]])
+        np.testing.assert_array_equal(read.new_vectors, [[1, 2, 3]])
+        assert read.catalogue.items == 5
+    for item, error, message in (
+        ({"text": "red lamp"}, TypeError, "must be {'text': '…', 'vector': […]}"),
+        ({"text": "red lamp", "vector": "1, 2, 3"}, TypeError, "its vector must be a list of numbers"),
+        ({"text": "red lamp", "vector": [[1, 2, 3]]}, TypeError, "its vector must be a list of numbers"),
+        ({"text": "red lamp", "vector": [1, 2]}, InputError, "its vector has 2 numbers, but the vectors of the model's items have 3"),
+        ({"text": "red lamp", "vector": [1, 2, NAN]}, InputError, "its vector has a number that is not finite in float32"),
+        ({"text": "red lamp", "vector": [1, 2, 1e300]}, InputError, "its vector has a number that is not finite in float32"),
+    ):
+        with pytest.raises(error, match=rf"^histories\[1\]\[0\].*{re.escape(message)}$"):
+            reader.histories([["a"], [item]])
+    plain = Reader(dataclasses.replace(make_config(), data=config), dataclasses.replace(stored, content=None))
+    with pytest.raises(TypeError, match=r"must be \{'text': '…'\}$"):
+        plain.histories([[{"text": "red lamp", "vector": [1, 2, 3]}]])
+
+
+def test_lengths_of_assumed_data(config, tmp_path):
+    assumption = Assumption(items=1000, item_length=5, users=10, events=5)
+    for vectors, size in ((config.vectors, 3), ("tfidf", 256), ("", None)):
+        prepared, _ = assume(dataclasses.replace(config, vectors=vectors), assumption, 300)
+        assert (None if prepared.vectors is None else prepared.vectors.shape) == (size and (1000, size))
+
+
 # ---- real vectors
 
 
@@ -366,7 +457,10 @@ def check_vectors_of_an_encoder(folder: Path, tmp_path: Path, name: str):
     np.testing.assert_allclose(prepared.content.transform(x.astype(np.float32)), prepared.vectors, atol=1e-4)
     trained = prepared.events.train_counts > 0
     covariance = np.cov(prepared.vectors[trained], rowvar=False, bias=True)
-    np.testing.assert_allclose(covariance, np.eye(x.shape[1]), atol=1e-3)
+    small = sum("almost no variance" in note for note in prepared.content.notes) and int(prepared.content.notes[-1].split()[1])
+    expected = np.eye(x.shape[1])
+    expected[len(expected) - small :] = 0  # MiniLM uses 381 of its 384 dimensions
+    np.testing.assert_allclose(covariance, expected, atol=1e-3)
     return prepared
 
 
@@ -380,8 +474,6 @@ def test_real_vectors(tmp_path):
 
 def test_vectors_of_a_made_up_shop(tmp_path):
     """What test_real_vectors asserts, wherever it runs."""
-    from helpers import write_shop
-
     folder = write_shop(tmp_path / "shop")
     items = pl.read_csv(folder / "items.tsv.gz", separator="\t", infer_schema=False, quote_char=None)["item"]
     save(folder / "v.parquet", items, RNG.standard_normal((60, 8)) + 1, pl.List(pl.Float32))

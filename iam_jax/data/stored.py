@@ -16,7 +16,7 @@ from iam_jax.data import tokenizer as tokens_lib
 from iam_jax.data.catalogue import Catalogue, frame_entries, item_entries, item_texts
 from iam_jax.data.prepare import Prepared
 from iam_jax.data.tables import read_table, refuse
-from iam_jax.data.vectors import TRANSFORM_FILE, VECTORS_FILE, Vectors
+from iam_jax.data.vectors import TRANSFORM_FILE, VECTORS_FILE, Vectors, read_vectors
 from iam_jax.errors import InputError
 from iam_jax.storage.files import parquet_source
 
@@ -96,9 +96,16 @@ def _read_vectors(workdir: Path, config: DataConfig, items: int, sha256: str | N
 def add_items(stored: Stored, config: DataConfig, path: str | Path) -> tuple[Stored, list[str]]:
     """The catalogue with the items of a table (`item`, then text columns) added, and notes to print.
 
-    Raises InputError for items that are in the catalogue already, for repeated items, and for items without text (data.untitled).
+    If the vectors of the catalogue's items are from a file, the table is a Parquet file with a column `vector`, too; vectors that were
+    computed from text are computed from the new items' texts.
+
+    Raises InputError for items that are in the catalogue already, for repeated items, for items without text (data.untitled), and for
+    vectors that `read_vectors` refuses or that have another length.
     """
-    table, notes = read_table(path, ("item",), others=True), []
+    given = stored.content is not None and stored.content.words is None
+    if given and Path(path).suffix != ".parquet":
+        raise InputError(f"{path}: new items of this model need a column 'vector' (config.data.vectors), which only .parquet files have")
+    table, notes = read_table(path, ("item",), others=True, without=["vector"] if given else []), []
     ids = table["item"]
     if ids.n_unique() < len(ids):
         refuse(str(path), ids, ids.is_duplicated(), "item ids that occur more than once", together=True)
@@ -126,7 +133,13 @@ def add_items(stored: Stored, config: DataConfig, path: str | Path) -> tuple[Sto
         notes.append(f"{truncated:,} added items have more than {config.item_tokens} text tokens and are truncated")
     item_ids = pl.concat([stored.item_ids, ids.gather(chosen)])
     trained = np.append(stored.trained, np.zeros(len(entries), bool))
-    return Stored(item_ids, stored.catalogue.extended(entries), trained, stored.known), notes
+    content = stored.content
+    if content is not None and given:
+        raw, _ = read_vectors([Path(path)], ids.gather(chosen))
+        content = content.extended(content.of_raw(raw, f"{path}: column 'vector'"))
+    elif content is not None:
+        content = content.extended(content.of_texts([texts[row] for row in chosen]))
+    return Stored(item_ids, stored.catalogue.extended(entries), trained, stored.known, content), notes
 
 
 def text_entries(catalogue: Catalogue, config: DataConfig, texts: list[str]) -> tuple[list[list[int]], int]:

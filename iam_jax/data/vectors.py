@@ -72,6 +72,13 @@ class Vectors:
         assert self.words is not None
         return self.transform(self.words.vectors(texts))
 
+    def of_raw(self, raw: np.ndarray, name: str) -> np.ndarray:
+        """`transform`, after a check of the length. name: of the vectors, for the error. Raises InputError."""
+        size = self.of_items.shape[1]
+        if raw.shape[1] != size:
+            raise InputError(f"{name} has {raw.shape[1]:,} numbers, but the vectors of the model's items have {size:,}")
+        return self.transform(raw)
+
     def extended(self, new: np.ndarray) -> "Vectors":
         """With the vectors of further items [n, P], already transformed, after those of the catalogue."""
         return dataclasses.replace(self, of_items=np.concatenate([self.of_items, new]))
@@ -172,6 +179,17 @@ def vector_files(given: str) -> list[Path]:
     if path.suffix != ".parquet":
         raise InputError(f"{field}: must be a .parquet file with the columns item and vector, a folder of them, or tfidf")
     return [path]
+
+
+def vector_length(config: DataConfig) -> int:
+    """The length of the items' vectors, without reading them all. Raises InputError if there is no file or no vector."""
+    if config.vectors == TFIDF:
+        return config.vector_size
+    path = vector_files(config.vectors)[0]
+    for _, vectors in _vector_blocks(_scan(path), path, 1):
+        if len(vectors) and vectors[0] is not None:
+            return len(vectors[0])
+    raise InputError(f"{path}: column 'vector': no vector in the first row")
 
 
 def _file_hash(path: Path) -> str:

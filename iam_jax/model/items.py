@@ -16,7 +16,7 @@ from iam_jax.model.network import Network
 from iam_jax.model.softmax import strided, unstrided
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=("token_IT", "length_I", "trained_I"), meta_fields=())
+@partial(jax.tree_util.register_dataclass, data_fields=("token_IT", "length_I", "trained_I", "vector_IP"), meta_fields=())
 @dataclasses.dataclass(frozen=True)
 class Items:
     """What item vectors are computed from."""
@@ -24,24 +24,42 @@ class Items:
     token_IT: jax.Array  # int32 text tokens, padded
     length_I: jax.Array  # int32, how many there are
     trained_I: jax.Array  # bool: has a training event; the table rows of the others count as zero
+    vector_IP: jax.Array | None = None  # float32: the given vectors (`data.vectors`)
+
+    def extended(self, vectors: np.ndarray | None, count: int) -> "Items":
+        """For histories with `count` further items, which have no training event. vectors: their given vectors, if there are any."""
+        trained_I = jnp.concatenate([self.trained_I, jnp.zeros(count, bool)])
+        vector_IP = None if self.vector_IP is None else jnp.concatenate([self.vector_IP, jnp.asarray(vectors)])
+        return dataclasses.replace(self, trained_I=trained_I, vector_IP=vector_IP)
 
 
-def make_items(catalogue: Catalogue, trained_I: np.ndarray) -> Items:
-    """trained_I: bool, whether each item has a training event."""
+def make_items(catalogue: Catalogue, trained_I: np.ndarray, vector_IP: np.ndarray | None = None) -> Items:
+    """trained_I: bool, whether each item has a training event. vector_IP: the given vectors; None: there are none."""
     token, length = catalogue.padded()
-    return Items(jnp.asarray(token), jnp.asarray(length), jnp.asarray(trained_I))
+    vectors = None if vector_IP is None else jnp.asarray(vector_IP, jnp.float32)
+    return Items(jnp.asarray(token), jnp.asarray(length), jnp.asarray(trained_I), vectors)
 
 
 def all_text_vectors(model: Network, items: Items, chunk: int = 1024, key: jax.Array | None = None) -> jax.Array:
-    """v_IE of every item's text, `chunk` items at a time."""
-    return text_vectors_in_chunks(model, items.token_IT, items.length_I, chunk, key)
+    """v_IE of every item's content, the text of `chunk` items at a time."""
+    if not model.config.reads_text:
+        return model.content(None, items.vector_IP)
+    return text_vectors_in_chunks(model, items.token_IT, items.length_I, chunk, key, items.vector_IP)
 
 
-def text_vectors_in_chunks(model: Network, token_CT: jax.Array, length_C: jax.Array, chunk: int, key: jax.Array | None = None) -> jax.Array:
+def text_vectors_in_chunks(
+    model: Network,
+    token_CT: jax.Array,
+    length_C: jax.Array,
+    chunk: int,
+    key: jax.Array | None = None,
+    vector_CP: jax.Array | None = None,
+) -> jax.Array:
     """`Network.text_vectors`, about `chunk` items at a time, each computed again for the backward pass."""
     token, length = strided(token_CT, chunk), strided(length_C, chunk, fill=1)
     keys = None if key is None else jax.random.split(key, len(token))
-    vectors = jax.lax.map(jax.checkpoint(lambda xs: model.text_vectors(*xs)), (token, length, keys))
+    given = None if vector_CP is None else strided(vector_CP, chunk)
+    vectors = jax.lax.map(jax.checkpoint(lambda xs: model.text_vectors(*xs)), (token, length, keys, given))
     return unstrided(vectors, len(token_CT))
 
 
@@ -51,7 +69,7 @@ def item_vectors(model: Network, config: Config, items: Items, boundary_ID: jax.
     if not config.uses_text:
         return model.table(items.trained_I)
     if boundary_ID is not None and config.leading_vectors:
-        text_IE = model.text_head(boundary_ID)
+        text_IE = model.content(boundary_ID, items.vector_IP)
     else:
         text_IE = all_text_vectors(model, items)
     return text_IE if config.objective.vectors == "text" else text_IE + model.table(items.trained_I)

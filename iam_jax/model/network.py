@@ -1,5 +1,7 @@
 """The network: the decoder and its heads, which turn states into item scores and token logits."""
 
+from typing import TYPE_CHECKING, Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -9,11 +11,14 @@ from iam_jax.devices.mesh import constrain_activations, split_rows
 from iam_jax.model.decoder import Cache, Decoder, Norm
 from iam_jax.model.lora import Keys, weight
 
+if TYPE_CHECKING:
+    from iam_jax.model.items import Items
+
 
 class Network(nnx.Module):
     """Scores are products of projected history states h_XE and item vectors v_CE, both float32."""
 
-    def __init__(self, config: Config, vocabulary: int, items: int, longest: int | None, keys: Keys):
+    def __init__(self, config: Config, vocabulary: int, items: int, longest: int | None, vector_size: int, keys: Keys):
         model, D = config.model, config.model.width
         E = model.item_width or D
         self.config = config
@@ -25,7 +30,7 @@ class Network(nnx.Module):
             self.state_DE = nnx.Param(jnp.eye(E))
         if config.has_table:
             self.table_IE = weight(keys, (items, E), E)
-        if config.objective.item and config.uses_text:
+        if config.objective.item and config.reads_text:
             # A projection of its own: without it a user's first item state would equal its own vector.
             self.text_norm = Norm(model, D)
             # Vectors of the size of a table row
@@ -37,44 +42,57 @@ class Network(nnx.Module):
         if model.item_width:  # from the text's stream of states to that of the item-level layers
             self.content_norm = Norm(model, D)
             self.content_DE = weight(keys, (D, E), D)
+        if vector_size:
+            self.input_vector_PE = weight(keys, (vector_size, E), vector_size)
+            if config.uses_text:
+                self.output_vector_PE = weight(keys, (vector_size, E), vector_size, E**-0.5)
         if model.item_input == "own":
             self.identity_IE = weight(keys, (items, E), E)
         if model.item_input != "none":
             self.identity_scale = nnx.Param(jnp.full((), E**0.5, jnp.float32))  # rows of the size of a token's embedding
 
     def states(
-        self, batch: dict, key: jax.Array | None = None, leading_XD: jax.Array | None = None, trained_I: jax.Array | None = None
+        self, batch: dict, key: jax.Array | None = None, leading_XD: jax.Array | None = None, items: "Items | None" = None
     ) -> jax.Array:
         """x_BTD float32 after the final norm, from `token`, `user`, `group`, `position` and optionally `candidate` [B, T].
 
         Args:
-          batch: see above; with `model.item_input` also `identity` [B, T], the item at its boundary token, else -1.
+          batch: see above; with `model.item_input` or `data.vectors` also `identity` [B, T], the item at its boundary token, else -1.
           key: for dropout; None: no dropout.
           leading_XD: states after the leading intra layers, computed once per item (`leading_states`); the batch's `slot` [B, T] then holds
             the row of each token (data/item_rows.py).
-          trained_I: bool, whether each item has a training event; needed with `model.item_input`.
+          items: needed if the batch has `identity`.
         """
-        first = self.config.schedule.leading_intra
-        if leading_XD is None and not self.config.item_level and self.config.model.item_input == "none":
+        if leading_XD is None and not self.config.item_level and "identity" not in batch:
             return self.decoder.normed(self.decoder(batch, key=key))
-        if leading_XD is None and self.config.item_level and first:
-            raise ValueError("item-level layers need the states of whole items")
-        x_BTD = self.decoder(batch, key=key, last=first) if leading_XD is None else self.taken(leading_XD, batch["slot"])
-        return self.decoder.normed(self.decoder(batch, key=key, first=first, x_BTD=self._item_input(x_BTD, batch, trained_I)))
+        return self.from_inputs(self.inputs(batch, key, leading_XD, items), batch, key)
 
-    def _item_input(self, x_BTD: jax.Array, batch: dict, trained_I: jax.Array | None) -> jax.Array:
-        """The input of the layers behind the leading intra layers: content, and the item's identity in the state of its boundary token."""
-        model = self.config.model
-        if model.item_width:
-            x_BTD = self.content_norm(x_BTD) @ self.content_DE[...].astype(x_BTD.dtype)
-        if model.item_input != "none":
-            assert trained_I is not None
-            table_IE = self.table(trained_I) if model.item_input == "table" else _rows(self.identity_IE[...], trained_I)
-            item_BT = batch["identity"]
-            there_BT = (item_BT >= 0) & (item_BT < len(trained_I))  # items that only a history has, given by their text, have no row
-            row_BTE = table_IE[jnp.where(there_BT, item_BT, 0)] * self.identity_scale[...]
-            x_BTD = x_BTD + jnp.where(there_BT[..., None], row_BTE, 0).astype(x_BTD.dtype)
-        return constrain_activations(x_BTD)
+    def from_inputs(self, x_BTE: jax.Array, batch: dict, key: jax.Array | None = None) -> jax.Array:
+        """`states` from the input of the layers behind the leading intra layers."""
+        return self.decoder.normed(self.decoder(batch, key=key, first=self.config.schedule.leading_intra, x_BTD=x_BTE))
+
+    def inputs(self, batch: dict, key: jax.Array | None, leading_XD: jax.Array | None, items: "Items | None") -> jax.Array:
+        """x_BTE: the input of the layers behind the leading intra layers: content, and the item's identity and given vector in the state of
+        its boundary token. Arguments: as in `states`."""
+        config = self.config
+        first = config.schedule.leading_intra
+        if leading_XD is None and config.item_level and first:
+            raise ValueError("item-level layers need the states of whole items")
+        x_BTE = self.decoder(batch, key=key, last=first) if leading_XD is None else self.taken(leading_XD, batch["slot"])
+        if config.model.item_width:
+            x_BTE = self.content_norm(x_BTE) @ self.content_DE[...].astype(x_BTE.dtype)
+        if "identity" not in batch:
+            return constrain_activations(x_BTE)
+        assert items is not None
+        there_BT = (batch["identity"] >= 0) & (batch["identity"] < len(items.trained_I))
+        item_BT = jnp.where(there_BT, batch["identity"], 0)
+        added_BTE: Any = 0
+        if config.model.item_input != "none":
+            table_IE = self.table(items.trained_I) if config.model.item_input == "table" else _rows(self.identity_IE[...], items.trained_I)
+            added_BTE = table_IE[item_BT] * self.identity_scale[...]
+        if items.vector_IP is not None:
+            added_BTE = added_BTE + items.vector_IP[item_BT] @ self.input_vector_PE[...]
+        return constrain_activations(x_BTE + jnp.where(there_BT[..., None], added_BTE, 0).astype(x_BTE.dtype))
 
     @staticmethod
     def taken(leading_XD: jax.Array, slot: jax.Array) -> jax.Array:
@@ -106,19 +124,31 @@ class Network(nnx.Module):
         """v_IE. Rows of items without a training event are zero, and so are those of items added after training."""
         return _rows((self.decoder.embedding_VD if self.config.model.tie_items else self.table_IE)[...], trained_I)
 
-    def text_vectors(self, token_CT: jax.Array, length_C: jax.Array, key: jax.Array | None = None) -> jax.Array:
-        """v_CE from the items' text: the boundary state of each item alone, without a prompt, after the leading intra layers or all
-        layers. token_CT: ids, arbitrary after the boundary token; length_C: number of tokens, including the boundary token."""
+    def text_vectors(
+        self, token_CT: jax.Array, length_C: jax.Array, key: jax.Array | None = None, vector_CP: jax.Array | None = None
+    ) -> jax.Array:
+        """v_CE from the items' content: the boundary state of each item alone, without a prompt, after the leading intra layers or all
+        layers, and its given vector.
+
+        token_CT: ids, arbitrary after the boundary token. length_C: number of tokens, including the boundary token. vector_CP: the given
+        vectors (`data.vectors`); None: there are none."""
+        if not self.config.reads_text:
+            return self.content(None, vector_CP)
         t = jnp.broadcast_to(jnp.arange(token_CT.shape[1]), token_CT.shape)
         real_CT = (t < length_C[:, None]).astype(jnp.int32)
         leading = self.config.objective.text_layers == "leading"
         batch = {"token": token_CT, "user": real_CT, "group": real_CT, "position": t}
         x_CTD = self.decoder(batch, key=key, last=self.config.schedule.leading_intra if leading else None)
-        return self.text_head(jnp.take_along_axis(x_CTD, (length_C - 1)[:, None, None], axis=1)[:, 0])
+        return self.content(jnp.take_along_axis(x_CTD, (length_C - 1)[:, None, None], axis=1)[:, 0], vector_CP)
 
-    def text_head(self, x_CD: jax.Array) -> jax.Array:
-        """v_CE from the items' boundary states."""
-        return self.text_norm(x_CD.astype(jnp.float32)) @ self.text_DE[...]
+    def content(self, x_CD: jax.Array | None, vector_CP: jax.Array | None) -> jax.Array:
+        """v_CE from the items' boundary states, their given vectors, or the sum of both."""
+        parts = []
+        if x_CD is not None:
+            parts.append(self.text_norm(x_CD.astype(jnp.float32)) @ self.text_DE[...])
+        if vector_CP is not None:
+            parts.append(vector_CP @ self.output_vector_PE[...])
+        return sum(parts[1:], parts[0])
 
     def cached_states(self, batch: dict, cache: Cache, slot_BT: jax.Array, ranges: dict | None = None) -> tuple[jax.Array, Cache]:
         """x_BTD float32 after the final norm, with the keys and values of earlier tokens (`Decoder.cached`)."""

@@ -213,7 +213,9 @@ def state_bytes(run: Run, config: Config, sizes: tuple[int, int, int]) -> int:
 
 
 def _shapes(run: Run, config: Config) -> Params:
-    return make_model(config, run.prepared.catalogue.vocabulary, run.prepared.catalogue.items).shapes()
+    prepared = run.prepared
+    size = 0 if prepared.vectors is None else prepared.vectors.shape[1]
+    return make_model(config, prepared.catalogue.vocabulary, prepared.catalogue.items, None, size).shapes()
 
 
 def _state_bytes(shapes: Params, config: Config, sizes: tuple[int, int, int]) -> int:

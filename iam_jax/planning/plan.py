@@ -274,7 +274,7 @@ def _vector_programs(run: Run, capacity: int | None, resident: dict, batch_rows:
     if not len(targets) or config.eval.ranking != "item":
         return None
     trained = prepared.events.train_counts > 0
-    ranker = Ranker(config, prepared.catalogue, trained, run.model, run.mesh, batch_rows)
+    ranker = Ranker(config, prepared.catalogue, trained, run.model, run.mesh, batch_rows, prepared.vectors)
     params, items = join(run.abstract_trained, frozen_parameters(run)), whole(run, ranker.items)
     rows = evaluation_rows(prepared.events, prepared.catalogue, config.row_slots, targets, **config.row_options)
     leading, first, programs = None, 0, []
@@ -288,8 +288,8 @@ def _vector_programs(run: Run, capacity: int | None, resident: dict, batch_rows:
         first = config.schedule.leading_intra
     batch = ranker.batch(batch_of_rows(rows, batch_rows), power_of_two(rows.targets_per_row), leading is not None)
     batch = sharded_batch(run, {name: x for name, x in batch.items() if name != "segment"})
-    held = resident | {"batch and items": [batch, leading]}
-    histories = _compiled("history vectors", ranker.history_states, (params, batch, leading), held, run, capacity)
+    held = resident | {"batch and items": [batch, leading, items]}
+    histories = _compiled("history vectors", ranker.history_states, (params, batch, leading, items), held, run, capacity)
     histories.flops += _forward(run, rows, batch, config.schedule.relations[first:])
     held = resident | {"batch and items": [items, leading]}
     vectors_program = _compiled("item vectors", ranker.vectors, (params, items, leading), held, run, capacity)

@@ -73,18 +73,28 @@ class Ranker:
       model: the model.
       mesh: the device mesh.
       batch_rows: number of rows of histories that are computed at the same time.
+      vector_IP: the items' given vectors (`data.vectors`); None: there are none.
     """
 
-    def __init__(self, config: Config, catalogue: Catalogue, trained_I: np.ndarray, model: Model, mesh: jax.sharding.Mesh, batch_rows: int):
+    def __init__(
+        self,
+        config: Config,
+        catalogue: Catalogue,
+        trained_I: np.ndarray,
+        model: Model,
+        mesh: jax.sharding.Mesh,
+        batch_rows: int,
+        vector_IP: np.ndarray | None = None,
+    ):
         self.config, self.catalogue, self.model, self.mesh, self.batch_rows = config, catalogue, model, mesh, batch_rows
-        self.items = make_items(catalogue, trained_I)
+        self.items = make_items(catalogue, trained_I, vector_IP)
         whole = functools.partial(jax.jit, out_shardings=NamedSharding(mesh, PartitionSpec()))  # the host of every process reads them
         chunk, count = config.eval.chunk_items, catalogue.items
 
         @whole
-        def history_states(params: Params, batch: dict, leading_XD: jax.Array | None) -> jax.Array:
+        def history_states(params: Params, batch: dict, leading_XD: jax.Array | None, items: Items) -> jax.Array:
             network = model.bind(params)
-            x_BTD = network.states(batch, leading_XD=leading_XD, trained_I=self.items.trained_I)
+            x_BTD = network.states(batch, leading_XD=leading_XD, items=items)
             return network.project(jnp.take_along_axis(x_BTD, batch["target_at"][..., None], axis=1))
 
         @jax.jit
@@ -94,7 +104,9 @@ class Ranker:
 
         # The jitted functions, which `planning` compiles, too.
         self.history_states, self.vectors = history_states, vectors
-        self.text_vectors = whole(lambda params, token_CT, length_C: model.bind(params).text_vectors(token_CT, length_C))
+        self.text_vectors = whole(
+            lambda params, token_CT, length_C, vector_CP=None: model.bind(params).text_vectors(token_CT, length_C, None, vector_CP)
+        )
 
         @functools.partial(jax.jit, static_argnums=2)
         def leading(params: Params, rows: Batch, chunks: int) -> jax.Array:
@@ -102,6 +114,7 @@ class Ranker:
             return x_XD if self.catalogue_items.kept is None else x_XD[self.catalogue_items.kept]
 
         self.leading = leading
+        self.entry_inputs = whole(self._entry_inputs)
         self.all_states = whole(lambda params, rows: model.bind(params).leading_states(rows, 1))
         self.ranks = ranking_program(mesh, chunk, count)
         self.pairs = over_items(mesh, pair_scores, arrays=3)
@@ -133,6 +146,14 @@ class Ranker:
         """
         return self.vectors(params, self.items, leading_XD)
 
+    def _entry_inputs(self, params: Params, leading_XD: jax.Array, items: Items) -> jax.Array:
+        """[I + 2, E]: the input of the item-level layers of every entry of the catalogue."""
+        number = jnp.arange(self.catalogue.items + 2)[:, None]
+        batch = {"slot": number}
+        if self.config.row_options["identity"]:
+            batch["identity"] = jnp.where(number < self.catalogue.items, number, -1)
+        return self.model.bind(params).inputs(batch, None, leading_XD, items)[:, 0]
+
     def with_items(self, params: Params, leading_XD: jax.Array, catalogue: Catalogue) -> jax.Array:
         """`leading_states` with those of further items behind the catalogue's items, for item-level layers.
 
@@ -158,7 +179,13 @@ class Ranker:
         return arrays | {"target_at": np.pad(target_at, padding), "segment": np.pad(segment, padding, constant_values=-1)}
 
     def history_vectors(
-        self, params: Params, rows: Rows, leading_XD: jax.Array | None, batch_rows: int | None = None, report: Report = no_report
+        self,
+        params: Params,
+        rows: Rows,
+        leading_XD: jax.Array | None,
+        batch_rows: int | None = None,
+        report: Report = no_report,
+        items: Items | None = None,
     ) -> np.ndarray:
         """h_nE float32: the projected state at the end of each segment of the rows, from which the next item is predicted.
 
@@ -168,13 +195,15 @@ class Ranker:
           leading_XD: from `leading_states`.
           batch_rows: number of rows that are computed at the same time; None: that of the ranker.
           report: is called after each batch.
+          items: the catalogue's items, followed by further items that only histories contain; None: the catalogue's items.
         """
+        items = items or self.items
         width, n = power_of_two(rows.targets_per_row), len(rows.segments)  # few shapes are compiled
-        h_nE = np.zeros((n, 0 if n else self.config.model.width), np.float32)
+        h_nE = np.zeros((n, 0 if n else self.config.vector_width), np.float32)
         finish = functools.partial(self.batch, width=width, leading=leading_XD is not None)
         for batch in evaluation_batches(rows, batch_rows or self.batch_rows, finish):
             segment = batch.pop("segment")
-            h = np.asarray(self.history_states(params, shard_batch(self.mesh, batch), leading_XD))
+            h = np.asarray(self.history_states(params, shard_batch(self.mesh, batch), leading_XD, items))
             h_nE = h_nE if h_nE.size else np.zeros((n, h.shape[-1]), np.float32)
             h_nE[segment[segment >= 0]] = h[segment >= 0]
             report(int((segment >= 0).sum()))

@@ -46,7 +46,7 @@ class Evaluator:
     def __init__(self, model: Model, config: Config, prepared: Prepared, mesh: jax.sharding.Mesh):
         self.config, self.prepared, self.mesh = config, prepared, mesh
         trained_I = prepared.events.train_counts > 0
-        self.ranker = Ranker(config, prepared.catalogue, trained_I, model, mesh, config.eval.batch_rows)
+        self.ranker = Ranker(config, prepared.catalogue, trained_I, model, mesh, config.eval.batch_rows, prepared.vectors)
         self._rows: dict[tuple[bytes, bool], Rows] = {}
         gib = item_states_gib(config, prepared.catalogue)
         if config.states_by_item and not config.item_level and config.model.item_states == "on" and gib > config.eval.item_states_gib:
@@ -56,7 +56,7 @@ class Evaluator:
         @functools.partial(jax.jit, out_shardings=NamedSharding(mesh, PartitionSpec()))  # the host of every process reads them
         def token_sums(params: Params, batch: dict) -> jax.Array:
             network = model.bind(params)
-            x_BTD, label_X = network.states(batch, trained_I=self.ranker.items.trained_I), batch["label"].reshape(-1)
+            x_BTD, label_X = network.states(batch, items=self.ranker.items), batch["label"].reshape(-1)
             embedding = network.output_embedding()
             loss_X = -label_log_probs(x_BTD.reshape(-1, x_BTD.shape[-1]), embedding, label_X, chunk=config.objective.chunk)
             text_X = (label_X >= 0) & (label_X != prepared.catalogue.vocabulary - 1)

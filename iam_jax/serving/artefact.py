@@ -5,8 +5,8 @@ plain XLA operations only. Attention is dense, so that its memory grows with the
 parameters that the function reads and the item vectors (`weights.safetensors`), the items' ids and tokens, the tokenizer, and all other
 facts that a caller needs (`artefact.json`).
 
-With item-level layers, an item is one slot: its "token" is its number. The function then reads the items' states after the layers before
-the mark (`item_states`) instead of computing them. The folder has no tokenizer.
+With item-level layers, an item is one slot: its "token" is its number. The function then reads the inputs of these layers (`item_inputs`)
+instead of computing them from text, identity and vectors. The folder has no tokenizer.
 
 Axes: B users (any number), T token slots, S seen items (any number), E item vectors, I items, K items of a list.
 """
@@ -40,7 +40,7 @@ from iam_jax.ranking.scores import top_items
 FORMAT = 1  # version of the folder's format
 TOP_K = 100
 PLATFORMS = ("cpu", "cuda", "tpu")
-VECTORS, STATES = "item_vectors", "item_states"
+VECTORS, INPUTS = "item_vectors", "item_inputs"
 
 
 def check(config: Config) -> None:
@@ -49,15 +49,14 @@ def check(config: Config) -> None:
         raise InputError("--format=stablehlo exports item scores, but the model has none (config.objective.item = 0)")
     if config.eval.ranking != "item":
         raise InputError(f"--format=stablehlo exports item scores, but config.eval.ranking = {config.eval.ranking!r} does not rank by them")
-    if config.model.item_input != "none" and not config.item_level:
-        raise InputError("--format=stablehlo: config.model.item_input needs item-level layers (the mark | in model.schedule)")
+    if config.row_options["identity"] and not config.item_level:
+        field = "model.item_input" if config.model.item_input != "none" else "data.vectors"
+        raise InputError(f"--format=stablehlo: config.{field} needs item-level layers (the mark | in model.schedule)")
     if config.model.dtype == "bfloat16" and jax.default_backend() == "gpu":
         raise InputError("--format=stablehlo: bfloat16 attention on a GPU is not plain XLA; export on a CPU (JAX_PLATFORMS=cpu)")
 
 
-def export_function(
-    config: Config, catalogue: Catalogue, params: Params, width: int, k: int, trained_I: np.ndarray | None = None
-) -> tuple[jax.export.Exported, list[str]]:
+def export_function(config: Config, catalogue: Catalogue, params: Params, width: int, k: int) -> tuple[jax.export.Exported, list[str]]:
     """Exports the function. Returns it with the names of the parameters that it reads.
 
     Args:
@@ -66,15 +65,15 @@ def export_function(
       params: all parameters, or their shapes.
       width: E.
       k: K.
-      trained_I: bool, whether each item has a training event; needed with `model.item_input`.
     """
     plain = dataclasses.replace(config, model=dataclasses.replace(config.model, attention="reference", remat=False))
-    model = make_model(plain, catalogue.vocabulary, catalogue.items, int(catalogue.lengths.max()))
+    vector_size = params["input_vector_PE"].shape[0] if "input_vector_PE" in params else 0
+    model = make_model(plain, catalogue.vocabulary, catalogue.items, int(catalogue.lengths.max()), vector_size)
     shapes = {name_of(path): jax.ShapeDtypeStruct(x.shape, x.dtype) for path, x in jax.tree_util.tree_leaves_with_path(params)}
     T, int32 = config.row_slots, np.dtype(np.int32)
     given = {VECTORS: jax.ShapeDtypeStruct((catalogue.items, width), np.float32)}
     if config.item_level:
-        given[STATES] = jax.ShapeDtypeStruct((catalogue.items + 2, config.model.width), config.model.dtype)
+        given[INPUTS] = jax.ShapeDtypeStruct((catalogue.items + 2, width), config.model.dtype)
 
     def score(weights: dict, token_BT: jax.Array, group_BT: jax.Array, seen_BS: jax.Array) -> tuple[jax.Array, jax.Array]:
         leaves = [weights[name] if name in weights else jnp.zeros(x.shape, x.dtype) for name, x in shapes.items()]
@@ -82,13 +81,9 @@ def export_function(
         real_BT = group_BT >= 0
         position_BT = jnp.broadcast_to(jnp.arange(T, dtype=np.int32), token_BT.shape)
         batch = {"token": token_BT, "user": real_BT.astype(np.int32), "group": jnp.maximum(group_BT, 0), "position": position_BT}
-        leading_XD = weights.get(STATES)
-        if leading_XD is not None:
-            batch |= {"slot": token_BT, "identity": jnp.where(real_BT & (token_BT < catalogue.items), token_BT, -1)}
+        states = network.from_inputs(weights[INPUTS][token_BT], batch) if config.item_level else network.states(batch)
         last_B = jnp.maximum(real_BT.sum(1) - 1, 0)
-        x_BD = jnp.take_along_axis(
-            network.states(batch, None, leading_XD, None if trained_I is None else jnp.asarray(trained_I)), last_B[:, None, None], axis=1
-        )[:, 0]
+        x_BD = jnp.take_along_axis(states, last_B[:, None, None], axis=1)[:, 0]
         h_BE = jnp.where(real_BT.any(1, keepdims=True), network.project(x_BD), 0)  # an empty history has the vector 0
         return top_items(h_BE, weights[VECTORS], seen_BS, k)[:2]
 
@@ -129,12 +124,12 @@ def export(ranker: Ranker, params: Params, prepared: Prepared, step: int, output
     v_IE = np.asarray(ranker.item_vectors(params, leading_XD))[: catalogue.items]
     if not np.isfinite(v_IE).all():
         raise FloatingPointError("an item's vector is not finite")
-    function, names = export_function(config, catalogue, params, v_IE.shape[1], k, np.asarray(ranker.items.trained_I))
+    function, names = export_function(config, catalogue, params, v_IE.shape[1], k)
     leaves = {name_of(path): x for path, x in jax.tree_util.tree_leaves_with_path(params)}
     weights = {name: leaves[name] for name in names} | {VECTORS: v_IE}
     items = {"tokens": catalogue.tokens[: catalogue.offsets[-3]], "offsets": catalogue.offsets[:-2].astype(np.int32)}
     if config.item_level:
-        weights[STATES] = leading_XD
+        weights[INPUTS] = ranker.entry_inputs(params, leading_XD, ranker.items)
         items = {"tokens": np.arange(catalogue.items, dtype=np.int32), "offsets": np.arange(catalogue.items + 1, dtype=np.int32)}
     folder = None
     try:

@@ -51,7 +51,8 @@ def model_of(config: Config, stored: Stored, bounded: bool = True) -> Model:
 
     bounded: whether attention inside items is compiled for the longest item of the catalogue (which costs less), or for any length.
     """
-    return make_model(config, stored.catalogue.vocabulary, stored.known, int(stored.catalogue.lengths.max()) if bounded else None)
+    size = 0 if stored.vectors is None else stored.vectors.shape[1]
+    return make_model(config, stored.catalogue.vocabulary, stored.known, int(stored.catalogue.lengths.max()) if bounded else None, size)
 
 
 def serving_mesh(config: Config) -> jax.sharding.Mesh:

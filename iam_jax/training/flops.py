@@ -194,7 +194,7 @@ def _loss_flops(run: Run, batch: Batch, taken: float) -> tuple[Flops, Flops, boo
     """FLOPs of a batch's loss and gradient without and with recomputation, and whether attention has a backward pass."""
     config, parts = run.config, run.config.optimizer.accumulate
     cache = (
-        jax.ShapeDtypeStruct((run.items.catalogue.length_I.shape[0], config.model.width), np.float32)
+        jax.ShapeDtypeStruct((run.items.catalogue.length_I.shape[0], config.vector_width), np.float32)
         if config.softmax == "cached"
         else None
     )
@@ -254,7 +254,7 @@ def _holds_backward_attention(jaxpr: Jaxpr, transposed: bool = False) -> bool:
 
 def _texts(config: Config, items: objectives.TrainingItems, batch: Batch) -> tuple[int, bool]:
     """The number of item texts that a step encodes besides those of `leading`, and whether each is recomputed for its gradient."""
-    if not config.uses_text:
+    if not config.reads_text:
         return 0, False
     if config.softmax == "full":
         return items.catalogue.length_I.shape[0], True

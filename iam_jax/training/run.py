@@ -76,8 +76,9 @@ def make_run(config: Config, prepared: Prepared, devices: Sequence[jax.Device] |
     )
     if not rows.targets:
         raise InputError("there is nothing to train on: no user has two training events")
-    model = make_model(config, catalogue.vocabulary, catalogue.items, int(catalogue.lengths.max()))
-    items = objectives.make_training_items(catalogue, prepared.events, rows.segments, config)
+    size = 0 if prepared.vectors is None else prepared.vectors.shape[1]
+    model = make_model(config, catalogue.vocabulary, catalogue.items, int(catalogue.lengths.max()), size)
+    items = objectives.make_training_items(catalogue, prepared.events, rows.segments, config, prepared.vectors)
     mesh = make_mesh(config.mesh, devices)
     frozen = frozenset(frozen_names(config, model.shapes()))
     return Run(config, prepared, mesh, model, rows, items, _distinct_items(config, rows, mesh) or without_items, frozen)

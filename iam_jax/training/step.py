@@ -107,7 +107,7 @@ def rest_of_state(run: Run, trained: Params) -> dict:
     config = run.config
     rest = {"optimizer": make_optimizer(config.optimizer).init(trained)}
     if config.softmax == "cached":
-        rest["cache"] = jnp.zeros((run.prepared.catalogue.items, config.model.width))
+        rest["cache"] = jnp.zeros((run.prepared.catalogue.items, config.vector_width))
     return rest
 
 

@@ -57,7 +57,7 @@ def losses(
     the batch is one of several micro-batches; it then also has `target_place` [B, M], the place of each target in the whole batch."""
     states_key, own_keys = _keys(config, key)
     leading_XD = _leading(network, config, batch, states_key) if shared is None else shared.learned["leading"]
-    states, sums = States(network.states(batch, states_key, leading_XD, items.catalogue.trained_I)), {}
+    states, sums = States(network.states(batch, states_key, leading_XD, items.catalogue)), {}
     for name, keys in own_keys.items():
         if shared is None:
             own = OBJECTIVES[name].shared(network, config, items, batch, leading_XD, keys, cache_IE)

@@ -34,8 +34,10 @@ class TrainingItems:
     drawn_until_I: jax.Array  # uint32: its cumulative sum, in units of 2^-31
 
 
-def make_training_items(catalogue: Catalogue, events: Events, segments: Segments, config: Config) -> TrainingItems:
-    """The training items. segments: the training segments, whose targets are counted."""
+def make_training_items(
+    catalogue: Catalogue, events: Events, segments: Segments, config: Config, vector_IP: np.ndarray | None = None
+) -> TrainingItems:
+    """The training items. segments: the training segments, whose targets are counted. vector_IP: the items' given vectors."""
     trained = events.train_counts
     is_target = np.zeros(len(events.item) + 1, np.int64)
     np.add.at(is_target, segments.first, 1)
@@ -45,7 +47,7 @@ def make_training_items(catalogue: Catalogue, events: Events, segments: Segments
     if config.softmax == "cached":  # half of the draws are uniform, so that no weight 1 / (n q_i) is above 2 I / n
         drawn = drawn / drawn.sum() + (trained > 0) / (trained > 0).sum()
     return TrainingItems(
-        make_items(catalogue, trained > 0),
+        make_items(catalogue, trained > 0, vector_IP),
         jnp.asarray(targets / max(targets.sum(), 1), jnp.float32),
         jnp.asarray(drawn / drawn.sum(), jnp.float32),
         jnp.asarray(summed_up(drawn)),
@@ -81,16 +83,19 @@ def _shared(network: Network, config: Config, items: TrainingItems, batch: dict,
 
 def _texts(network: Network, config: Config, catalogue: Items, batch: dict, candidate_C, leading_XD, key) -> jax.Array:
     """Text vectors of candidates, the targets first: from `leading_XD` where they are among its items, else from their tokens."""
-    parts, targets = config.optimizer.accumulate, None
+    parts, targets, vector_IP = config.optimizer.accumulate, None, catalogue.vector_IP
     if leading_XD is not None and "target_slot" in batch and config.leading_vectors:
-        targets = network.text_head(network.taken(leading_XD, batch["target_slot"].reshape(-1)))
+        slot_X = batch["target_slot"].reshape(-1)
+        given = None if vector_IP is None else vector_IP[jnp.maximum(candidate_C[: len(slot_X)], 0)]
+        targets = network.content(network.taken(leading_XD, slot_X), given)
         candidate_C = candidate_C[len(targets) :]
     safe_C = jnp.maximum(candidate_C, 0)
+    vector_CP = None if vector_IP is None else vector_IP[safe_C]
     token_CT, length_C = catalogue.token_IT[safe_C], catalogue.length_I[safe_C]
     if parts == 1:
-        fresh = network.text_vectors(token_CT, length_C, key)
+        fresh = network.text_vectors(token_CT, length_C, key, vector_CP)
     else:  # at most as many at a time as if every micro-batch had its own
-        fresh = text_vectors_in_chunks(network, token_CT, length_C, math.ceil(len(safe_C) / parts), key)
+        fresh = text_vectors_in_chunks(network, token_CT, length_C, math.ceil(len(safe_C) / parts), key, vector_CP)
     return fresh if targets is None else jnp.concatenate([targets, fresh])
 
 

@@ -403,6 +403,11 @@ def test_new_items_bring_vectors(config, tmp_path):
         add_items(stored, config, path)
     with pytest.raises(InputError, match=r"^new\.csv: new items of this model need a column 'vector' .*, which only \.parquet files have$"):
         add_items(stored, config, "new.csv")
+    ids = dataclasses.replace(config, tokenizer="id")
+    with pytest.raises(
+        InputError, match=r"^new\.parquet: the model reads item ids \(config\.data\.tokenizer = 'id'\), and a new item has none"
+    ):
+        add_items(stored_of(ids, tmp_path / "ids"), ids, "new.parquet")
 
 
 def test_vectors_of_new_texts(config, tmp_path):

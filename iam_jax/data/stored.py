@@ -99,9 +99,11 @@ def add_items(stored: Stored, config: DataConfig, path: str | Path) -> tuple[Sto
     If the vectors of the catalogue's items are from a file, the table is a Parquet file with a column `vector`, too; vectors that were
     computed from text are computed from the new items' texts.
 
-    Raises InputError for items that are in the catalogue already, for repeated items, for items without text (data.untitled), and for
-    vectors that `read_vectors` refuses or that have another length.
+    Raises InputError for items that are in the catalogue already, for repeated items, for items without text (data.untitled), for vectors
+    that `read_vectors` refuses or that have another length, and if the model reads ids.
     """
+    if not stored.catalogue.tokenizer_json:
+        raise InputError(f"{path}: the model reads item ids (config.data.tokenizer = 'id'), and a new item has none")
     given = stored.content is not None and stored.content.words is None
     if given and Path(path).suffix != ".parquet":
         raise InputError(f"{path}: new items of this model need a column 'vector' (config.data.vectors), which only .parquet files have")

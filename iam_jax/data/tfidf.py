@@ -10,6 +10,7 @@ vector x R. So a new text has a vector, too.
 
 import dataclasses
 import re
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -44,15 +45,18 @@ def words_of(text: str) -> list[str]:
 def fit_words(texts: Sequence[str], size: int) -> tuple[Words, list[str]]:
     """The words of a catalogue with `size` right singular vectors, and notes to print.
 
+    Words of one item alone are left out: they say nothing about its similarity to others, and would take half of the vocabulary.
+
     Raises InputError if the matrix has too few rows or columns.
     """
     lists = [words_of(text) for text in texts]
-    words = sorted(set().union(*lists))
+    items_with = Counter(word for text in lists for word in set(text))
+    words = sorted(word for word, items in items_with.items() if items > 1)
     row = {word: n for n, word in enumerate(words)}
-    counts = _counts([[row[word] for word in text] for text in lists], len(words))
+    counts = _counts([[row[word] for word in text if word in row] for text in lists], len(words))
     most = min(counts.shape) - 1
     if size > most:
-        few = f"the catalogue's {len(texts):,} items with {len(words):,} words allow at most {max(most, 0):,}"
+        few = f"the catalogue's {len(texts):,} items with {len(words):,} words of two or more items allow at most {max(most, 0):,}"
         raise InputError(f"config.data.vector_size = {size}: {few}")
     idf_W = _idf(counts)
     matrix = _tfidf(counts, idf_W)

@@ -24,20 +24,26 @@ class Items:
     token_IT: jax.Array  # int32 text tokens, padded
     length_I: jax.Array  # int32, how many there are
     trained_I: jax.Array  # bool: has a training event; the table rows of the others count as zero
-    vector_IP: jax.Array | None = None  # float32: the given vectors (`data.vectors`)
+    vector_IP: jax.Array | None = None  # float32: the given vectors (`data.vectors`), with the mean square 1
 
     def extended(self, vectors: np.ndarray | None, count: int) -> "Items":
         """For histories with `count` further items, which have no training event. vectors: their given vectors, if there are any."""
         trained_I = jnp.concatenate([self.trained_I, jnp.zeros(count, bool)])
-        vector_IP = None if self.vector_IP is None else jnp.concatenate([self.vector_IP, jnp.asarray(vectors)])
+        vector_IP = None if self.vector_IP is None else jnp.concatenate([self.vector_IP, unit_mean_square(vectors)])
         return dataclasses.replace(self, trained_I=trained_I, vector_IP=vector_IP)
 
 
 def make_items(catalogue: Catalogue, trained_I: np.ndarray, vector_IP: np.ndarray | None = None) -> Items:
     """trained_I: bool, whether each item has a training event. vector_IP: the given vectors; None: there are none."""
     token, length = catalogue.padded()
-    vectors = None if vector_IP is None else jnp.asarray(vector_IP, jnp.float32)
+    vectors = None if vector_IP is None else unit_mean_square(vector_IP)
     return Items(jnp.asarray(token), jnp.asarray(length), jnp.asarray(trained_I), vectors)
+
+
+def unit_mean_square(vector_nP: np.ndarray | None) -> jax.Array:
+    """float32: the vectors, each scaled to the mean square 1. Encoders' vectors have very different norms. Zeros stay zeros."""
+    x_nP = np.asarray(vector_nP, np.float32)
+    return jnp.asarray(x_nP / np.maximum(np.sqrt(np.square(x_nP).mean(-1, keepdims=True)), 1e-12))
 
 
 def all_text_vectors(model: Network, items: Items, chunk: int = 1024, key: jax.Array | None = None) -> jax.Array:

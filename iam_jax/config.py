@@ -113,7 +113,7 @@ class ObjectiveConfig:
     vectors: str = "table"  # what an item's vector is: table | text | both (their sum)
     text_layers: str = "leading"  # which layers a text vector goes through: leading (the leading intra layers) | all
     softmax: str = "auto"  # full | sampled | cached | auto (full for tables, sampled with text)
-    negatives: int = 512  # sampled: negatives drawn per step, besides the batch's targets; cached: items whose text is computed, likewise
+    negatives: int = 512  # sampled, cached: items drawn per step, in addition to the batch's own targets
     negatives_power: float = 1.0  # they are drawn in proportion to (training events of the item) ** power; cached: half of them uniformly
     refresh_steps: int = 100  # cached: steps between two refreshes of the cached text vectors
     chunk: int = 2048  # positions whose logits exist at the same time, on all devices together

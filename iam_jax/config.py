@@ -103,6 +103,9 @@ class ModelConfig:
     item_input: str = "none"  # identity at the input, behind the leading intra layers: none | table (the item table's row) | own (a table)
     item_width: int = 0  # width of the item-level layers and of item vectors; 0: width
     item_heads: int = 0  # number of query heads of the item-level layers, if item_width is set; 0: heads
+    item_dropout: float = -1.0  # dropout of the item-level layers and on their input; -1: dropout
+    drop_identity: float = 0.0  # in training, share of the items that a step treats as if they had no row in the item table
+    drop_content: float = 0.0  # in training, share of the items whose content a step leaves out (item-level layers)
     inter_positions: str = "token"  # rotary positions in inter layers: token | item (the item's number)
     self_key: bool = False  # inter layers: a token also sees itself
     dropout: float = 0.1  # dropout on embeddings and on each layer's output
@@ -118,7 +121,8 @@ class ModelConfig:
     @property
     def item_shape(self) -> "ModelConfig":
         """The shape of the item-level layers. They have no adapters."""
-        shape = dataclasses.replace(self, lora=LoraConfig())
+        dropout = self.dropout if self.item_dropout < 0 else self.item_dropout
+        shape = dataclasses.replace(self, lora=LoraConfig(), dropout=dropout)
         if not self.item_width:
             return shape
         heads = self.item_heads or self.heads
@@ -132,7 +136,7 @@ class ObjectiveConfig:
     vectors: str = "table"  # what an item's vector is: table | text (its content: text and data.vectors) | both (their sum)
     text_layers: str = "leading"  # which layers a text vector goes through: leading (the leading intra layers) | all
     softmax: str = "auto"  # full | sampled | cached | auto (sampled if text is read by layers, else full)
-    negatives: int = 512  # sampled: negatives drawn per step, besides the batch's targets; cached: items whose text is computed, likewise
+    negatives: int = 512  # sampled, cached: items drawn per step, in addition to the batch's own targets
     negatives_power: float = 1.0  # they are drawn in proportion to (training events of the item) ** power; cached: half of them uniformly
     refresh_steps: int = 100  # cached: steps between two refreshes of the cached text vectors
     chunk: int = 2048  # positions whose logits exist at the same time, on all devices together
@@ -148,6 +152,8 @@ class OptimizerConfig:
     b2: float = 0.98  # AdamW's decay rate of the second moment
     epsilon: float = 1e-8  # AdamW's epsilon
     weight_decay: float = 0.01  # weight decay of matrices; vectors and scales have none
+    table_decay: float = -1.0  # weight decay of item tables; -1: weight_decay
+    content_decay: float = -1.0  # weight decay of the matrices that project content (text states, given vectors); -1: weight_decay
     clip_norm: float = 1.0  # maximum norm of the gradient; 0: off
     accumulate: int = 1  # micro-batches per step; must divide train.batch_rows
 
@@ -289,7 +295,7 @@ class Config:
 
     @property
     def drops(self) -> bool:
-        """Whether the layers have dropout."""
+        """Whether the layers have dropout (with item-level layers: those before the mark)."""
         return self.model.dropout > 0 or (self.model.lora.rank > 0 and self.model.lora.dropout > 0)
 
     @property
@@ -542,6 +548,17 @@ def check(config: Config) -> None:
     require(model.item_width % heads == 0, "model.item_width", f"must be divisible by the number of heads, {heads}")
     even = not model.item_width or model.item_width // heads % 2 == 0
     require(even, "model.item_width", f"rotary positions need an even head size, not {model.item_width // heads}")
+    require(model.item_dropout < 1, "model.item_dropout", "must be below 1")
+    require(item_level or model.item_dropout < 0, "model.item_dropout", "needs item-level layers (the mark | in model.schedule)")
+    for field in ("drop_identity", "drop_content"):
+        require(0 <= getattr(model, field) < 1, f"model.{field}", "must be in [0, 1)")
+    together = model.drop_identity + model.drop_content <= 1
+    require(together, "model.drop_content", f"with model.drop_identity = {model.drop_identity:g}, the sum must be at most 1")
+    identity = (config.has_table or model.item_input == "own") and objective.vectors != "table"
+    require(identity or not model.drop_identity, "model.drop_identity", "needs an item table and content in the items' vectors")
+    content = objective.vectors != "text"
+    require(content or not model.drop_content, "model.drop_content", "without content, vectors need the item table (objective.vectors)")
+    require(item_level or not model.drop_content, "model.drop_content", "needs item-level layers (the mark | in model.schedule)")
     needed = data.context_items + 1 + bool(data.prompt) + bool(data.suffix)
     row_fits = data.row_items >= needed
     require(row_fits, "data.row_items", f"prompt, suffix and data.context_items + 1 items need {needed}")
@@ -627,6 +644,9 @@ def check(config: Config) -> None:
     warmup = optimizer.warmup_steps
     decay = optimizer.decay_steps == 0 or optimizer.decay_steps > warmup
     require(decay, "optimizer.decay_steps", f"must be 0 or above optimizer.warmup_steps = {warmup}")
+    for field in ("table_decay", "content_decay"):
+        value = getattr(optimizer, field)
+        require(value >= 0 or value == -1, f"optimizer.{field}", "must be 0 or more, or -1")
     for field in ("b1", "b2"):
         require(0 <= getattr(optimizer, field) < 1, f"optimizer.{field}", "must be in [0, 1)")
     require(optimizer.epsilon > 0, "optimizer.epsilon", "must be above 0")

@@ -113,6 +113,7 @@ WRONG = [
     *cases("objective.token", 1.0, model__schedule="(intra_both inter)*2"),
     *cases("objective.text_layers", "leading", objective__vectors="text", model__schedule="(full inter)*2"),
     *cases("objective.softmax", "cached"),
+    *cases("objective.negatives", 0, objective__vectors="text", objective__softmax="cached"),
     *cases("optimizer.decay_steps", 50, 100, optimizer__warmup_steps=100),
     *cases("train.batch_rows", 16, optimizer__accumulate=3),
     *cases("model.schedule", "", "intra outer", "full*0"),

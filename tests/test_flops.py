@@ -128,8 +128,12 @@ def test_text_vectors_and_distinct_items():
     of_texts = (targets + drawn) * (longest * LAYER + D * D) + targets * D * (targets + drawn)
     assert occurrences.model["float32"] == 3 * 2 * (4 * 4 * 24 * LAYER + targets * D * D + of_texts)
 
+    accumulated = step_flops(run_of(accumulate=2, objective=objective))  # texts are computed once per step, and again for the gradient
+    assert accumulated.model == occurrences.model and accumulated.hardware["float32"] > occurrences.hardware["float32"]
+
     run = run_of(objective=objective, model={"item_states": "on"})
     distinct = step_flops(run)
+    assert step_flops(run_of(accumulate=2, objective=objective, model={"item_states": "on"})).model == distinct.model
     batch = run.finish({name: np.stack([run.rows[row % len(run.rows)][name] for row in range(4)]) for name in run.rows[0]})
     chunks = batch["leading"]["user"].reshape(8, -1)
     slots = (chunks > 0).any(1).sum() * chunks.shape[1]

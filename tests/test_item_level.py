@@ -17,14 +17,18 @@ import iam_jax
 from iam_jax.config import default_config, resolve
 from iam_jax.data.batches import evaluation_rows, training_rows
 from iam_jax.data.item_rows import CatalogueItems, DistinctItems, without_items
+from iam_jax.data.vectors import Vectors
 from iam_jax.devices.mesh import make_mesh
 from iam_jax.errors import InputError
 from iam_jax.model import make_model
-from iam_jax.model.items import make_items
+from iam_jax.model.items import left_out, make_items
 from iam_jax.ranking.evaluate import Evaluator
 from iam_jax.schedule import parse_schedule
+from iam_jax.training import objectives
 from iam_jax.training.flops import attention_flops, step_flops, visible_pairs
+from iam_jax.training.objectives import OBJECTIVES, States
 from iam_jax.training.run import make_run
+from iam_jax.training.step import init_state, make_train_step
 
 MARKED = {"data": {"row_items": 12, "row_tokens": 24, "context_items": 2}}
 
@@ -348,6 +352,68 @@ def test_flops_of_item_level_layers():
     assert flops.total() == pytest.approx(4 * 8 * counted / 4)
     step = step_flops(make_run(dataclasses.replace(config, train=dataclasses.replace(config.train, batch_rows=2)), prepared))
     assert step.model.total() > 0 and step.hardware.total() >= step.model.total()
+
+
+# ---- what keeps it from over-fitting
+
+
+def test_an_item_that_is_left_out_has_no_identity_or_no_content():
+    """As a cold item, in the input and in the item vectors; never both, and with the shares that were asked for."""
+    config, prepared, made, params, rows = case("intra | inter", "table", vectors="both")
+    items = make_items(prepared.catalogue, prepared.events.train_counts > 0)
+    many = dataclasses.replace(items, trained_I=jnp.ones(20000, bool))
+    drawn = left_out(many, 0.3, 0.2, jax.random.key(0))
+    assert not (~drawn.identity_I & ~drawn.content_I).any()
+    assert abs(float((~drawn.identity_I).mean()) - 0.3) < 0.02 and abs(float((~drawn.content_I).mean()) - 0.2) < 0.02
+
+    batch = DistinctItems(rows, 2, row_tokens=24)(stack([rows[r] for r in range(2)]))
+    training = objectives.make_training_items(prepared.catalogue, prepared.events, rows.segments, config)
+
+    @jax.jit
+    def loss(params, items, leading):
+        network = made.bind(params)
+        states = network.states(batch, leading_XD=network.leading_states(batch["leading"], 8) * leading[:, None], items=items)
+        mine = dataclasses.replace(training, catalogue=items)
+        shared = OBJECTIVES["item"].shared(network, config, mine, batch, None, (None, None), None)
+        return states, OBJECTIVES["item"].loss(network, config, mine, batch, States(states), (None, None), shared)
+
+    everything = jnp.ones(batch["leading"]["token"].size)
+    present = jnp.ones(prepared.catalogue.items, bool)
+    item = int(batch["identity"].max())
+    without_row = params | {"table_IE": params["table_IE"].at[item].set(0.0)}
+    mine = dataclasses.replace(items, identity_I=present.at[item].set(False), content_I=present)
+    for a, b in zip(loss(params, mine, everything), loss(without_row, items, everything), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
+    slots = np.asarray(batch["slot"])[np.asarray(batch["identity"]) == item]
+    without_content = everything.at[slots].set(0.0)
+    mine = dataclasses.replace(items, identity_I=present, content_I=present.at[item].set(False))
+    states, _ = loss(params, mine, everything)
+    np.testing.assert_allclose(states, loss(params, items, without_content)[0], rtol=1e-6, atol=1e-6)
+
+
+def test_leaving_out_is_the_same_for_all_micro_batches():
+    """Gradients of a step do not depend on optimizer.accumulate."""
+    steps = []
+    for parts in (1, 2):
+        config = make_config(
+            data=MARKED["data"] | {"vectors": "tfidf"},
+            model={"schedule": "| inter", "item_input": "table", "drop_identity": 0.4, "drop_content": 0.3},
+            objective={"vectors": "both"},
+            optimizer={"accumulate": parts, "warmup_steps": 0, "epsilon": 1e-2},
+            train={"batch_rows": 4},
+        )
+        prepared = tiny_data(users=30)
+        vectors = np.random.default_rng(0).standard_normal((prepared.catalogue.items, 5)).astype(np.float32)
+        prepared = dataclasses.replace(prepared, content=Vectors(vectors, ""))
+        this = make_run(config, prepared)
+        assert config.softmax == "full"
+        with jax.set_mesh(this.mesh):
+            batch = this.finish(stack([this.rows[r] for r in range(4)]))
+            state, metrics = make_train_step(this)(init_state(this), batch, this.items, np.int32(0))
+        steps.append((state["params"], float(metrics["item_sum"])))
+    assert steps[0][1] == pytest.approx(steps[1][1], rel=1e-5)
+    for a, b in zip(jax.tree.leaves(steps[0][0]), jax.tree.leaves(steps[1][0]), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
 # ---- whole commands

@@ -16,7 +16,11 @@ from iam_jax.model.network import Network
 from iam_jax.model.softmax import strided, unstrided
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=("token_IT", "length_I", "trained_I", "vector_IP"), meta_fields=())
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("token_IT", "length_I", "trained_I", "vector_IP", "identity_I", "content_I"),
+    meta_fields=(),
+)
 @dataclasses.dataclass(frozen=True)
 class Items:
     """What item vectors are computed from."""
@@ -25,6 +29,14 @@ class Items:
     length_I: jax.Array  # int32, how many there are
     trained_I: jax.Array  # bool: has a training event; the table rows of the others count as zero
     vector_IP: jax.Array | None = None  # float32: the given vectors (`data.vectors`), with the mean square 1
+
+    identity_I: jax.Array | None = None  # bool: identity and content of this training step (`left_out`); None: nothing is left out
+    content_I: jax.Array | None = None
+
+    @property
+    def row_I(self) -> jax.Array:
+        """bool: whether the item has a row in the item table."""
+        return self.trained_I if self.identity_I is None else self.trained_I & self.identity_I
 
     def extended(self, vectors: np.ndarray | None, count: int) -> "Items":
         """For histories with `count` further items, which have no training event. vectors: their given vectors, if there are any."""
@@ -38,6 +50,13 @@ def make_items(catalogue: Catalogue, trained_I: np.ndarray, vector_IP: np.ndarra
     token, length = catalogue.padded()
     vectors = None if vector_IP is None else unit_mean_square(vector_IP)
     return Items(jnp.asarray(token), jnp.asarray(length), jnp.asarray(trained_I), vectors)
+
+
+def left_out(items: Items, identity: float, content: float, key: jax.Array) -> Items:
+    """The items of one training step. A share `identity` of them, drawn at random, has no row in the item table, as if they had no training
+    event, and another share `content` has no content."""
+    draw_I = jax.random.uniform(key, items.trained_I.shape)
+    return dataclasses.replace(items, identity_I=draw_I >= identity, content_I=draw_I < 1 - content)
 
 
 def unit_mean_square(vector_nP: np.ndarray | None) -> jax.Array:
@@ -73,9 +92,9 @@ def item_vectors(model: Network, config: Config, items: Items, boundary_ID: jax.
     """v_IE of the whole catalogue as ranking uses them: table, text or their sum. boundary_ID: the items' boundary states after the
     leading intra layers, where they are known."""
     if not config.uses_text:
-        return model.table(items.trained_I)
+        return model.table(items.row_I)
     if boundary_ID is not None and config.leading_vectors:
         text_IE = model.content(boundary_ID, items.vector_IP)
     else:
         text_IE = all_text_vectors(model, items)
-    return text_IE if config.objective.vectors == "text" else text_IE + model.table(items.trained_I)
+    return text_IE if config.objective.vectors == "text" else text_IE + model.table(items.row_I)

@@ -9,7 +9,7 @@ from flax import nnx
 from iam_jax.config import Config
 from iam_jax.devices.mesh import constrain_activations, split_rows
 from iam_jax.model.decoder import Cache, Decoder, Norm
-from iam_jax.model.lora import Keys, weight
+from iam_jax.model.lora import Keys, dropout, weight
 
 if TYPE_CHECKING:
     from iam_jax.model.items import Items
@@ -65,7 +65,10 @@ class Network(nnx.Module):
         """
         if leading_XD is None and not self.config.item_level and "identity" not in batch:
             return self.decoder.normed(self.decoder(batch, key=key))
-        return self.from_inputs(self.inputs(batch, key, leading_XD, items), batch, key)
+        x_BTE = self.inputs(batch, key, leading_XD, items)
+        if self.config.item_level:
+            x_BTE = dropout(x_BTE, self.config.model.item_shape.dropout, None if key is None else jax.random.fold_in(key, 0))
+        return self.from_inputs(x_BTE, batch, key)
 
     def from_inputs(self, x_BTE: jax.Array, batch: dict, key: jax.Array | None = None) -> jax.Array:
         """`states` from the input of the layers behind the leading intra layers."""
@@ -86,12 +89,16 @@ class Network(nnx.Module):
         assert items is not None
         there_BT = (batch["identity"] >= 0) & (batch["identity"] < len(items.trained_I))
         item_BT = jnp.where(there_BT, batch["identity"], 0)
+        keep_BT1 = None if items.content_I is None else items.content_I[item_BT][..., None] | ~there_BT[..., None]
+        if keep_BT1 is not None:
+            x_BTE = jnp.where(keep_BT1, x_BTE, 0)
         added_BTE: Any = 0
         if config.model.item_input != "none":
-            table_IE = self.table(items.trained_I) if config.model.item_input == "table" else _rows(self.identity_IE[...], items.trained_I)
+            table_IE = self.table(items.row_I) if config.model.item_input == "table" else _rows(self.identity_IE[...], items.row_I)
             added_BTE = table_IE[item_BT] * self.identity_scale[...]
         if items.vector_IP is not None:
-            added_BTE = added_BTE + items.vector_IP[item_BT] @ self.input_vector_PE[...]
+            vector_BTE = items.vector_IP[item_BT] @ self.input_vector_PE[...]
+            added_BTE = added_BTE + (vector_BTE if keep_BT1 is None else jnp.where(keep_BT1, vector_BTE, 0))
         return constrain_activations(x_BTE + jnp.where(there_BT[..., None], added_BTE, 0).astype(x_BTE.dtype))
 
     @staticmethod

@@ -1,5 +1,6 @@
 """The training state and the step that updates it."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -9,6 +10,7 @@ import optax
 
 from iam_jax.devices.mesh import param_sharding, split_rows
 from iam_jax.model import Params, pretrained
+from iam_jax.model.items import left_out
 from iam_jax.model.parameters import EMBEDDINGS, abstract, join, mean_rows, select
 from iam_jax.training import objectives
 from iam_jax.training.optimizer import learning_rate, make_optimizer, updates_made
@@ -54,6 +56,9 @@ def make_train_step(run: Run):
         votes = {name: votes.sum() for name, votes in batch.pop("votes", {}).items()}
         # rbg: on a CPU, threefry's dropout masks take longer than the layers
         key = jax.random.fold_in(jax.random.key(config.train.seed, impl="rbg"), step)
+        if config.model.drop_identity or config.model.drop_content:  # the same items in all micro-batches
+            shares = config.model.drop_identity, config.model.drop_content
+            items = dataclasses.replace(items, catalogue=left_out(items.catalogue, *shares, jax.random.fold_in(key, 1)))
         count = objectives.counts(batch)
 
         def loss(params, learned, micro, key, given=None):

@@ -17,7 +17,7 @@ from iam_jax.data.catalogue import Catalogue
 from iam_jax.data.splits import Events
 from iam_jax.model.items import Items, all_text_vectors, make_items, text_vectors_in_chunks
 from iam_jax.model.network import Network
-from iam_jax.model.softmax import cross_entropy, sampled_cross_entropy
+from iam_jax.model.softmax import cached_cross_entropy, cross_entropy, sampled_cross_entropy
 from iam_jax.training.objectives.objective import Objective, Shared, States
 
 _ARRAYS = ("catalogue", "target_share_I", "drawn_share_I", "drawn_until_I")  # of TrainingItems
@@ -62,7 +62,7 @@ def summed_up(weight_I: np.ndarray) -> np.ndarray:
 
 
 def _shared(network: Network, config: Config, items: TrainingItems, batch: dict, leading_XD, keys, cache_IE) -> Shared:
-    """Text vectors of the candidates (None: no text) and, for the sampled softmax, the candidates and log E_c of each.
+    """Text vectors of the candidates (None: no text) and, for sampled and cached softmax, the candidates and log E_c or the weight of each.
 
     The candidates of every softmax are those of the whole batch, drawn once per step."""
     text_key, draw_key = keys
@@ -74,8 +74,7 @@ def _shared(network: Network, config: Config, items: TrainingItems, batch: dict,
     candidate_C = jnp.concatenate([target_X, drawn_C])
     text_CE = _texts(network, config, catalogue, batch, candidate_C, leading_XD, text_key) if config.uses_text else None
     if config.softmax == "cached":
-        assert text_CE is not None  # config.py refuses a cache without text
-        return Shared(straight_through(cache_IE, text_CE, candidate_C, _weights(items, target_X, drawn_C)))
+        return Shared(text_CE, (candidate_C, _weights(items, target_X, drawn_C), cache_IE))
     others = jnp.maximum((target_X >= 0).sum() - 1, 0)  # a position's own target is not one of its negatives
     expected_I = others * items.target_share_I + objective.negatives * items.drawn_share_I
     return Shared(text_CE, (candidate_C, jnp.log(jnp.maximum(expected_I[jnp.maximum(candidate_C, 0)], 1e-30))))
@@ -100,8 +99,8 @@ def _texts(network: Network, config: Config, catalogue: Items, batch: dict, cand
 
 
 def _weights(items: TrainingItems, target_X: jax.Array, drawn_C: jax.Array) -> jax.Array:
-    """The weights of the targets and of the drawn items in `straight_through`. Those of a target's occurrences add up to 1. A drawn item i
-    has the weight 1 / (n q_i), or 0 if it is a target: n draws from q give every other item the expected weight 1."""
+    """The weights of the targets and of the drawn items in a sum over all items. Those of a target's occurrences add up to 1. A drawn item
+    i has the weight 1 / (n q_i), or 0 if it is a target: n draws from q give every other item the expected weight 1."""
     # -1 is counted in an extra last place
     count_I = jnp.zeros(len(items.drawn_share_I) + 1, jnp.int32).at[target_X].add(1)
     of_target_X = jnp.where(target_X >= 0, 1 / jnp.maximum(count_I[target_X], 1), 0)
@@ -109,43 +108,29 @@ def _weights(items: TrainingItems, target_X: jax.Array, drawn_C: jax.Array) -> j
     return jnp.concatenate([of_target_X, of_drawn_C])
 
 
-@jax.custom_vjp
-def straight_through(v_IE: jax.Array, fresh_CE: jax.Array, item_C: jax.Array, weight_C: jax.Array) -> jax.Array:
-    """v_IE unchanged; the gradient g_IE of it goes to fresh vectors of some items instead: to that of item c, weight_c g_c.
-
-    With the cache as v_IE, the vectors of all candidates are of one age, so the loss cannot learn to tell fresh from stale ones. If the
-    cache is fresh, v_i = f_i(parameters), the full softmax has the gradient sum_i J_i^T g_i, where J_i is the Jacobian of f_i. The one here
-    is sum_c weight_c J_c^T g_c. Neither g nor J depends on which items were drawn, so its expectation is the full one if the weights of
-    every item add up to 1 in expectation (`_weights`)."""
-    return v_IE
-
-
-def _straight_through_forward(v_IE, fresh_CE, item_C, weight_C):
-    return v_IE, (item_C, weight_C)
-
-
-def _straight_through_backward(residuals, g_IE):
-    item_C, weight_C = residuals
-    return None, weight_C[:, None] * g_IE[item_C], None, None
-
-
-straight_through.defvjp(_straight_through_forward, _straight_through_backward)
-
-
 def _loss(network: Network, config: Config, items: TrainingItems, batch: dict, states: States, keys, shared: Shared) -> jax.Array:
-    trained_I, chunk = items.catalogue.trained_I, config.objective.chunk
+    trained_I, content_I, chunk = items.catalogue.trained_I, items.catalogue.content_I, config.objective.chunk
     x_BMD = jnp.take_along_axis(states.x_BTD, batch["target_at"][..., None], axis=1)
     h_XE = network.project(x_BMD.reshape(-1, x_BMD.shape[-1]))
     target_X = batch["target"].reshape(-1)
-    table_IE = network.table(trained_I) if config.objective.vectors != "text" else None
-    if config.softmax != "sampled":
-        v_IE = _sum(shared.learned, table_IE)
-        return cross_entropy(h_XE, v_IE, target_X, allowed_C=trained_I, chunk=chunk)
-    candidate_C, log_expected_C = shared.given
-    v_CE = _sum(shared.learned, None if table_IE is None else table_IE[jnp.maximum(candidate_C, 0)])
+    table_IE = network.table(items.catalogue.row_I) if config.objective.vectors != "text" else None
+    if config.softmax == "full":
+        return cross_entropy(h_XE, _sum(_present(shared.learned, content_I), table_IE), target_X, allowed_C=trained_I, chunk=chunk)
+    candidate_C, about_C = shared.given[:2]
+    safe_C = jnp.maximum(candidate_C, 0)
+    content_CE = _present(shared.learned, None if content_I is None else content_I[safe_C])
+    v_CE = _sum(content_CE, None if table_IE is None else table_IE[safe_C])
     # The targets are the first candidates.
     vt_XE = v_CE[batch["target_place"].reshape(-1)] if "target_place" in batch else v_CE[: len(target_X)]
-    return sampled_cross_entropy(h_XE, target_X, candidate_C, v_CE, vt_XE, log_expected_C, chunk)
+    if config.softmax == "sampled":
+        return sampled_cross_entropy(h_XE, target_X, candidate_C, v_CE, vt_XE, about_C, chunk)
+    v_IE = _sum(_present(shared.given[2], content_I), table_IE)
+    return cached_cross_entropy(h_XE, target_X, v_IE, trained_I, v_CE, v_IE[safe_C], vt_XE, about_C, chunk)
+
+
+def _present(content_CE: jax.Array | None, present_C: jax.Array | None) -> jax.Array | None:
+    """Content vectors, zero where the content is left out in this step."""
+    return content_CE if content_CE is None or present_C is None else jnp.where(present_C[:, None], content_CE, 0)
 
 
 def _sum(text: jax.Array | None, table: jax.Array | None) -> jax.Array:

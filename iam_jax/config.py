@@ -72,10 +72,7 @@ class LoraConfig:
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     pretrained: str = ""  # Hugging Face folder; it provides the weights and the shape (the fields from width to tie_tokens)
-    schedule: str = (
-        "(intra inter)*2"  # full | intra | inter | intra_both; `*n` repeats a relation or a (group), `+` inserts a layer, `|` is the mark
-    )
-    # of item-level layers: behind it, each item has one slot
+    schedule: str = "(intra inter)*2"  # full | intra | inter | intra_both; `*n` repeats, `+` inserts, behind `|` an item has one slot
     width: int = 64  # width of the model (D)
     heads: int = 4  # number of query heads
     kv_heads: int = 0  # number of key-value heads; 0: as many as heads

@@ -77,7 +77,7 @@ def _shared(network: Network, config: Config, items: TrainingItems, batch: dict,
         return Shared(text_CE, (candidate_C, _weights(items, target_X, drawn_C), cache_IE))
     others = jnp.maximum((target_X >= 0).sum() - 1, 0)  # a position's own target is not one of its negatives
     expected_I = others * items.target_share_I + objective.negatives * items.drawn_share_I
-    return Shared(text_CE, (candidate_C, jnp.log(jnp.maximum(expected_I[jnp.maximum(candidate_C, 0)], 1e-30))))
+    return Shared(text_CE, (candidate_C, jnp.log(jnp.maximum(expected_I[jnp.maximum(candidate_C, 0)], 1e-30)), None))
 
 
 def _texts(network: Network, config: Config, catalogue: Items, batch: dict, candidate_C, leading_XD, key) -> jax.Array:
@@ -116,7 +116,7 @@ def _loss(network: Network, config: Config, items: TrainingItems, batch: dict, s
     table_IE = network.table(items.catalogue.row_I) if config.objective.vectors != "text" else None
     if config.softmax == "full":
         return cross_entropy(h_XE, _sum(_present(shared.learned, content_I), table_IE), target_X, allowed_C=trained_I, chunk=chunk)
-    candidate_C, about_C = shared.given[:2]
+    candidate_C, about_C, cache_IE = shared.given
     safe_C = jnp.maximum(candidate_C, 0)
     content_CE = _present(shared.learned, None if content_I is None else content_I[safe_C])
     v_CE = _sum(content_CE, None if table_IE is None else table_IE[safe_C])
@@ -124,7 +124,7 @@ def _loss(network: Network, config: Config, items: TrainingItems, batch: dict, s
     vt_XE = v_CE[batch["target_place"].reshape(-1)] if "target_place" in batch else v_CE[: len(target_X)]
     if config.softmax == "sampled":
         return sampled_cross_entropy(h_XE, target_X, candidate_C, v_CE, vt_XE, about_C, chunk)
-    v_IE = _sum(_present(shared.given[2], content_I), table_IE)
+    v_IE = _sum(_present(cache_IE, content_I), table_IE)
     return cached_cross_entropy(h_XE, target_X, v_IE, trained_I, v_CE, v_IE[safe_C], vt_XE, about_C, chunk)
 
 

@@ -200,7 +200,7 @@ def test_what_is_skipped_does_not_matter():
 def test_ranking_vectors_are_the_plain_ones(name):
     prepared, _, _, _, model, params = case(name)
     targets = np.setdiff1d(np.arange(len(prepared.events.item)), prepared.events.offsets[:-1])
-    results = []
+    results, losses = [], []
     for item_states in ("on", "off"):
         sections = {section: dict(fields) for section, fields in CASES[name].items()}
         sections["model"]["item_states"] = item_states
@@ -210,8 +210,10 @@ def test_ranking_vectors_are_the_plain_ones(name):
         assert (leading is not None) == (item_states == "on")
         h = evaluator.history_vectors(params, targets, leading, lambda: None, "test")
         results.append((h, np.asarray(evaluator.ranker.item_vectors(params, leading))))
+        losses.append(evaluator.losses(params, targets))
     for a, b in zip(*results, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5) and bool(losses[0]) == bool(config.objective.token)
 
 
 @pytest.mark.parametrize(("prompt", "suffix"), [(3, 0), (0, 2), (3, 2)])

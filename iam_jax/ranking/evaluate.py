@@ -28,6 +28,7 @@ from iam_jax.data.prepare import Prepared
 from iam_jax.data.splits import LABELS, TEST, VALIDATION, Events, users_of
 from iam_jax.devices.mesh import shard_batch
 from iam_jax.model import Model, Params
+from iam_jax.model.items import Items
 from iam_jax.model.softmax import label_log_probs
 from iam_jax.ranking import baselines, metrics
 from iam_jax.ranking.core import Ranker, Report, item_states_gib
@@ -54,9 +55,9 @@ class Evaluator:
             print(f"ranking computes the leading intra layers for every history, because {limit}", flush=True)
 
         @functools.partial(jax.jit, out_shardings=NamedSharding(mesh, PartitionSpec()))  # the host of every process reads them
-        def token_sums(params: Params, batch: dict) -> jax.Array:
+        def token_sums(params: Params, batch: dict, leading_XD: jax.Array | None, items: Items) -> jax.Array:
             network = model.bind(params)
-            x_BTD, label_X = network.states(batch, items=self.ranker.items), batch["label"].reshape(-1)
+            x_BTD, label_X = network.states(batch, None, leading_XD, items), batch["label"].reshape(-1)
             embedding = network.output_embedding()
             loss_X = -label_log_probs(x_BTD.reshape(-1, x_BTD.shape[-1]), embedding, label_X, chunk=config.objective.chunk)
             text_X = (label_X >= 0) & (label_X != prepared.catalogue.vocabulary - 1)
@@ -87,10 +88,12 @@ class Evaluator:
         if not self.config.objective.token or not len(targets):
             return {}
         rows, batch_rows = self.rows(targets, whole_text=True), self.config.eval.batch_rows
-        sums = np.zeros(4)
+        leading_XD, sums = self.leading_states(params, rows), np.zeros(4)
+        finish = without_items if leading_XD is None else self.ranker.catalogue_items
         with self._progress(math.ceil(len(rows) / batch_rows), f"{label}: loss", poll) as report:
-            for batch in evaluation_batches(rows, batch_rows, without_items):
-                sums += np.asarray(self._token_sums(params, shard_batch(self.mesh, batch)), np.float64)
+            for batch in evaluation_batches(rows, batch_rows, finish):
+                results = self._token_sums(params, shard_batch(self.mesh, batch), leading_XD, self.ranker.items)
+                sums += np.asarray(results, np.float64)
                 report(1)
         return {"token_loss": sums[0] / sums[1], "text_loss": sums[2] / max(sums[3], 1)}
 

@@ -271,7 +271,9 @@ def opened(
 
     import jax
 
+    from iam_jax.data.cache import cache_root
     from iam_jax.ranking.evaluate import Evaluator
+    from iam_jax.ranking.tower import tower_states
     from iam_jax.training.run import make_run
 
     run = make_run(config, prepared)
@@ -286,7 +288,13 @@ def opened(
                 open_workdir(workdir, config, prepared, fingerprint, shared=True)
         signals.poll()
         stack.enter_context(jax.set_mesh(run.mesh))
-        yield Session(run, Evaluator(run.model, config, prepared, run.mesh), workdir, signals)
+        if config.constant_tower:
+            cache, model, mesh = cache_root(config.data.cache), run.model, run.mesh
+            assert fingerprint is not None
+            run = run.with_tower(
+                tower_states(config, prepared.catalogue, model, mesh, lambda: run.frozen, fingerprint, cache, signals.poll)
+            )
+        yield Session(run, Evaluator(run.model, config, prepared, run.mesh, run.items.catalogue.tower_XD), workdir, signals)
 
 
 def _shared_facts(config: Config) -> dict[str, object]:

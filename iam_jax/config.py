@@ -291,6 +291,16 @@ class Config:
         return bool(self.model.pretrained and selected)
 
     @property
+    def constant_tower(self) -> bool:
+        """Whether the states after the leading intra layers are constants: item-level layers behind a pretrained model that is frozen as a
+        whole, without adapters, dropout or inserted layers. They are then computed once per catalogue (ranking/tower.py)."""
+        model, train = self.model, self.train
+        frozen = bool(model.pretrained) and train.frozen == "." and not train.trained
+        if not (frozen and self.item_level and self.schedule.leading_intra) or model.lora.rank or model.dropout:
+            return False
+        return not any(inserted for stage in self.schedule.stages[: self.schedule.token_stages] for inserted in stage.inserted)
+
+    @property
     def drops(self) -> bool:
         """Whether the layers have dropout (with item-level layers: those before the mark)."""
         return self.model.dropout > 0 or (self.model.lora.rank > 0 and self.model.lora.dropout > 0)
@@ -300,7 +310,8 @@ class Config:
         """objective.softmax, where `auto` is replaced by its choice."""
         if self.objective.softmax != "auto":
             return self.objective.softmax
-        return "sampled" if self.reads_text else "full"  # vectors that are given are projected at once
+        # Given vectors and the states of a constant tower are projected at once.
+        return "sampled" if self.reads_text and not self.constant_tower else "full"
 
 
 # Fields that may change between two runs of one working folder. `data.path`, `data.cache` and `model.pretrained` are locations; hashes of

@@ -77,6 +77,7 @@ SMOKE = {
     "ranking/likelihood.py": "test_candidates.py::test_log_likelihoods_are_refused_where_the_text_is_seen",
     "ranking/metrics.py": "test_metrics.py::test_values_by_hand",
     "ranking/scores.py": "test_evaluate.py::test_rank_catalogue_equals_loops_whatever_the_chunk",
+    "ranking/tower.py": "test_tower.py::test_states_are_kept_and_an_interrupted_computation_continues",
     "runs/checkpoint.py": "test_checkpoint.py::test_the_newest_and_the_best_are_kept",
     "runs/compare.py": "test_compare.py::test_one_table_as_text_and_markdown",
     "runs/logs.py": "test_logs.py::test_lines_and_events",

@@ -119,5 +119,10 @@ class DistinctItems:
         return np.unique(np.concatenate(there if self.targets else there[:1]))
 
 
+def entry_slots(batch: Batch, *_: np.ndarray) -> Batch:
+    """A batch whose slots are the numbers of the catalogue's entries, for item states of the whole catalogue, one for each entry."""
+    return without_items(batch) | {"slot": batch["item"]}
+
+
 def without_items(batch: Batch, *_: np.ndarray) -> Batch:
     return {name: x for name, x in batch.items() if name not in ("item", "within")}

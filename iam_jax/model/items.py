@@ -18,7 +18,7 @@ from iam_jax.model.softmax import strided, unstrided
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=("token_IT", "length_I", "trained_I", "vector_IP", "identity_I", "content_I"),
+    data_fields=("token_IT", "length_I", "trained_I", "vector_IP", "tower_XD", "identity_I", "content_I"),
     meta_fields=(),
 )
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +30,7 @@ class Items:
     trained_I: jax.Array  # bool: has a training event; the table rows of the others count as zero
     vector_IP: jax.Array | None = None  # float32: the given vectors (`data.vectors`), with the mean square 1
 
+    tower_XD: jax.Array | None = None  # [I + 2, D]: states of all entries after the leading intra layers, where they are constants
     identity_I: jax.Array | None = None  # bool: identity and content of this training step (`left_out`); None: nothing is left out
     content_I: jax.Array | None = None
 
@@ -45,11 +46,15 @@ class Items:
         return dataclasses.replace(self, trained_I=trained_I, vector_IP=vector_IP)
 
 
-def make_items(catalogue: Catalogue, trained_I: np.ndarray, vector_IP: np.ndarray | None = None) -> Items:
-    """trained_I: bool, whether each item has a training event. vector_IP: the given vectors; None: there are none."""
+def make_items(
+    catalogue: Catalogue, trained_I: np.ndarray, vector_IP: np.ndarray | None = None, tower_XD: jax.Array | np.ndarray | None = None
+) -> Items:
+    """trained_I: bool, whether each item has a training event. vector_IP: the given vectors; None: there are none.
+    tower_XD: the states of a constant tower; None: there is none."""
     token, length = catalogue.padded()
     vectors = None if vector_IP is None else unit_mean_square(vector_IP)
-    return Items(jnp.asarray(token), jnp.asarray(length), jnp.asarray(trained_I), vectors)
+    tower = None if tower_XD is None else jnp.asarray(tower_XD)
+    return Items(jnp.asarray(token), jnp.asarray(length), jnp.asarray(trained_I), vectors, tower)
 
 
 def left_out(items: Items, identity: float, content: float, key: jax.Array) -> Items:
@@ -69,6 +74,8 @@ def all_text_vectors(model: Network, items: Items, chunk: int = 1024, key: jax.A
     """v_IE of every item's content, the text of `chunk` items at a time."""
     if not model.config.reads_text:
         return model.content(None, items.vector_IP)
+    if items.tower_XD is not None:
+        return model.content(items.tower_XD[: len(items.token_IT)], items.vector_IP)
     return text_vectors_in_chunks(model, items.token_IT, items.length_I, chunk, key, items.vector_IP)
 
 

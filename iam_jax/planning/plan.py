@@ -116,6 +116,8 @@ def make_plan(config: Config, request: PlanRequest) -> Plan:
     prepared, scale = _data(config, request.assumption)
     config = _with_kernels(config, devices[0].platform)
     run = make_run(config, prepared, devices)
+    if config.constant_tower:
+        run = run.with_tower(np.zeros((prepared.catalogue.items + 2, config.model.width), np.float32))
     chip = find_chip(devices[0].device_kind)
     capacity = device_capacity(devices[0], chip)
     make = {"training": training, "evaluation": evaluation, "scoring": functools.partial(scoring, top_k=request.top_k)}
@@ -274,11 +276,13 @@ def _vector_programs(run: Run, capacity: int | None, resident: dict, batch_rows:
     if not len(targets) or config.eval.ranking != "item":
         return None
     trained = prepared.events.train_counts > 0
-    ranker = Ranker(config, prepared.catalogue, trained, run.model, run.mesh, batch_rows, prepared.vectors)
+    ranker = Ranker(config, prepared.catalogue, trained, run.model, run.mesh, batch_rows, prepared.vectors, run.items.catalogue.tower_XD)
     params, items = join(run.abstract_trained, frozen_parameters(run)), whole(run, ranker.items)
     rows = evaluation_rows(prepared.events, prepared.catalogue, config.row_slots, targets, **config.row_options)
     leading, first, programs = None, 0, []
-    if keeps_item_states(config, prepared.catalogue, int(rows.sizes.sum())):
+    if ranker.items.tower_XD is not None:
+        leading, first = whole(run, ranker.items.tower_XD), config.schedule.leading_intra
+    elif keeps_item_states(config, prepared.catalogue, int(rows.sizes.sum())):
         catalogue = ranker.catalogue_items
         item_rows = sharded_batch(run, catalogue.rows)
         shape = jax.eval_shape(functools.partial(ranker.leading, chunks=catalogue.chunks), params, item_rows)

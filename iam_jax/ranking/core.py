@@ -74,6 +74,7 @@ class Ranker:
       mesh: the device mesh.
       batch_rows: number of rows of histories that are computed at the same time.
       vector_IP: the items' given vectors (`data.vectors`); None: there are none.
+      tower_XD: the states of a constant tower (tower.py); None: there is none.
     """
 
     def __init__(
@@ -85,9 +86,10 @@ class Ranker:
         mesh: jax.sharding.Mesh,
         batch_rows: int,
         vector_IP: np.ndarray | None = None,
+        tower_XD: jax.Array | np.ndarray | None = None,
     ):
         self.config, self.catalogue, self.model, self.mesh, self.batch_rows = config, catalogue, model, mesh, batch_rows
-        self.items = make_items(catalogue, trained_I, vector_IP)
+        self.items = make_items(catalogue, trained_I, vector_IP, tower_XD)
         whole = functools.partial(jax.jit, out_shardings=NamedSharding(mesh, PartitionSpec()))  # the host of every process reads them
         chunk, count = config.eval.chunk_items, catalogue.items
 
@@ -135,6 +137,8 @@ class Ranker:
 
     def leading_states(self, params: Params, history_tokens: int) -> jax.Array | None:
         """States of the catalogue after the leading intra layers [slots, D]; None if `keeps_item_states` is False."""
+        if self.items.tower_XD is not None:
+            return self.items.tower_XD
         if not keeps_item_states(self.config, self.catalogue, history_tokens):
             return None
         return self.leading(params, shard_batch(self.mesh, self.catalogue_items.rows), self.catalogue_items.chunks)

@@ -44,10 +44,14 @@ def no_poll() -> None:
 class Evaluator:
     """Ranks target events with a model. It keeps compiled functions, so one evaluator serves a whole training run."""
 
-    def __init__(self, model: Model, config: Config, prepared: Prepared, mesh: jax.sharding.Mesh):
+    def __init__(
+        self, model: Model, config: Config, prepared: Prepared, mesh: jax.sharding.Mesh, tower_XD: jax.Array | np.ndarray | None = None
+    ):
+        """tower_XD: the states of a constant tower (tower.py)."""
         self.config, self.prepared, self.mesh = config, prepared, mesh
         trained_I = prepared.events.train_counts > 0
-        self.ranker = Ranker(config, prepared.catalogue, trained_I, model, mesh, config.eval.batch_rows, prepared.vectors)
+        batch_rows = config.eval.batch_rows
+        self.ranker = Ranker(config, prepared.catalogue, trained_I, model, mesh, batch_rows, prepared.vectors, tower_XD)
         self._rows: dict[tuple[bytes, bool], Rows] = {}
         gib = item_states_gib(config, prepared.catalogue)
         if config.states_by_item and not config.item_level and config.model.item_states == "on" and gib > config.eval.item_states_gib:

@@ -25,7 +25,7 @@ from iam_jax.devices.signals import Signals
 from iam_jax.errors import InputError
 from iam_jax.ranking.core import Report
 from iam_jax.runs.checkpoint import Checkpoints
-from iam_jax.serving.loading import data_facts, model_of, restore, serving_mesh, shape_from_folder
+from iam_jax.serving.loading import data_facts, model_of, restore, serving_mesh, shape_from_folder, tower_of
 from iam_jax.serving.recommender import Recommender
 from iam_jax.storage.files import check_writable, make_folder, to_path, write_atomically
 from iam_jax.storage.remote import is_remote
@@ -129,13 +129,15 @@ def score(workdir: Path, config: Config, request: ScoreRequest, saved: bool, sig
     if not missing:
         print(f"wrote {output}")
         return
+    with jax.set_mesh(mesh):
+        tower_XD = tower_of(workdir, config, stored, model, params, mesh)
     tokens = 0 if users is None else int(catalogue.lengths[users.events.item].sum())
     unit, start = "item" if users is None else "user", time.monotonic()
     interval = 0.2 if sys.stderr.isatty() else 10.0
     total, done, processes = rows, rows - sum(sizes[part] for part in missing), jax.process_count()
     shown = config.log.progress and distributed.is_first()
     with tqdm(total=total, initial=done, desc="scoring", unit=unit, disable=not shown, mininterval=interval, maxinterval=interval) as bar:
-        recommender = Recommender(config, stored, model, params, mesh, step)
+        recommender = Recommender(config, stored, model, params, mesh, step, tower_XD)
 
         def report(users_done: int) -> None:
             distributed.report_progress("a batch of histories")

@@ -64,8 +64,9 @@ def load(workdir: str | Path, step: str | int = "best", overrides: Mapping[str, 
     model, mesh = loading.model_of(config, stored), loading.serving_mesh(config)
     with jax.set_mesh(mesh):
         number, params = loading.restore(checkpoints, str(step), config, model, mesh)
+        tower_XD = loading.tower_of(folder, config, stored, model, params, mesh)
     checkpoints.close()
-    return Recommender(config, stored, model, params, mesh, number)
+    return Recommender(config, stored, model, params, mesh, number, tower_XD)
 
 
 class Recommender:
@@ -77,10 +78,19 @@ class Recommender:
       step: the step number of the checkpoint.
     """
 
-    def __init__(self, config: Config, stored: Stored, model: Model, params: Params, mesh: jax.sharding.Mesh, step: int):
+    def __init__(
+        self,
+        config: Config,
+        stored: Stored,
+        model: Model,
+        params: Params,
+        mesh: jax.sharding.Mesh,
+        step: int,
+        tower_XD: np.ndarray | None = None,
+    ):
         self.config, self.params, self.step = config, params, step
         self._stored, self._model, self._mesh = stored, model, mesh
-        self.ranker = Ranker(config, stored.catalogue, stored.trained, model, mesh, config.score.batch_rows, stored.vectors)
+        self.ranker = Ranker(config, stored.catalogue, stored.trained, model, mesh, config.score.batch_rows, stored.vectors, tower_XD)
 
     # ---- the Python API
 

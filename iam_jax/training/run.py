@@ -7,18 +7,19 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 
 from iam_jax.config import Config
 from iam_jax.data.batches import Batch, Rows, training_rows
-from iam_jax.data.item_rows import DistinctItems, chunks, without_items
+from iam_jax.data.item_rows import DistinctItems, chunks, entry_slots, without_items
 from iam_jax.data.prepare import Prepared
 from iam_jax.devices.mesh import batch_shards, make_mesh
 from iam_jax.errors import InputError
 from iam_jax.kernels.range_attention import choose_implementation
-from iam_jax.model import Model, Params, make_model, pretrained
-from iam_jax.model.parameters import abstract, frozen_names, select
+from iam_jax.model import Model, Params, make_model
+from iam_jax.model.parameters import abstract, frozen_names, load_frozen, select
 from iam_jax.training import objectives
 
 
@@ -40,6 +41,11 @@ class Run:
         """Shapes, types and shardings of the trained parameters, which checkpoints hold."""
         return abstract(self.mesh, select(self.model.shapes(), lambda name: name not in self.frozen_names))
 
+    def with_tower(self, tower_XD: np.ndarray) -> "Run":
+        """The run with the states of a constant tower (`config.constant_tower`)."""
+        catalogue = dataclasses.replace(self.items.catalogue, tower_XD=jnp.asarray(tower_XD))
+        return dataclasses.replace(self, items=dataclasses.replace(self.items, catalogue=catalogue))
+
     def cost(self, progress: dict) -> dict:
         """The cost of the run so far: parameters, steps, real tokens seen, minutes of training (validations included)."""
         shapes: dict[str, Any] = flatten_dict(self.model.shapes(), sep=".")
@@ -54,7 +60,7 @@ class Run:
         if not self.frozen_names:
             return {}
         shapes = select(self.model.shapes(), lambda name: name in self.frozen_names)
-        return pretrained.load(self.config, abstract(self.mesh, shapes, self.config.model.frozen_dtype))
+        return load_frozen(self.config, abstract(self.mesh, shapes, self.config.model.frozen_dtype))
 
 
 def make_run(config: Config, prepared: Prepared, devices: Sequence[jax.Device] | None = None) -> Run:
@@ -81,7 +87,8 @@ def make_run(config: Config, prepared: Prepared, devices: Sequence[jax.Device] |
     items = objectives.make_training_items(catalogue, prepared.events, rows.segments, config, prepared.vectors)
     mesh = make_mesh(config.mesh, devices)
     frozen = frozenset(frozen_names(config, model.shapes()))
-    return Run(config, prepared, mesh, model, rows, items, _distinct_items(config, rows, mesh) or without_items, frozen)
+    finish = entry_slots if config.constant_tower else _distinct_items(config, rows, mesh) or without_items
+    return Run(config, prepared, mesh, model, rows, items, finish, frozen)
 
 
 def _check_attention(config: Config, platform: str) -> None:

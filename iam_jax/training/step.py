@@ -34,7 +34,8 @@ def init_state(run: Run) -> dict:
     if config.model.pretrained:
         trained = join(trained, pretrained.load(config, select(run.abstract_trained, lambda name: name in given)))
         boundaries = place(mean_rows, select(join(trained, run.frozen), lambda name: name in EMBEDDINGS))
-        trained = join(select(trained, lambda name: name not in EMBEDDINGS.values()), boundaries)
+        own = select(boundaries, lambda name: name not in run.frozen_names)
+        trained = join(select(trained, lambda name: name not in EMBEDDINGS.values()), own)
     return {"params": trained} | place(functools.partial(rest_of_state, run), trained)
 
 

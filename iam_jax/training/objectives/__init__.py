@@ -56,7 +56,10 @@ def losses(
     key: for dropout and drawn negatives; None for neither of them (then objective.softmax must be full). shared: what `share` returned, if
     the batch is one of several micro-batches; it then also has `target_place` [B, M], the place of each target in the whole batch."""
     states_key, own_keys = _keys(config, key)
-    leading_XD = _leading(network, config, batch, states_key) if shared is None else shared.learned["leading"]
+    if items.catalogue.tower_XD is not None:
+        leading_XD = items.catalogue.tower_XD
+    else:
+        leading_XD = _leading(network, config, batch, states_key) if shared is None else shared.learned["leading"]
     states, sums = States(network.states(batch, states_key, leading_XD, items.catalogue)), {}
     for name, keys in own_keys.items():
         if shared is None:

@@ -89,6 +89,8 @@ def _texts(network: Network, config: Config, catalogue: Items, batch: dict, cand
         targets = network.content(network.taken(leading_XD, slot_X), given)
         candidate_C = candidate_C[len(targets) :]
     safe_C = jnp.maximum(candidate_C, 0)
+    if catalogue.tower_XD is not None:
+        return network.content(catalogue.tower_XD[safe_C], None if vector_IP is None else vector_IP[safe_C])
     vector_CP = None if vector_IP is None else vector_IP[safe_C]
     token_CT, length_C = catalogue.token_IT[safe_C], catalogue.length_I[safe_C]
     if parts == 1:

@@ -266,11 +266,14 @@ def opened(
         print(f"{prepared.catalogue.truncated:,} items have more than {config.data.item_tokens} text tokens and are truncated")
     print(f"data ready in {time.time() - start:.1f} s", flush=True)
     facts = {"--workdir": str(workdir), **(flags or {}), "split_sha256": prepared.split.sha256, "pretrained_sha256": fingerprint}
+    facts["vectors_sha256"] = None if prepared.content is None else prepared.content.sha256
     distributed.agree(_shared_facts(config) | facts, signals)
 
     import jax
 
+    from iam_jax.data.cache import cache_root
     from iam_jax.ranking.evaluate import Evaluator
+    from iam_jax.ranking.tower import tower_states
     from iam_jax.training.run import make_run
 
     run = make_run(config, prepared)
@@ -285,14 +288,20 @@ def opened(
                 open_workdir(workdir, config, prepared, fingerprint, shared=True)
         signals.poll()
         stack.enter_context(jax.set_mesh(run.mesh))
-        yield Session(run, Evaluator(run.model, config, prepared, run.mesh), workdir, signals)
+        if config.constant_tower:
+            cache, model, mesh = cache_root(config.data.cache), run.model, run.mesh
+            assert fingerprint is not None
+            run = run.with_tower(
+                tower_states(config, prepared.catalogue, model, mesh, lambda: run.frozen, fingerprint, cache, signals.poll)
+            )
+        yield Session(run, Evaluator(run.model, config, prepared, run.mesh, run.items.catalogue.tower_XD), workdir, signals)
 
 
 def _shared_facts(config: Config) -> dict[str, object]:
     """Returns what must be the same in all processes of a job: the config, except for the fields of the own host, and the JAX version."""
     import jax
 
-    host_fields = "data.path", "data.cache", "model.pretrained", "log."
+    host_fields = "data.path", "data.cache", "data.vectors", "model.pretrained", "log."
     fields = flatten(json.loads(to_json(config)))
     facts: dict[str, object] = {f"config.{name}": value for name, value in fields.items() if not name.startswith(host_fields)}
     return facts | {"the version of JAX": jax.__version__}

@@ -49,7 +49,11 @@ class DataConfig:
     prompt: str = ""  # text before the first item of every history
     separator: str = ""  # text before every item; it belongs to that item
     suffix: str = ""  # text after the last item of a history; the next item is predicted from its end
+    vectors: str = ""  # content vectors of the items: a Parquet file (item, vector) or a folder of them | tfidf (of their text)
+    vector_size: int = 256  # tfidf: length of a vector
+    vector_transform: str = "none"  # none | center | whiten: zero mean, and identity covariance, over the items with a training event
     row_tokens: int = 512  # token slots in a row; several users share one row
+    row_items: int = 256  # with item-level layers (the mark | in model.schedule): item slots in a row of histories
     context_items: int = 4  # minimum number of items without targets to the left, where a long history is cut into windows
     shuffled_titles: bool = False  # control: permute the texts among the items
     shuffled_order: bool = False  # control: permute each user's training items, in training and in histories; same split hash
@@ -68,7 +72,7 @@ class LoraConfig:
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     pretrained: str = ""  # Hugging Face folder; it provides the weights and the shape (the fields from width to tie_tokens)
-    schedule: str = "(intra inter)*2"  # full | intra | inter | intra_both; `*n` repeats a relation or a (group), `+` inserts a layer
+    schedule: str = "(intra inter)*2"  # full | intra | inter | intra_both; `*n` repeats, `+` inserts, behind `|` an item has one slot
     width: int = 64  # width of the model (D)
     heads: int = 4  # number of query heads
     kv_heads: int = 0  # number of key-value heads; 0: as many as heads
@@ -93,6 +97,12 @@ class ModelConfig:
     qk_norm: bool = False  # norm of queries and keys, per head
     scale_embedding: bool = True  # multiply token embeddings by sqrt(width), as in the original Transformer
     tie_tokens: bool = True  # the token objective's output embedding is the input embedding
+    item_input: str = "none"  # identity at the input, behind the leading intra layers: none | table (the item table's row) | own (a table)
+    item_width: int = 0  # width of the item-level layers and of item vectors; 0: width
+    item_heads: int = 0  # number of query heads of the item-level layers, if item_width is set; 0: heads
+    item_dropout: float = -1.0  # dropout of the item-level layers and on their input; -1: dropout
+    drop_identity: float = 0.0  # in training, share of the items that a step treats as if they had no row in the item table
+    drop_content: float = 0.0  # in training, share of the items whose content a step leaves out (item-level layers)
     inter_positions: str = "token"  # rotary positions in inter layers: token | item (the item's number)
     self_key: bool = False  # inter layers: a token also sees itself
     dropout: float = 0.1  # dropout on embeddings and on each layer's output
@@ -105,16 +115,26 @@ class ModelConfig:
     scan: bool = True  # lax.scan over the schedule's repeats: compiles faster, computes the same
     remat: bool = False  # recompute a layer's activations in the backward pass
 
+    @property
+    def item_shape(self) -> "ModelConfig":
+        """The shape of the item-level layers. They have no adapters."""
+        dropout = self.dropout if self.item_dropout < 0 else self.item_dropout
+        shape = dataclasses.replace(self, lora=LoraConfig(), dropout=dropout)
+        if not self.item_width:
+            return shape
+        heads = self.item_heads or self.heads
+        return dataclasses.replace(shape, width=self.item_width, heads=heads, kv_heads=0, head_size=0, mlp_width=0)
+
 
 @dataclasses.dataclass(frozen=True)
 class ObjectiveConfig:
     item: float = 1.0  # weight of the item objective; 0: a text generator, ranked with eval.ranking = likelihood
     token: float = 0.0  # weight of the next-token objective
-    vectors: str = "table"  # what an item's vector is: table | text | both (their sum)
+    vectors: str = "table"  # what an item's vector is: table | text (its content: text and data.vectors) | both (their sum)
     text_layers: str = "leading"  # which layers a text vector goes through: leading (the leading intra layers) | all
-    softmax: str = "auto"  # full | sampled | cached | auto (full for tables, sampled with text)
-    negatives: int = 512  # sampled: negatives drawn per step, in addition to the batch's own targets
-    negatives_power: float = 1.0  # sampled: they are drawn in proportion to (training events of the item) ** power
+    softmax: str = "auto"  # full | sampled | cached | auto (sampled if text is read by layers, else full)
+    negatives: int = 512  # sampled, cached: items drawn per step, in addition to the batch's own targets
+    negatives_power: float = 1.0  # they are drawn in proportion to (training events of the item) ** power; cached: half of them uniformly
     refresh_steps: int = 100  # cached: steps between two refreshes of the cached text vectors
     chunk: int = 2048  # positions whose logits exist at the same time, on all devices together
 
@@ -129,6 +149,8 @@ class OptimizerConfig:
     b2: float = 0.98  # AdamW's decay rate of the second moment
     epsilon: float = 1e-8  # AdamW's epsilon
     weight_decay: float = 0.01  # weight decay of matrices; vectors and scales have none
+    table_decay: float = -1.0  # weight decay of item tables; -1: weight_decay
+    content_decay: float = -1.0  # weight decay of the matrices that project content (text states, given vectors); -1: weight_decay
     clip_norm: float = 1.0  # maximum norm of the gradient; 0: off
     accumulate: int = 1  # micro-batches per step; must divide train.batch_rows
 
@@ -212,7 +234,38 @@ class Config:
     @property
     def leading_vectors(self) -> bool:
         """Whether text vectors are computed from the states after the leading intra layers."""
-        return self.uses_text and self.objective.text_layers == "leading"
+        return self.reads_text and self.objective.text_layers == "leading"
+
+    @property
+    def item_level(self) -> bool:
+        """Whether the schedule has item-level layers. A batch of histories then has one slot for each item."""
+        return self.schedule.item_level
+
+    @property
+    def row_slots(self) -> int:
+        """The number of slots of a row of histories: of items with item-level layers, else of tokens."""
+        return self.data.row_items if self.item_level else self.data.row_tokens
+
+    @property
+    def has_table(self) -> bool:
+        """Whether the model has an item table of its own: for item vectors, or for `model.item_input` = "table"."""
+        vectors = self.objective.item > 0 and self.objective.vectors != "text"
+        return not self.model.tie_items and (vectors or self.model.item_input == "table")
+
+    @property
+    def row_options(self) -> dict[str, bool]:
+        """Options of rows of histories (`iam_jax.data.batches.Rows`)."""
+        return {"by_item": self.item_level, "identity": self.model.item_input != "none" or bool(self.data.vectors)}
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether item vectors are computed by layers that read the items' text."""
+        return self.uses_text and (self.objective.text_layers == "all" or self.schedule.leading_intra > 0)
+
+    @property
+    def vector_width(self) -> int:
+        """The width of item vectors and of projected history states (E)."""
+        return self.model.item_width or self.model.width
 
     @property
     def states_by_item(self) -> bool:
@@ -238,8 +291,18 @@ class Config:
         return bool(self.model.pretrained and selected)
 
     @property
+    def constant_tower(self) -> bool:
+        """Whether the states after the leading intra layers are constants: item-level layers behind a pretrained model that is frozen as a
+        whole, without adapters, dropout or inserted layers. They are then computed once per catalogue (ranking/tower.py)."""
+        model, train = self.model, self.train
+        frozen = bool(model.pretrained) and train.frozen == "." and not train.trained
+        if not (frozen and self.item_level and self.schedule.leading_intra) or model.lora.rank or model.dropout:
+            return False
+        return not any(inserted for stage in self.schedule.stages[: self.schedule.token_stages] for inserted in stage.inserted)
+
+    @property
     def drops(self) -> bool:
-        """Whether the layers have dropout."""
+        """Whether the layers have dropout (with item-level layers: those before the mark)."""
         return self.model.dropout > 0 or (self.model.lora.rank > 0 and self.model.lora.dropout > 0)
 
     @property
@@ -247,15 +310,23 @@ class Config:
         """objective.softmax, where `auto` is replaced by its choice."""
         if self.objective.softmax != "auto":
             return self.objective.softmax
-        return "sampled" if self.uses_text else "full"
+        # Given vectors and the states of a constant tower are projected at once.
+        return "sampled" if self.reads_text and not self.constant_tower else "full"
 
 
 # Fields that may change between two runs of one working folder. `data.path`, `data.cache` and `model.pretrained` are locations; hashes of
-# their content are compared instead.
+# their content are compared instead. A path in `data.vectors` is one, too (`run_fields`).
 FREE_FIELDS = (
     "eval.", "score.", "log.", "mesh.", "data.path", "data.cache", "train.max_minutes", "train.keep", "train.skip_limit",
     "model.scan", "model.remat", "model.attention", "model.pretrained",
 )  # fmt: skip
+
+
+def run_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that are equal in all runs of a working folder, given all fields (`flatten`): without FREE_FIELDS and the number of steps,
+    and with "a path" for the path of vectors."""
+    kept = {name: value for name, value in fields.items() if not name.startswith(FREE_FIELDS) and name != "train.steps"}
+    return kept | ({} if kept["data.vectors"] in ("", "tfidf") else {"data.vectors": "a path"})
 
 
 def default_config() -> ml_collections.ConfigDict:
@@ -359,11 +430,11 @@ def check_same_run(workdir: str | os.PathLike, config: Config) -> None:
     if not (to_path(workdir) / CONFIG_FILE).exists():
         return
     saved, wanted = flatten(_read_saved(workdir)), flatten(json.loads(to_json(config)))
-    differing = [
-        f"{key} ({saved[key]!r} there, {wanted[key]!r} here)"
-        for key in sorted(wanted)
-        if not key.startswith(FREE_FIELDS) and saved[key] != wanted[key] and not (key == "train.steps" and wanted[key] >= saved[key])
-    ]
+    kept, fixed = run_fields(saved), run_fields(wanted)
+    names = [name for name in fixed if kept[name] != fixed[name]]
+    if wanted["train.steps"] < saved["train.steps"]:
+        names.append("train.steps")
+    differing = [f"{name} ({saved[name]!r} there, {wanted[name]!r} here)" for name in sorted(names)]
     if differing:
         raise InputError(f"{workdir} belongs to a run with another config: {'; '.join(differing)}. Choose another --workdir.")
 
@@ -442,6 +513,10 @@ def check(config: Config) -> None:
     require(data.vocabulary >= 256, "data.vocabulary", "a byte-level BPE has at least 256 tokens")
     require(data.item_tokens >= 1, "data.item_tokens", "must be 1 or more")
     require(data.context_items >= 1, "data.context_items", "must be 1 or more, because a target is predicted from the item before it")
+    require(data.vector_size >= 1, "data.vector_size", "must be 1 or more")
+    choice("data.vector_transform", data.vector_transform, "none", "center", "whiten")
+    transform = bool(data.vectors) or data.vector_transform == "none"
+    require(transform, "data.vector_transform", "needs data.vectors")
     require(data.row_tokens >= 2, "data.row_tokens", "must be 2 or more")
     for field in ("users", "products"):
         require(getattr(data.synthetic, field) >= 10, f"data.synthetic.{field}", "must be 10 or more")
@@ -471,6 +546,39 @@ def check(config: Config) -> None:
     choice("model.activation", model.activation, "silu", "gelu", "relu")
     choice("model.norm", model.norm, "rms", "layer")
     choice("model.positions", model.positions, "rotary", "learned")
+    choice("model.item_input", model.item_input, "none", "table", "own")
+    item_level = schedule.item_level
+    for field in ("item_width", "item_heads"):
+        require(getattr(model, field) >= 0, f"model.{field}", "must be 0 or more")
+        require(item_level or not getattr(model, field), f"model.{field}", "needs item-level layers (the mark | in model.schedule)")
+    require(bool(model.item_width) or not model.item_heads, "model.item_heads", "needs model.item_width")
+    heads = model.item_shape.heads
+    require(model.item_width % heads == 0, "model.item_width", f"must be divisible by the number of heads, {heads}")
+    even = not model.item_width or model.item_width // heads % 2 == 0
+    require(even, "model.item_width", f"rotary positions need an even head size, not {model.item_width // heads}")
+    require(model.item_dropout < 1, "model.item_dropout", "must be below 1")
+    require(item_level or model.item_dropout < 0, "model.item_dropout", "needs item-level layers (the mark | in model.schedule)")
+    for field in ("drop_identity", "drop_content"):
+        require(0 <= getattr(model, field) < 1, f"model.{field}", "must be in [0, 1)")
+    together = model.drop_identity + model.drop_content <= 1
+    require(together, "model.drop_content", f"with model.drop_identity = {model.drop_identity:g}, the sum must be at most 1")
+    identity = (config.has_table or model.item_input == "own") and objective.vectors != "table"
+    require(identity or not model.drop_identity, "model.drop_identity", "needs an item table and content in the items' vectors")
+    content = objective.vectors != "text"
+    require(content or not model.drop_content, "model.drop_content", "without content, vectors need the item table (objective.vectors)")
+    require(item_level or not model.drop_content, "model.drop_content", "needs item-level layers (the mark | in model.schedule)")
+    needed = data.context_items + 1 + bool(data.prompt) + bool(data.suffix)
+    row_fits = data.row_items >= needed
+    require(row_fits, "data.row_items", f"prompt, suffix and data.context_items + 1 items need {needed}")
+    if item_level:
+        require(rotary, "model.positions", "item-level layers (the mark | in model.schedule) need rotary positions")
+        require(model.item_states != "off", "model.item_states", "item-level layers read the states of whole items")
+        require(objective.token == 0, "objective.token", "no token is predicted behind the mark | of model.schedule")
+        require(objective.text_layers == "leading", "objective.text_layers", "only the layers before the mark | of model.schedule see text")
+    require(model.item_input != "table" or config.has_table or model.tie_items, "model.item_input", "there is no item table")
+    by_score = evaluation.ranking == "item"
+    require(model.item_input == "none" or by_score, "model.item_input", "must be 'none' with eval.ranking = 'likelihood'")
+    require(not data.vectors or by_score, "data.vectors", "must be empty with eval.ranking = 'likelihood'")
     choice("model.inter_positions", model.inter_positions, "token", "item")
     choice("model.dtype", model.dtype, "float32", "bfloat16")
     choice("model.attention", model.attention, "auto", "reference", "tpu", "gpu")
@@ -523,13 +631,17 @@ def check(config: Config) -> None:
     )
     text, token = objective.vectors != "table", objective.token
     require(not (by_id and token), "objective.token", "needs text tokens, but data.tokenizer is 'id'")
-    require(not (by_id and text), "objective.vectors", "vectors from text need text tokens, but data.tokenizer is 'id'")
+    require(
+        not (by_id and text and config.reads_text), "objective.vectors", "vectors from text need text tokens, but data.tokenizer is 'id'"
+    )
     require(not (token and schedule.sees_ahead), "objective.token", f"the relation {schedule.sees_ahead} sees the token to be predicted")
-    text_layers = not config.uses_text or objective.text_layers == "all" or schedule.leading_intra > 0
+    text_layers = not config.uses_text or config.reads_text or bool(data.vectors)
     require(text_layers, "objective.text_layers", "'leading' needs a schedule that begins with intra layers")
     softmax = objective.softmax != "cached" or config.uses_text
     require(softmax, "objective.softmax", "'cached' needs objective.item and objective.vectors = 'text' or 'both'")
     require(objective.negatives >= 0, "objective.negatives", "must be 0 or more")
+    drawn = config.softmax != "cached" or objective.negatives > 0
+    require(drawn, "objective.negatives", "must be 1 or more with objective.softmax = 'cached'")
     require(0 <= objective.negatives_power <= 2, "objective.negatives_power", "must be in [0, 2]")
     for field in ("refresh_steps", "chunk"):
         require(getattr(objective, field) >= 1, f"objective.{field}", "must be 1 or more")
@@ -540,6 +652,9 @@ def check(config: Config) -> None:
     warmup = optimizer.warmup_steps
     decay = optimizer.decay_steps == 0 or optimizer.decay_steps > warmup
     require(decay, "optimizer.decay_steps", f"must be 0 or above optimizer.warmup_steps = {warmup}")
+    for field in ("table_decay", "content_decay"):
+        value = getattr(optimizer, field)
+        require(value >= 0 or value == -1, f"optimizer.{field}", "must be 0 or more, or -1")
     for field in ("b1", "b2"):
         require(0 <= getattr(optimizer, field) < 1, f"optimizer.{field}", "must be in [0, 1)")
     require(optimizer.epsilon > 0, "optimizer.epsilon", "must be above 0")

@@ -63,7 +63,7 @@ _OUTPUT = flags.DEFINE_string(
 _RUNS = flags.DEFINE_list("runs", [], "Working folders for --mode=compare, which compares the first with every other.")
 _SCORE = {
     "users": flags.DEFINE_string("users", "", "Score: interactions table of the users to score (user, item, timestamp)."),
-    "items": flags.DEFINE_string("items", "", "Score: table of items to add to the catalogue (item, then text columns)."),
+    "items": flags.DEFINE_string("items", "", "Score: table of items to add to the catalogue (item, text columns; vector)."),
     "candidates": flags.DEFINE_string("candidates", "", "Score: table of the pairs to score (user, item) instead of the catalogue."),
     "top_k": flags.DEFINE_integer("top_k", None, "Score: maximum length of a list; default: 100, with --candidates unlimited."),
     "vectors": flags.DEFINE_bool("vectors", False, "Score: write vectors instead of lists: item vectors, or with --users user vectors."),

@@ -1,10 +1,15 @@
 """The schedule language: which relation each layer of the decoder uses.
 
-    schedule = term+     term = layers | "(" layers+ ")" ["*" count]     layers = ["+"] relation ["*" count]
+    schedule = [term* "|"] term+
+    term     = layers | "(" layers+ ")" ["*" count]
+    layers   = ["+"] relation ["*" count]
 
 `(intra inter)*6` is item-aware attention, `full*12` is the ordinary decoder, `(full inter)*6` and `(intra full)*6` are the ablations, and
 `intra*4 full*4 inter*4` is the order of HatLLM (arXiv 2510.10955). `+` marks an inserted layer. Its output projections start at zero, so
 that a pretrained model is unchanged at first. `(full*4 +intra +inter)*4` inserts an item-aware block after every four of sixteen layers.
+
+`|` is the mark of item-level layers: `intra*2 | inter*2`. The layers before it see the tokens of their own item. Behind it, one slot for
+each item goes on: the state of its boundary token. There `inter` sees earlier items, and `full` sees earlier items and the item itself.
 """
 
 import dataclasses
@@ -37,6 +42,12 @@ class Schedule:
     """The relations of a decoder's layers."""
 
     stages: tuple[Stage, ...]
+    token_stages: int | None = None  # the number of stages before the mark `|`; None: there is no mark
+
+    @property
+    def item_level(self) -> bool:
+        """Whether the last layers have one slot for each item (the mark `|`)."""
+        return self.token_stages is not None
 
     @property
     def relations(self) -> tuple[str, ...]:
@@ -56,10 +67,10 @@ class Schedule:
 
     @property
     def own_layers(self) -> list[tuple[int, int, int]]:
-        """(stage, index into its relations, repeat) of every layer that is not inserted, first to last."""
+        """(stage, index into its relations, repeat) of the layers of a pretrained model: those before the mark that are not inserted."""
         return [
             (s, index, repeat)
-            for s, stage in enumerate(self.stages)
+            for s, stage in enumerate(self.stages[: self.token_stages])
             for repeat in range(stage.repeats)
             for index, inserted in enumerate(stage.inserted)
             if not inserted
@@ -88,23 +99,39 @@ def parse_schedule(text: str, field: str = "schedule") -> Schedule:
             fail("a repeat count must be 1 or more")
         return count
 
-    stages = []
-    for term in scan(_TERM, text):
-        repeats = count_of(term)
-        if term["group"] is None:
-            layers = [(term["layers"].lstrip("+"), term["layers"].startswith("+"))]
-        else:
-            if not term["group"].strip():
-                fail(f"cannot read {term[0].strip()!r}; an example: '(intra inter)*6 full*2'")
-            layers = []
-            for part in scan(_LAYERS, term["group"]):
-                layers += [(part["relation"], bool(part["inserted"]))] * min(count_of(part), MAX_LAYERS + 1)
-        for relation, _ in layers:
-            if relation not in RELATIONS:
-                fail(f"{relation!r} is not a relation; the relations are {', '.join(RELATIONS)}")
-        if repeats * len(layers) > MAX_LAYERS:
-            fail(f"more than {MAX_LAYERS:,} layers")
-        stages.append(Stage(tuple(relation for relation, _ in layers), repeats, tuple(inserted for _, inserted in layers)))
-    if not stages:
+    def stages_of(part: str) -> list[Stage]:
+        stages = []
+        for term in scan(_TERM, part):
+            repeats = count_of(term)
+            if term["group"] is None:
+                layers = [(term["layers"].lstrip("+"), term["layers"].startswith("+"))]
+            else:
+                if not term["group"].strip():
+                    fail(f"cannot read {term[0].strip()!r}; an example: '(intra inter)*6 full*2'")
+                layers = []
+                for layer in scan(_LAYERS, term["group"]):
+                    layers += [(layer["relation"], bool(layer["inserted"]))] * min(count_of(layer), MAX_LAYERS + 1)
+            for relation, _ in layers:
+                if relation not in RELATIONS:
+                    fail(f"{relation!r} is not a relation; the relations are {', '.join(RELATIONS)}")
+            if repeats * len(layers) > MAX_LAYERS:
+                fail(f"more than {MAX_LAYERS:,} layers")
+            stages.append(Stage(tuple(relation for relation, _ in layers), repeats, tuple(inserted for _, inserted in layers)))
+        return stages
+
+    if not text:
         raise InputError(f"config.{field} is empty; an example: '(intra inter)*6'")
-    return Schedule(tuple(stages))
+    before, mark, behind = text.partition("|")
+    if not mark:
+        return Schedule(tuple(stages_of(text)))
+    if "|" in behind:
+        fail("more than one mark |")
+    of_tokens, of_items = stages_of(before.strip()), stages_of(behind.strip())
+    if not of_items:
+        fail("there is no layer behind the mark |")
+    for stages, own, where in ((of_tokens, True, "before"), (of_items, False, "behind")):
+        for relation in (relation for stage in stages for relation in stage.relations):
+            if RELATIONS[relation].own_item_only != own:
+                seen = "only its own item can be seen" if own else "there is one slot for each item"
+                fail(f"{relation!r} {where} the mark |: {seen} there")
+    return Schedule((*of_tokens, *of_items), len(of_tokens))

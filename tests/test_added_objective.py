@@ -19,7 +19,7 @@ from iam_jax.training.run import make_run
 from iam_jax.training.step import init_state
 
 
-def mean_square(network, config, items, batch, states, keys, cache_IE):
+def mean_square(network, config, items, batch, states, keys, shared):
     return jnp.square(states.x_BTD).mean(-1).sum()
 
 
@@ -99,7 +99,7 @@ def test_every_objective_draws_from_keys_of_its_own(monkeypatch):
     config, prepared, seen = make_config(), tiny_data(), {}
 
     def spy(name):
-        def loss(network, config, items, batch, states, keys, cache_IE):
+        def loss(network, config, items, batch, states, keys, shared):
             seen[name] = keys
             return jnp.float32(0)
 

@@ -333,3 +333,21 @@ def test_ranking_beside_torch_where_there_is_one(tmp_path):
         others = np.setdiff1d(np.arange(700), [own, *seen[seen >= 0]])
         ranks.append(1 + int((row[others] > row[own]).sum()))
     assert result["median_rank"] == int(np.median(ranks)) > 50
+
+
+def test_item_level(tmp_path, shop, monkeypatch, capsys):
+    shop.interactions.write_parquet(tmp_path / "interactions.parquet")
+    shop.items.write_csv(tmp_path / "items.csv")
+    flags = ["--rows=2", "--row_items=16", "--item_tokens=6", "--width=8", "--vector_size=4", "--users=20", "--batches=1", "--chunk=16"]
+    module, output = load("item_level"), tmp_path / "o.json"
+    monkeypatch.setattr(sys, "argv", ["item_level.py", f"--path={tmp_path}", f"--output={output}", *flags])
+    assert module.main() == 0
+    record, out = json.loads(output.read_text()), capsys.readouterr().out
+    speeds = record["events_per_second"]
+    assert list(speeds) == list(module.WAYS) and all(value > 0 for row in speeds.values() for value in row.values())
+    for (a, b), row in zip(module.RATIOS, record["ratios"].values(), strict=True):
+        assert row == {what: pytest.approx(speeds[a][what] / speeds[b][what]) for what in ("training", "scoring")}
+        (line,) = lines_of(out, f"{a} : {b}")
+        assert float(line.split()[-4]) == pytest.approx(row["training"], abs=0.006)
+    # Every way reads the same histories: rows are long enough for all of them here.
+    assert len({row["events scored"] for row in record["counts"].values()}) == 1

@@ -40,8 +40,8 @@ def cases(fields, *values, **others):
 WRONG = [
     # choices
     *cases(
-        "data.source data.untitled data.split model.mlp model.activation model.norm model.positions model.inter_positions "
-        "model.rope_scaling model.dtype model.frozen_dtype objective.vectors objective.text_layers objective.softmax "
+        "data.source data.untitled data.split data.vector_transform model.mlp model.activation model.norm model.positions "
+        "model.inter_positions model.rope_scaling model.dtype model.frozen_dtype objective.vectors objective.text_layers objective.softmax "
         "eval.metric eval.ranking",
         "other",
         "",
@@ -63,6 +63,7 @@ WRONG = [
     *cases("eval.batch_rows eval.chunk_items eval.resamples log.every", 0, -1),
     *cases("data.vocabulary", 0, 255),
     *cases("data.row_tokens", 0, 1),
+    *cases("data.vector_size", 0, -1),
     *cases("data.synthetic.users data.synthetic.products", 0, 9),
     *cases("data.synthetic.events_per_user", 2.9, NAN),
     *cases("mesh.data", 0, -2),
@@ -100,6 +101,7 @@ WRONG = [
     *cases("model.lora.targets train.frozen train.trained", "(", model__pretrained="folder", data__tokenizer="pretrained"),
     *cases("data.row_tokens", 512, model__positions="learned", model__max_positions=256),
     *cases("data.shuffled_titles", True, data__tokenizer="id"),
+    *cases("data.vector_transform", "center", "whiten"),
     *cases("model.heads", 3, model__width=64),
     *cases("model.kv_heads", 3, 8, model__heads=4),
     *cases("model.head_size", 15),
@@ -111,6 +113,7 @@ WRONG = [
     *cases("objective.token", 1.0, model__schedule="(intra_both inter)*2"),
     *cases("objective.text_layers", "leading", objective__vectors="text", model__schedule="(full inter)*2"),
     *cases("objective.softmax", "cached"),
+    *cases("objective.negatives", 0, objective__vectors="text", objective__softmax="cached"),
     *cases("optimizer.decay_steps", 50, 100, optimizer__warmup_steps=100),
     *cases("train.batch_rows", 16, optimizer__accumulate=3),
     *cases("model.schedule", "", "intra outer", "full*0"),
@@ -142,6 +145,7 @@ RIGHT = [
     {"model.positions": "learned", "model.head_size": 15},
     {"model.dropout": 0.0, "optimizer.b1": 0.0, "objective.negatives_power": 2.0},
     ID | {"model.tie_items": True},
+    {"data.vectors": "tfidf", "data.vector_size": 1, "data.vector_transform": "whiten"},
     {"data.shuffled_titles": True, "data.prompt": "a shop:"},
     TEXT | {"objective.softmax": "cached"},
     TEXT | {"objective.text_layers": "all", "model.schedule": "full*2"},
@@ -280,6 +284,17 @@ def test_another_config_is_refused_by_its_keys(tmp_path):
     with pytest.raises(InputError) as caught:
         check_same_run(tmp_path, made(train__steps=5, data__last_n=3, model__heads=8))
     assert "data.last_n (0 there, 3 here); model.heads (4 there, 8 here); train.steps (10000 there, 5 here)" in str(caught.value)
+
+
+def test_the_path_of_vectors_may_differ(tmp_path):
+    """data.json has the hash of their content."""
+    (tmp_path / CONFIG_FILE).write_text(to_json(made(data__vectors="there.parquet")))
+    check_same_run(tmp_path, made(data__vectors="moved/here.parquet"))
+    for other in ("", "tfidf"):
+        with pytest.raises(InputError, match=rf"another config: data\.vectors \('there\.parquet' there, '{other}' here\)\. "):
+            check_same_run(tmp_path, made(data__vectors=other))
+    with pytest.raises(InputError, match=r"another config: data\.vector_transform \('none' there, 'whiten' here\)\. "):
+        check_same_run(tmp_path, made(data__vectors="there.parquet", data__vector_transform="whiten"))
 
 
 def test_a_config_of_another_version(tmp_path):

@@ -253,7 +253,7 @@ RUN = [page for page in PAGES if blocks_of(page)]
 
 
 def test_pages_with_python():
-    assert {"README.md", "quickstart.md", "tutorial.md", "attention.md", "serving.md", "extending.md"} <= set(RUN)
+    assert {"README.md", "quickstart.md", "tutorial.md", "attention.md", "serving.md", "extending.md", "datasets.md"} <= set(RUN)
 
 
 @pytest.fixture(scope="module")

@@ -59,7 +59,7 @@ class TokenSums:
     def leading_states(self, rows, chunks):
         return self.params["embedding"][rows["token"]].reshape(-1, 4)
 
-    def states(self, batch, leading_XD=None):
+    def states(self, batch, key=None, leading_XD=None, items=None):
         same = batch["user"][:, :, None] == batch["user"][:, None, :]
         x_BSD = self.params["embedding"][batch["token"]] if leading_XD is None else leading_XD[batch["slot"]]
         return jnp.where(jnp.tril(same)[..., None], x_BSD[:, None], 0).sum(2)

@@ -68,7 +68,7 @@ def test_visible_pairs():
     assert visible_pairs(packed_batch()) == expected | {"intra_both": sum(both) / 2}
     assert visible_pairs(packed_batch(), self_key=True)["inter"] == sum(inter) / 2 + (10 + 9) / 2
     model = {"heads": 2, "head_size": 6, "dtype": "bfloat16"}
-    counted = attention_flops(make_config(model=model), expected, ("intra", "inter", "inter"), forward=2, backward=True)
+    counted = attention_flops(make_config(model=model).model, expected, ("intra", "inter", "inter"), forward=2, backward=True)
     assert counted == {"bfloat16": 4 * 2 * 6 * (2 + 2.5) * (expected["intra"] + 2 * expected["inter"])}
 
 
@@ -128,8 +128,12 @@ def test_text_vectors_and_distinct_items():
     of_texts = (targets + drawn) * (longest * LAYER + D * D) + targets * D * (targets + drawn)
     assert occurrences.model["float32"] == 3 * 2 * (4 * 4 * 24 * LAYER + targets * D * D + of_texts)
 
+    accumulated = step_flops(run_of(accumulate=2, objective=objective))  # texts are computed once per step, and again for the gradient
+    assert accumulated.model == occurrences.model and accumulated.hardware["float32"] > occurrences.hardware["float32"]
+
     run = run_of(objective=objective, model={"item_states": "on"})
     distinct = step_flops(run)
+    assert step_flops(run_of(accumulate=2, objective=objective, model={"item_states": "on"})).model == distinct.model
     batch = run.finish({name: np.stack([run.rows[row % len(run.rows)][name] for row in range(4)]) for name in run.rows[0]})
     chunks = batch["leading"]["user"].reshape(8, -1)
     slots = (chunks > 0).any(1).sum() * chunks.shape[1]

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from iam_jax.data.catalogue import Catalogue
-from iam_jax.data.item_rows import CHUNKS, CatalogueItems, DistinctItems, pack_items, without_items
+from iam_jax.data.item_rows import CatalogueItems, DistinctItems, pack_items, without_items
 from iam_jax.devices.mesh import make_mesh
 from iam_jax.model import make_model
 from iam_jax.model.network import Network
@@ -55,46 +55,39 @@ def test_items_are_packed_whole_and_in_order(catalogue, data):
 
 
 @pytest.mark.parametrize(("prompt", "suffix"), [(0, 0), (2, 0), (0, 3), (2, 1)])
-@pytest.mark.parametrize(("parts", "multiple"), [(1, 1), (2, 3)])
-def test_every_token_and_target_finds_its_item(prompt, suffix, parts, multiple):
+@pytest.mark.parametrize(("chunks", "multiple"), [(8, 1), (9, 3)])
+def test_every_token_and_target_finds_its_item(prompt, suffix, chunks, multiple):
     prepared = tiny_data(users=30, prompt=prompt, suffix=suffix)
     rows = tiny_rows(prepared, make_config(data=DATA))
     assert any((rows.segments.last > rows.segments.stop).tolist())  # some targets are no input
-    batch_rows = 4
-    items = DistinctItems(rows, batch_rows, parts, multiple)
-    assert items.item_rows % (CHUNKS * multiple) == 0
-    plain = stack([rows[row] for row in range(batch_rows)])
+    items = DistinctItems(rows, 4, chunks, multiple)
+    assert items.item_rows % (chunks * multiple) == 0
+    plain = stack([rows[row] for row in range(4)])
     batch = items(plain)
     assert set(batch) == set(plain) - {"item", "within"} | {"leading", "slot", "target_slot"}
-    for part in range(parts):
-        mine = slice(part * batch_rows // parts, (part + 1) * batch_rows // parts)
-        leading = {name: x.reshape(parts, -1)[part] for name, x in batch["leading"].items()}
-        real = plain["user"][mine] > 0
-        slot = batch["slot"][mine]
-        np.testing.assert_array_equal(leading["token"][slot][real], plain["token"][mine][real])
-        np.testing.assert_array_equal(leading["position"][slot][real], plain["within"][mine][real])
-        # Tokens of one occurrence share one item's row, and different items do not.
-        boundary, target = batch["target_slot"][mine], plain["target"][mine]
-        assert (leading["token"][boundary][target >= 0] == prepared.catalogue.vocabulary - 1).all()
-        for item in np.unique(target[target >= 0]):
-            (at,) = np.unique(boundary[target == item])
-            own = leading["token"][leading["user"] == leading["user"][at]]
-            assert (
-                own.tolist() == prepared.catalogue.tokens[prepared.catalogue.offsets[item] : prepared.catalogue.offsets[item + 1]].tolist()
-            )
-        assert len(np.unique(leading["user"])) - 1 == len(items.distinct({name: x[mine] for name, x in plain.items()}))
+    leading = {name: x.reshape(-1) for name, x in batch["leading"].items()}
+    real, slot = plain["user"] > 0, batch["slot"]
+    np.testing.assert_array_equal(leading["token"][slot][real], plain["token"][real])
+    np.testing.assert_array_equal(leading["position"][slot][real], plain["within"][real])
+    # Tokens of one occurrence share one item's row, and different items do not.
+    boundary, target = batch["target_slot"], plain["target"]
+    assert (leading["token"][boundary][target >= 0] == prepared.catalogue.vocabulary - 1).all()
+    for item in np.unique(target[target >= 0]):
+        (at,) = np.unique(boundary[target == item])
+        own = leading["token"][leading["user"] == leading["user"][at]]
+        assert own.tolist() == prepared.catalogue.tokens[prepared.catalogue.offsets[item] : prepared.catalogue.offsets[item + 1]].tolist()
+    assert len(np.unique(leading["user"])) - 1 == len(items.distinct(plain))
 
 
 @pytest.mark.parametrize(("prompt", "suffix"), [(0, 0), (2, 1)])
 @pytest.mark.parametrize("targets", [True, False])
-def test_a_process_packs_the_items_of_whole_micro_batches(prompt, suffix, targets):
+def test_a_process_packs_the_items_of_the_whole_batch(prompt, suffix, targets):
     """From its own rows and the others' numbers it gets what it would from all rows."""
     rows = tiny_rows(tiny_data(users=30, items=20, prompt=prompt, suffix=suffix), make_config(data=DATA))
-    items = DistinctItems(rows, 4, parts=2, targets=targets)
+    items = DistinctItems(rows, 4, targets=targets)
     chosen = np.array([5, 0, 3, 1])
     some = [rows[row] for row in chosen]
     whole = items(stack(some))
-    assert not np.array_equal(*np.split(whole["leading"]["token"], 2))  # other items in each micro-batch
     for here in ([0, 1, 2, 3], [1], [0, 2], [2, 3]):
         own = items(stack([some[place] for place in here]), chosen, np.array(here))
         assert own.keys() == whole.keys()
@@ -145,7 +138,7 @@ CASES = {
     "sampled text": {"model": {"schedule": "(intra inter)*2"}, "objective": {"vectors": "both", "negatives": 5, "token": 1.0}},
     "cached text, both directions": {
         "model": {"schedule": "intra_both intra inter full"},
-        "objective": {"vectors": "text", "softmax": "cached"},
+        "objective": {"vectors": "text", "softmax": "cached", "negatives": 5},
     },
     "full text": {"model": {"schedule": "intra inter"}, "objective": {"vectors": "text", "softmax": "full"}},
     "text after all layers": {
@@ -175,7 +168,7 @@ def test_losses_and_gradients_are_the_plain_ones(name):
     tokens = int(rows.catalogue.lengths[DistinctItems(rows, 4).distinct(plain)].sum())
     assert tokens < (plain["user"] > 0).sum()  # some items do occur twice
     cache = jax.random.normal(jax.random.key(1), (prepared.catalogue.items, config.model.width))
-    key = jax.random.key(3) if config.softmax == "sampled" else None
+    key = jax.random.key(3) if config.softmax != "full" else None
 
     @jax.jit
     def run(params, batch):
@@ -207,7 +200,7 @@ def test_what_is_skipped_does_not_matter():
 def test_ranking_vectors_are_the_plain_ones(name):
     prepared, _, _, _, model, params = case(name)
     targets = np.setdiff1d(np.arange(len(prepared.events.item)), prepared.events.offsets[:-1])
-    results = []
+    results, losses = [], []
     for item_states in ("on", "off"):
         sections = {section: dict(fields) for section, fields in CASES[name].items()}
         sections["model"]["item_states"] = item_states
@@ -217,8 +210,10 @@ def test_ranking_vectors_are_the_plain_ones(name):
         assert (leading is not None) == (item_states == "on")
         h = evaluator.history_vectors(params, targets, leading, lambda: None, "test")
         results.append((h, np.asarray(evaluator.ranker.item_vectors(params, leading))))
+        losses.append(evaluator.losses(params, targets))
     for a, b in zip(*results, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5) and bool(losses[0]) == bool(config.objective.token)
 
 
 @pytest.mark.parametrize(("prompt", "suffix"), [(3, 0), (0, 2), (3, 2)])

@@ -153,9 +153,12 @@ FIELDS = {
     "table": {"vectors": "table"},
     "text": {"vectors": "text", "softmax": "full"},
     "both and token": {"vectors": "both", "softmax": "full", "token": 0.5, "chunk": 16},
-    "cached": {"vectors": "text", "softmax": "cached"},
+    "cached": {"vectors": "text", "softmax": "cached", "negatives": 2},
     "sampled": {"vectors": "both", "negatives": 6},
 }
+
+
+KEY, CACHE = jax.random.key(5, impl="rbg"), np.random.default_rng(1).standard_normal((9, 16)).astype(np.float32)
 
 
 @functools.cache
@@ -174,12 +177,6 @@ def case(name):
 def sums_of(name):
     config, model, *_ = case(name)
     return jax.jit(lambda params, items, batch, key=None, cache=None: losses(model.bind(params), config, items, batch, key, cache))
-
-
-@functools.cache
-def gradients_of(name):
-    config, model, *_ = case(name)
-    return jax.jit(jax.grad(lambda params, items, batch, cache=None: losses(model.bind(params), config, items, batch, None, cache)["item"]))
 
 
 @functools.cache
@@ -228,11 +225,11 @@ def test_token_labels_are_the_next_tokens_of_targets():
 @pytest.mark.parametrize("name", ["both and token", "cached"])
 def test_sums_do_not_depend_on_how_rows_are_split(name):
     config, _model, params, items, batch = case(name)
-    # The targets of one row have fresh vectors, which other rows read from the cache, so the cache must be fresh.
+    # Which fresh vectors correct a stale cache depends on the batch's targets, so the cache must be fresh.
     cache = vectors_of(name)[0] if config.softmax == "cached" else None
     rows = [jax.tree.map(lambda x, i=i: x[i : i + 1], batch) for i in range(4)]
-    whole = sums_of(name)(params, items, batch, None, cache)
-    parts = [sums_of(name)(params, items, row, None, cache) for row in rows]
+    whole = sums_of(name)(params, items, batch, KEY, cache)
+    parts = [sums_of(name)(params, items, row, KEY, cache) for row in rows]
     for key, value in whole.items():
         assert float(value) == pytest.approx(sum(float(part[key]) for part in parts), rel=1e-5)
     for key, value in counts(batch).items():
@@ -253,72 +250,84 @@ def test_item_vectors_are_table_plus_text():
 # ---- cached softmax
 
 
-def test_a_fresh_cache_gives_the_full_loss_and_trains_the_text():
-    config, model, params, items, batch = case("cached")
-    targets = batch["target"][batch["target"] >= 0]
-    assert len(np.unique(targets)) < len(targets)  # an item is a target twice
-    cache = vectors_of("cached")[0]
-    cached = float(sums_of("cached")(params, items, batch, None, cache)["item"])
-    assert cached == pytest.approx(float(sums_of("text")(params, items, batch)["item"]), rel=1e-6)
-
-    is_target = np.isin(np.arange(9), targets)
+@pytest.mark.parametrize("vectors", ["text", "both"])
+def test_the_expected_cached_loss_bounds_the_full_one_and_is_equal_with_a_fresh_cache(monkeypatch, vectors):
+    """Loss and gradient over all pairs of items that may be drawn, each with its probability. An earlier estimator failed both: with a
+    fresh cache, only the batch's targets got a gradient; with a stale one, its loss fell below that of the full softmax."""
+    config, _, _, items, batch = case("cached")
+    config = dataclasses.replace(config, objective=dataclasses.replace(config.objective, vectors=vectors))
+    model = make_model(config, 13, 9)
+    params = random_params(model)
+    batch = jax.tree.map(lambda x: x[:1], batch)
+    target_X = batch["target"].reshape(-1)
+    targets = target_X[target_X >= 0]
+    share, trained = np.asarray(items.drawn_share_I), np.asarray(items.catalogue.trained_I)
+    assert 1 < len(np.unique(targets)) < len(targets)  # an item is a target twice
+    assert (trained & ~np.isin(np.arange(9), targets)).sum() > 1 and ((share > 0) == trained).all()
+    pairs = np.stack(np.meshgrid(*[np.flatnonzero(trained)] * 2), -1).reshape(-1, 2).astype(np.int32)
     full = dataclasses.replace(config, objective=dataclasses.replace(config.objective, softmax="full"))
 
-    def loss(params):
-        """The full softmax, with gradients only for the vectors of the targets."""
-        bound = model.bind(params)
-        h_XE = bound.project(jnp.take_along_axis(bound.states(batch), batch["target_at"][..., None], axis=1).reshape(-1, 16))
-        v_IE = item_vectors(bound, full, items.catalogue)
-        v_IE = jnp.where(is_target[:, None], v_IE, jax.lax.stop_gradient(v_IE))
-        return cross_entropy(h_XE, v_IE, batch["target"].reshape(-1), allowed_C=items.catalogue.trained_I)
+    def full_loss(params):
+        return losses(model.bind(params), full, items, batch, None, None)["item"]
 
-    got, expected = gradients_of("cached")(params, items, batch, cache), jax.jit(jax.grad(loss))(params)
-    assert np.abs(got["text_DE"]).max() > 0.1 and np.abs(got["text_norm"]["scale"]).max() > 0.01
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * max(1, np.abs(b).max()))
+    def bound(params, cache):
+        """log Z + Z' / Z - 1 - h f_y, with Z' from fresh vectors of all items, and Z, from stale ones, a constant."""
+        network = model.bind(params)
+        h_XE = network.project(jnp.take_along_axis(network.states(batch), batch["target_at"][..., None], axis=1).reshape(-1, 16))
+        v_IE = item_vectors(network, full, items.catalogue)
+        stale_IE = cache if vectors == "text" else cache + network.table(items.catalogue.trained_I)
+        fresh_XI, stale_XI = (jnp.where(trained, h_XE @ v.T, -jnp.inf) for v in (v_IE, stale_IE))
+        log_Z_X = jax.lax.stop_gradient(jax.nn.logsumexp(stale_XI, axis=1))
+        ratio_X = jnp.exp(fresh_XI - log_Z_X[:, None]).sum(1)
+        own_X = jnp.take_along_axis(fresh_XI, jnp.maximum(target_X, 0)[:, None], axis=1)[:, 0]
+        return jnp.where(target_X >= 0, log_Z_X - own_X + ratio_X - 1, 0).sum()
+
+    @jax.jit
+    def run(params, cache):
+        def drawn(pair):
+            monkeypatch.setattr(item_objective, "draw", lambda key, until_I, count: pair)
+            return jax.value_and_grad(lambda params: losses(model.bind(params), config, items, batch, KEY, cache)["item"])(params)
+
+        return jax.value_and_grad(full_loss)(params), jax.value_and_grad(bound)(params, cache), jax.lax.map(drawn, jnp.asarray(pairs))
+
+    fresh = jax.jit(lambda params: all_text_vectors(model.bind(params), items.catalogue))(params)
+    probability = share[pairs].prod(1)
+    assert probability.sum() == pytest.approx(1)
+
+    def means(drawn):
+        return jax.tree.map(lambda x: np.einsum("p,p...->...", probability, np.asarray(x, np.float64)), drawn)
+
+    def assert_close(got, expected):
+        for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * max(1, np.abs(b).max()), err_msg=jax.tree_util.keystr(path))
+
+    exact, _, drawn = run(params, fresh)
+    np.testing.assert_allclose(drawn[0], exact[0], rtol=1e-6)  # whatever was drawn
+    assert_close(means(drawn), exact)
+    of_text = np.asarray(drawn[1]["text_DE"])
+    assert np.abs(of_text - of_text[0]).max() > 1e-3  # the gradients of single draws differ
+
+    exact, expected, drawn = run(params, CACHE)
+    assert_close(means(drawn), expected)
+    assert expected[0] > exact[0] + 1
 
 
-def test_a_stale_cache_is_used_for_items_that_are_not_targets():
-    _, _model, params, items, batch = case("cached")
-    batch = jax.tree.map(lambda x: x[:1], batch)
-    is_target = np.isin(np.arange(9), batch["target"])
-    trained = np.asarray(items.catalogue.trained_I)
-    assert (trained & ~is_target).any()
-    cache = vectors_of("cached")[0]
-    base = float(sums_of("cached")(params, items, batch, None, cache)["item"])
-    for i in range(9):
-        moved = float(sums_of("cached")(params, items, batch, None, cache.at[i].add(1.0))["item"]) != base
-        assert moved == (trained[i] and not is_target[i]), i
+def test_weights_by_hand(monkeypatch):
+    """With dropout, the fresh vectors of an item differ, so that each occurrence has a share. Padding and drawn targets have none."""
+    items = dataclasses.replace(case("cached")[3], drawn_share_I=jnp.asarray(SHARE, jnp.float32))
+    target, drawn = np.array([3, -1, 2, 3, 3, -1], np.int32), np.array([5, 0, 3, 5, 4], np.int32)
+    got = item_objective._weights(items, target, drawn)
+    np.testing.assert_allclose(got[:6], [1 / 3, 0, 1, 1 / 3, 1 / 3, 0], rtol=1e-6)
+    np.testing.assert_allclose(got[6:], [1 / (5 * 0.2), 1 / (5 * 0.4), 0, 1 / (5 * 0.2), 1 / (5 * 0.05)], rtol=1e-6)
 
 
-def test_of_a_repeated_target_the_first_fresh_vector_counts(monkeypatch):
-    """With dropout, the fresh vectors of an item differ. Here they are random, so that each identifies its position."""
-    config, model, params, items, batch = case("cached")
-    flat = batch["target"].reshape(-1)
-    fresh = np.random.default_rng(0).standard_normal((len(flat), 16)).astype(np.float32)
-    cache = np.random.default_rng(1).standard_normal((9, 16)).astype(np.float32)
-    expected, first = cache.copy(), {}
-    for x, item in enumerate(flat.tolist()):
-        if item >= 0 and first.setdefault(item, x) == x:
-            expected[item] = fresh[x]
-    assert 1 < len(first) < (flat >= 0).sum() < len(flat) and 0 in flat
-    assert 0 < len(first) < 9  # some rows of the cache remain
-    seen = {}
-
-    def spy(h_XE, v_CE, label_X, **options):
-        seen["v"] = v_CE
-        return cross_entropy(h_XE, v_CE, label_X, **options)
-
-    bound = model.bind(params)
-    monkeypatch.setattr(item_objective, "cross_entropy", spy)
-
-    def loss(fresh):
-        monkeypatch.setattr(type(bound), "text_vectors", lambda self, token, length, key=None: fresh)
-        return losses(bound, config, items, batch, None, jnp.asarray(cache))["item"], seen["v"]
-
-    gradient, vectors = jax.jit(jax.grad(loss, has_aux=True))(fresh)
-    np.testing.assert_array_equal(vectors, expected)
-    assert np.flatnonzero(np.asarray(gradient).any(1)).tolist() == sorted(first.values())
+def test_weights_are_bounded():
+    """Half of the draws are uniform over the items with a training event."""
+    config, _, _, items, _ = case("cached")
+    share, trained = np.asarray(items.drawn_share_I, np.float64), np.asarray(items.catalogue.trained_I)
+    popular = np.asarray(case("sampled")[3].drawn_share_I, np.float64)
+    np.testing.assert_allclose(share, (popular + trained / trained.sum()) / 2, rtol=1e-6)
+    assert (1 / (config.objective.negatives * share[trained])).max() < 2 * trained.sum() / config.objective.negatives
 
 
 # ---- sampled softmax

@@ -1,5 +1,6 @@
 """Offline scoring, from a working folder alone: what comes out, in which order, and that no interruption shows."""
 
+import dataclasses
 import importlib.util
 import io
 import json
@@ -20,6 +21,7 @@ import iam_jax
 from iam_jax.config import get_config, override, resolve, to_json
 from iam_jax.data import stored as stored_lib
 from iam_jax.data.histories import Lists
+from iam_jax.data.prepare import prepare
 from iam_jax.data.tokenizer import train_bpe
 from iam_jax.devices.signals import Stop
 from iam_jax.errors import InputError
@@ -93,6 +95,15 @@ def test_lists_equal_a_slow_twin(folder, users, vectors, tmp_path):
         best = sorted(expected, key=expected.get, reverse=True)[:7]
         assert got == best
         np.testing.assert_allclose(scores, [expected[item] for item in best], rtol=1e-4, atol=1e-5)
+
+
+def test_item_vectors_are_read_back(folder, vectors, tmp_path):
+    """As content of another run, `data.vectors`, from several files; vectors of users are refused."""
+    data = config_of(folder, data__path=str(folder / "moved"), data__cache=str(tmp_path / "cache")).data
+    prepared = prepare(dataclasses.replace(data, vectors=str(tmp_path / "item-vectors")))
+    np.testing.assert_array_equal(prepared.vectors, [vectors[0][item] for item in prepared.events.item_ids.tolist()])
+    with pytest.raises(InputError, match="no column 'item'; its columns are 'user', 'vector'"):
+        prepare(dataclasses.replace(data, vectors=str(tmp_path / "user-vectors")))
 
 
 @pytest.mark.parametrize("filter_seen", [True, False])

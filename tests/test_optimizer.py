@@ -79,6 +79,28 @@ def test_weight_decay_is_decoupled_and_spares_biases():
     np.testing.assert_array_equal(stepped["up_F"], PARAMS["up_F"])
 
 
+def test_tables_and_content_have_a_weight_decay_of_their_own():
+    """Each parameter's update with a gradient of zero is its own decay; without the two fields all have that of weight_decay."""
+    config = make_config(
+        data={"vectors": "tfidf"},
+        model={"schedule": "intra | inter", "item_width": 8, "item_input": "own"},
+        objective={"vectors": "both"},
+    )
+    shapes = make_model(config, vocabulary=9, items=5, vector_size=3).shapes()
+    params = jax.tree.map(lambda x: jnp.full(x.shape, 2.0), shapes)
+    fields = {"learning_rate": 0.5, "warmup_steps": 0, "decay_steps": 0, "clip_norm": 0.0, "weight_decay": 0.1}
+    tables, content = {"table_IE", "identity_IE"}, {"text_DE", "content_DE", "input_vector_PE", "output_vector_PE"}
+    assert (tables | content) < {name.split("/")[-1] for name in names_of(shapes)}
+    for own, rest in (({}, 0.1), ({"table_decay": 0.4}, 0.1), ({"table_decay": 0.0, "content_decay": 0.8}, 0.1)):
+        optimizer = make_optimizer(OptimizerConfig(**fields, **own))
+        updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
+        for name, update in names_of(updates).items():
+            last = name.split("/")[-1]
+            decay = own.get("table_decay", rest) if last in tables else own.get("content_decay", rest) if last in content else rest
+            matrix = names_of(decayed(shapes))[name]
+            np.testing.assert_allclose(update, -0.5 * decay * 2 * matrix, rtol=1e-6, err_msg=name)
+
+
 def test_adam_by_hand():
     """The first step is g / (|g| + epsilon), since both moments are corrected for their start at 0."""
     grads = {"up_DF": jnp.full((2, 3), -3.0), "up_F": jnp.array([1.0, 4.0, 0.0])}

@@ -24,6 +24,7 @@ from iam_jax.model import make_model
 
 MESHES = ((1, 1, 1), (8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2))
 STEPS = 20
+MICRO = ("sampled", "cached")  # softmaxes that are compared between one device and micro-batches on a mesh
 CONFIG = {
     "data": {"row_tokens": 24},
     "model": {
@@ -131,7 +132,7 @@ def parts_on(mesh_shape: tuple[int, int, int]) -> list:
     return [list(parts["x"].sharding.spec)[:2], parts["x"].addressable_shards[0].data.shape[1], parts["odd"].shape[1]]
 
 
-def train_on(mesh_shape: tuple[int, int, int], once: bool = False) -> dict:
+def train_on(mesh_shape: tuple[int, int, int], once: bool = False, softmax: str = "full", accumulate: int = 1) -> dict:
     """Training steps on the first devices: shardings, losses, the first gradients, and the parameters after the first step. once:
     whether the leading intra layers are computed once per distinct item."""
     from iam_jax.data.batches import training_rows
@@ -140,8 +141,9 @@ def train_on(mesh_shape: tuple[int, int, int], once: bool = False) -> dict:
     from iam_jax.training.run import Run
     from iam_jax.training.step import init_state, make_train_step
 
-    config = make_config(**CONFIG)
-    prepared = tiny_data(**DATA)
+    objective = CONFIG["objective"] | {"softmax": softmax, "negatives": 6}
+    config = make_config(**CONFIG | {"objective": objective, "optimizer": CONFIG["optimizer"] | {"accumulate": accumulate}})
+    prepared, steps = tiny_data(**DATA), 2 if once or softmax != "full" else STEPS
     rows = training_rows(prepared.events, prepared.catalogue, 24, 1, whole_text=True, seed=0)
     catalogue = prepared.catalogue
     compiled = []
@@ -181,7 +183,7 @@ def train_on(mesh_shape: tuple[int, int, int], once: bool = False) -> dict:
         }
         stays = jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), state, wanted)
         step_metrics = [metrics]
-        for k in range(1, 2 if once else STEPS):
+        for k in range(1, steps):
             state, more = step(state, shard_batch(mesh, batches[k]), run.items, np.int32(k))
             step_metrics.append(more)
     return {
@@ -231,7 +233,7 @@ def results():
     done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, env=env, cwd=root, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     training, *others = json.loads(done.stdout)
-    names = "once", "attention", "parts", "constraints", "finetuning"
+    names = "once", *MICRO, "attention", "parts", "constraints", "finetuning"
     return dict(zip(MESHES, training, strict=True)) | dict(zip(names, others, strict=True))
 
 
@@ -257,6 +259,16 @@ def test_gradients_and_losses_equal_those_of_one_device(results, shape):
     assert len(losses) == (2 if shape == "once" else STEPS)
     np.testing.assert_allclose(losses, one["losses"][: len(losses)], rtol=1e-4)
     assert one["losses"][-1] < 0.8 * one["losses"][0]
+
+
+@pytest.mark.parametrize("name", MICRO)
+def test_micro_batches_on_a_mesh_equal_a_batch_of_one_device(results, name):
+    """With each distinct item once, and candidates of the whole batch."""
+    one, many = results[name]
+    np.testing.assert_allclose(many["losses"], one["losses"], rtol=1e-4)
+    for path, x in one["gradients"].items():
+        assert np.linalg.norm(np.subtract(many["gradients"][path], x)) <= 1e-5 * np.linalg.norm(x), path
+    assert many["donated"] and all(many["donated"]) and many["strayed"] == []
 
 
 def test_a_step_of_adapters_equals_that_of_one_device(results):
@@ -400,6 +412,7 @@ if __name__ == "__main__":
     everything = [
         [train_on(shape) for shape in MESHES],
         train_on(MESHES[-1], once=True),
+        *([train_on(MESHES[0], softmax=name), train_on(MESHES[-1], True, name, accumulate=2)] for name in MICRO),
         [attend_on(shape) for shape in (MESHES[0], MESHES[-1])],
         parts_on(MESHES[-1]),
         [constraints_on(shape) for shape in (MESHES[0], (1, 1, 8), MESHES[-1])],

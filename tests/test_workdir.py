@@ -7,9 +7,13 @@ import subprocess
 import sys
 
 import filelock
+import numpy as np
 import pytest
 from helpers import make_config, tiny_data
 
+from iam_jax.data.catalogue import Catalogue
+from iam_jax.data.stored import read_stored
+from iam_jax.data.vectors import Vectors
 from iam_jax.errors import InputError
 from iam_jax.runs.workdir import check_workdir, lock_workdir, open_workdir
 
@@ -92,6 +96,31 @@ def test_other_data_are_refused(tmp_path, config):
         with pytest.raises(InputError, match=name):
             open_workdir(tmp_path / "w", config, other, create=True)
     assert listing(tmp_path) == before
+
+
+def test_vectors_belong_to_the_folder(tmp_path, config):
+    data = tiny_data()
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, vectors="vectors.parquet", tokenizer="id"))
+    content = Vectors(np.ones((data.catalogue.items, 3), np.float32), "a1", ("read",), np.zeros(3), np.eye(3))
+    data = dataclasses.replace(data, content=content)
+    open_workdir(tmp_path / "w", config, data, create=True)
+    before = listing(tmp_path)
+    assert {"w/vectors.npy", "w/vectors.npz"} <= before.keys()
+    open_workdir(tmp_path / "w", config, data, create=True)
+    assert listing(tmp_path) == before
+    with pytest.raises(InputError, match=r"was made from other vectors: its vectors_sha256 is a1, not b2$"):
+        open_workdir(tmp_path / "w", config, dataclasses.replace(data, content=dataclasses.replace(content, sha256="b2")), create=True)
+    ids = Catalogue(np.arange(data.catalogue.items, dtype=np.int32), np.append(np.arange(9), [8, 8]), 8, 0, "")
+    open_workdir(tmp_path / "ids", config, dataclasses.replace(data, catalogue=ids), create=True)
+    stored = read_stored(tmp_path / "ids", config.data)
+    np.testing.assert_array_equal(stored.vectors, content.of_items)
+    assert read_stored(tmp_path / "ids", dataclasses.replace(config.data, vectors="")).vectors is None
+    dataclasses.replace(content, sha256="b2").save(tmp_path / "ids")
+    with pytest.raises(InputError, match=r"vectors\.npy and vectors\.npz do not match data\.json, whose vectors_sha256 is a1$"):
+        read_stored(tmp_path / "ids", config.data)
+    (tmp_path / "ids" / "vectors.npz").unlink()
+    with pytest.raises(InputError, match=r"vectors\.npy or vectors\.npz cannot be read: No such file"):
+        read_stored(tmp_path / "ids", config.data)
 
 
 def test_other_folders_are_refused(tmp_path, config):

@@ -10,6 +10,7 @@ from iam_jax.config import DataConfig
 from iam_jax.data.catalogue import Catalogue
 from iam_jax.data.prepare import Prepared
 from iam_jax.data.splits import TEST, TRAIN, VALIDATION, Events, Split
+from iam_jax.data.vectors import Vectors, vector_length
 from iam_jax.errors import InputError
 
 _USERS = 2000  # a larger number of users is represented by so many
@@ -58,4 +59,7 @@ def assume(config: DataConfig, assumption: Assumption, vocabulary: int) -> tuple
     lengths = np.concatenate([np.full(assumption.items, assumption.item_length), frame])
     catalogue_offsets = np.concatenate([[0], np.cumsum(lengths)])
     catalogue = Catalogue(np.zeros(catalogue_offsets[-1], np.int32), catalogue_offsets, vocabulary, 0, "")
-    return Prepared(Split(events, pl.DataFrame(), "", ()), catalogue), assumption.users / users
+    content = None
+    if config.vectors:
+        content = Vectors(np.broadcast_to(np.float32(0), (assumption.items, vector_length(config))), "")
+    return Prepared(Split(events, pl.DataFrame(), "", ()), catalogue, content), assumption.users / users

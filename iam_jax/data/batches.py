@@ -19,6 +19,9 @@ from iam_jax.data.splits import Events
 #   label_BT: the next token, if it belongs to a target; else -1
 #   item_BT: the token's item in the catalogue; I for the prompt and padding, I + 1 for the suffix
 #   within_BT: the token's position inside its item
+#   identity_BT (optional): the item, at the slot of its boundary token; else -1
+# Rows by item have one slot for each item, for prompt and for suffix: that of its last token. T is then the number of these slots, and
+# `position` counts slots.
 #   target_at_BM: the slot of the state that predicts the target: the last one of the group before it
 #   target_BM: the target item; -1 for none
 #   segment_BM: the index of the target's segment
@@ -41,14 +44,14 @@ class Segments:
         return len(self.start)
 
 
-def training_segments(events: Events, catalogue: Catalogue, row_tokens: int, context_items: int, whole_text: bool) -> Segments:
+def training_segments(events: Events, catalogue: Catalogue, row_slots: int, context_items: int, whole_text: bool) -> Segments:
     """Segments in which every training event is a target once, except a user's first (unless a prompt precedes it).
 
     A history that does not fit in a row is cut between items into windows. The first target of a window has at least `context_items`
     items to its left. With `whole_text` (the token objective) the targets' own tokens are input too. Raises ValueError where a row is
     too small.
     """
-    capacity = row_tokens - catalogue.frame_tokens
+    capacity = row_slots - catalogue.frame_tokens
     before = _tokens_before(events, catalogue)
     begin, end = events.offsets[:-1], events.train_ends
     first = begin if catalogue.prompt else begin + 1
@@ -66,7 +69,7 @@ def training_segments(events: Events, catalogue: Catalogue, row_tokens: int, con
             if last <= target:
                 through = target if whole_text else target - 1
                 needed = catalogue.frame_tokens + before[through + 1] - before[start]
-                raise ValueError(f"row_tokens = {row_tokens}: prompt, suffix and events {start} to {through} need {needed}")
+                raise ValueError(f"rows of {row_slots} slots: prompt, suffix and events {start} to {through} need {needed}")
             windows.append((start, last if whole_text else last - 1, target, last))
             target = last
         start, stop, target, last = (np.array(column) for column in zip(*windows, strict=True))
@@ -74,7 +77,7 @@ def training_segments(events: Events, catalogue: Catalogue, row_tokens: int, con
     return Segments(*(np.concatenate(columns).astype(np.int64) for columns in zip(*parts, strict=True)))
 
 
-def evaluation_segments(events: Events, catalogue: Catalogue, row_tokens: int, targets: np.ndarray, whole_text: bool = False) -> Segments:
+def evaluation_segments(events: Events, catalogue: Catalogue, row_slots: int, targets: np.ndarray, whole_text: bool = False) -> Segments:
     """One segment for each target event [n]: its input is as many of the most recent items before the target as fit in a row.
 
     With `whole_text` (for the loss of the target's tokens) the target itself is input too and has to fit. Raises ValueError where neither
@@ -83,11 +86,11 @@ def evaluation_segments(events: Events, catalogue: Catalogue, row_tokens: int, t
     before = _tokens_before(events, catalogue)
     begin = events.offsets[np.searchsorted(events.offsets, targets, side="right") - 1]
     stop = targets + 1 if whole_text else targets
-    start = np.searchsorted(before, before[stop] - (row_tokens - catalogue.frame_tokens), side="left")
+    start = np.searchsorted(before, before[stop] - (row_slots - catalogue.frame_tokens), side="left")
     start = np.maximum(begin, start)
     unseen = targets[start > targets if catalogue.prompt else start >= targets]
     if len(unseen):
-        raise ValueError(f"row_tokens = {row_tokens}: no prompt or earlier item fits before event {unseen[0]}")
+        raise ValueError(f"rows of {row_slots} slots: no prompt or earlier item fits before event {unseen[0]}")
     return Segments(start, stop, targets, targets + 1)
 
 
@@ -128,35 +131,41 @@ class Rows:
         events: Events,
         catalogue: Catalogue,
         segments: Segments,
-        row_tokens: int,
+        row_slots: int,
         rng: np.random.Generator | None = None,
+        by_item: bool = False,
+        identity: bool = False,
     ):
-        self.events, self.catalogue, self.segments, self.row_tokens = events, catalogue, segments, row_tokens
-        self._lengths = catalogue.lengths
-        before = _tokens_before(events, catalogue)
-        self.sizes = before[segments.stop] - before[segments.start] + catalogue.frame_tokens  # [n] tokens
-        self.rows = pack(self.sizes, row_tokens, rng)
+        """row_slots: T. by_item: whether an item has one slot instead of one for each token. identity: whether batches have `identity`."""
+        self.events, self.catalogue, self.segments, self.row_slots = events, catalogue, segments, row_slots
+        self.by_item, self.identity = by_item, identity
+        self._slots = catalogue.boundaries() if by_item else catalogue
+        before = _tokens_before(events, self._slots)
+        self.sizes = before[segments.stop] - before[segments.start] + self._slots.frame_tokens  # [n] slots
+        self.rows = pack(self.sizes, row_slots, rng)
         counts = segments.last - segments.first
         per_row = np.array([counts[row].sum() for row in self.rows])
         self.targets_per_row = int(per_row.max(initial=1))
         # At most so many tokens are in a row's items and in its targets that are not input.
-        beyond = np.where(segments.last > segments.stop, self._lengths[events.item[segments.last - 1]], 0)
-        self.most_item_tokens = max((int((self.sizes + beyond)[row].sum()) for row in self.rows), default=0)
+        before = _tokens_before(events, catalogue)
+        tokens = before[segments.stop] - before[segments.start] + catalogue.frame_tokens
+        tokens += np.where(segments.last > segments.stop, catalogue.lengths[events.item[segments.last - 1]], 0)
+        self.most_item_tokens = max((int(tokens[row].sum()) for row in self.rows), default=0)
 
     def __len__(self) -> int:
         return len(self.rows)
 
     @property
     def fill(self) -> float:
-        """Real tokens per slot."""
-        return float(self.sizes.sum() / (max(len(self.rows), 1) * self.row_tokens))
+        """The share of the slots that are used."""
+        return float(self.sizes.sum() / (max(len(self.rows), 1) * self.row_slots))
 
     @property
     def targets(self) -> int:
         return int((self.segments.last - self.segments.first).sum())
 
     def __getitem__(self, row: int) -> Batch:
-        T, catalogue, segments = self.row_tokens, self.catalogue, self.segments
+        T, catalogue, segments = self.row_slots, self._slots, self.segments
         index = self.rows[row]
         start, stop, first, last = segments.start[index], segments.stop[index], segments.first[index], segments.last[index]
         prompt, suffix = int(catalogue.prompt), int(catalogue.suffix)
@@ -170,7 +179,7 @@ class Rows:
         event -= (event >= last[segment_of]) & (suffix > 0)
         item = self.events.item[np.where(is_prompt, 0, event)]
         item = np.where(is_prompt, catalogue.items, np.where(is_suffix, catalogue.items + 1, item))
-        length = self._lengths[item]
+        length = catalogue.lengths[item]
         ends = np.cumsum(length)
         slots = int(ends[-1])
         group_of = np.repeat(np.arange(len(item)), length)
@@ -183,7 +192,13 @@ class Rows:
         out["group"][:slots] = (number + (1 - prompt))[group_of]
         out["position"][:slots] = np.arange(slots) - segment_start[segment_of[group_of]]
         out["item"] = np.full(T, catalogue.items, np.int32)
-        out["item"][:slots], out["within"][:slots] = item[group_of], within
+        out["item"][:slots] = item[group_of]
+        out["within"][:slots] = self.catalogue.lengths[item] - 1 if self.by_item else within
+
+        if self.identity:
+            out["identity"] = np.full(T, -1, np.int32)
+            of_item = item < catalogue.items
+            out["identity"][(ends - 1)[of_item]] = item[of_item]
 
         # An event is predicted from the last state of the group before it.
         counts = last - first
@@ -220,9 +235,22 @@ def count_up(counts: np.ndarray) -> np.ndarray:
     return np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
 
 
-def training_rows(events: Events, catalogue: Catalogue, row_tokens: int, context_items: int, whole_text: bool, seed: int) -> Rows:
-    segments = training_segments(events, catalogue, row_tokens, context_items, whole_text)
-    return Rows(events, catalogue, segments, row_tokens, np.random.default_rng([seed, 0]))
+def training_rows(
+    events: Events, catalogue: Catalogue, row_slots: int, context_items: int, whole_text: bool, seed: int, **options: bool
+) -> Rows:
+    """The training segments in rows, in a random order. options: `by_item` and `identity`, as for `Rows`."""
+    slots = catalogue.boundaries() if options.get("by_item") else catalogue
+    segments = training_segments(events, slots, row_slots, context_items, whole_text)
+    return Rows(events, catalogue, segments, row_slots, np.random.default_rng([seed, 0]), **options)
+
+
+def evaluation_rows(
+    events: Events, catalogue: Catalogue, row_slots: int, targets: np.ndarray, whole_text: bool = False, **options: bool
+) -> Rows:
+    """The histories of the target events [n] in rows (`evaluation_segments`). options: `by_item` and `identity`, as for `Rows`."""
+    slots = catalogue.boundaries() if options.get("by_item") else catalogue
+    segments = evaluation_segments(events, slots, row_slots, targets, whole_text)
+    return Rows(events, catalogue, segments, row_slots, None, **options)
 
 
 def training_batches(
@@ -283,8 +311,10 @@ class _Padded:
     def __getitem__(self, row: int) -> Batch:
         if row < len(self.rows):
             return self.rows[row]
-        empty = {name: np.zeros(self.rows.row_tokens, np.int32) for name in ("token", "user", "group", "position", "within")}
-        empty["item"] = np.full(self.rows.row_tokens, self.rows.catalogue.items, np.int32)
-        empty["label"] = np.full(self.rows.row_tokens, -1, np.int32)
+        empty = {name: np.zeros(self.rows.row_slots, np.int32) for name in ("token", "user", "group", "position", "within")}
+        empty["item"] = np.full(self.rows.row_slots, self.rows.catalogue.items, np.int32)
+        empty["label"] = np.full(self.rows.row_slots, -1, np.int32)
+        if self.rows.identity:
+            empty["identity"] = np.full(self.rows.row_slots, -1, np.int32)
         nothing = np.full(self.rows.targets_per_row, -1, np.int32)
         return empty | {"target_at": nothing * 0, "target": nothing, "segment": nothing}

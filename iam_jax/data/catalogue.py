@@ -81,6 +81,12 @@ class Catalogue:
         padded[np.arange(padded.shape[1]) < lengths[:, None]] = self.tokens[: self.offsets[self.items]]
         return padded, lengths.astype(np.int32)
 
+    def boundaries(self) -> "Catalogue":
+        """The catalogue with only the last token of every entry, for rows that have one slot for each item."""
+        there = self.lengths > 0
+        tokens = self.tokens[self.offsets[1:][there] - 1]
+        return dataclasses.replace(self, tokens=tokens, offsets=np.concatenate([[0], np.cumsum(there)]))
+
     def extended(self, entries: list[list[int]]) -> "Catalogue":
         """The catalogue with more items after its own, each given by its tokens."""
         end = self.offsets[self.items]
@@ -119,6 +125,19 @@ def item_texts(items: pl.DataFrame, config: DataConfig) -> list[str]:
     return texts
 
 
+def catalogue_texts(items: pl.DataFrame, config: DataConfig) -> list[str]:
+    """Each item's text as the model reads it: `item_texts`, with data.untitled = "id" and data.shuffled_titles."""
+    texts = item_texts(items, config)
+    if config.untitled == "id":
+        texts = [text or item for text, item in zip(texts, items["item"].to_list(), strict=True)]
+    return [texts[row] for row in shuffled_rows(len(texts))] if config.shuffled_titles else texts
+
+
+def shuffled_rows(items: int) -> np.ndarray:
+    """[items]: the item from which each item gets its content with data.shuffled_titles. The same in every run."""
+    return np.random.default_rng(0).permutation(items)
+
+
 def _parse(template: str):
     try:
         for literal, name, spec, conversion in string.Formatter().parse(template):
@@ -146,11 +165,7 @@ def make_catalogue(items: pl.DataFrame, config: DataConfig, cache: Path, given: 
     if config.tokenizer == "id":
         ids = np.arange(items.height, dtype=np.int32)
         return Catalogue(ids, np.append(np.arange(items.height + 1), [items.height] * 2), items.height, 0, "")
-    texts = item_texts(items, config)
-    if config.untitled == "id":
-        texts = [text or item for text, item in zip(texts, items["item"].to_list(), strict=True)]
-    if config.shuffled_titles:
-        texts = [texts[i] for i in np.random.default_rng(0).permutation(len(texts))]
+    texts = catalogue_texts(items, config)
     loaded = tokens_lib.load_given(config.tokenizer, given)
     fixed = {field: getattr(config, field) for field in _FRAME}
     size = given.size if given is not None and config.tokenizer == "pretrained" else None

@@ -12,7 +12,13 @@ import numpy as np
 from iam_jax.data.batches import Batch, Rows, count_up
 from iam_jax.data.catalogue import Catalogue
 
-CHUNKS = 8  # the rows are computed in so many parts, one after another; parts without a token are skipped
+CHUNKS = 8  # the rows are computed in at least so many parts, one after another; parts without a token are skipped
+
+
+def chunks(accumulate: int) -> int:
+    """The number of those parts, where a step has `accumulate` micro-batches: at most a micro-batch's share of the rows is computed at the
+    same time."""
+    return max(CHUNKS, accumulate)
 
 
 def pack_items(catalogue: Catalogue, items: np.ndarray, row_tokens: int, rows: int | None = None) -> tuple[Batch, np.ndarray]:
@@ -47,9 +53,12 @@ def pack_items(catalogue: Catalogue, items: np.ndarray, row_tokens: int, rows: i
 
 
 class CatalogueItems:
-    """The whole catalogue in rows. Replaces a batch's `item` and `within` by the `slot` of every token."""
+    """The whole catalogue in rows. Replaces a batch's `item` and `within` by the `slot` of every token.
 
-    def __init__(self, catalogue: Catalogue, row_tokens: int, rows_at_once: int):
+    by_item: only the boundary states are kept, one for each entry of the catalogue; the slot of an item is its number.
+    """
+
+    def __init__(self, catalogue: Catalogue, row_tokens: int, rows_at_once: int, by_item: bool = False):
         entries = np.flatnonzero(catalogue.lengths)
         rows, start = pack_items(catalogue, entries, row_tokens)
         self.chunks = math.ceil(len(rows["token"]) / rows_at_once)
@@ -57,15 +66,18 @@ class CatalogueItems:
         self.rows = {name: np.pad(x, ((0, more), (0, 0))) for name, x in rows.items()}
         self.start = np.zeros(catalogue.items + 2, np.int64)  # padding is entry I, even without a prompt
         self.start[entries] = start
-        self.boundary_slots = start[: catalogue.items] + catalogue.item_lengths - 1
+        self.by_item = by_item
+        last = self.start + np.maximum(catalogue.lengths - 1, 0)
+        self.kept = last if by_item else None  # [I + 2] the slots whose states are kept; None: all
+        self.boundary_slots = np.arange(catalogue.items) if by_item else last[: catalogue.items]
 
     def __call__(self, batch: Batch) -> Batch:
-        slot = self.start[batch["item"]] + batch["within"]
+        slot = batch["item"] if self.by_item else self.start[batch["item"]] + batch["within"]
         return without_items(batch) | {"slot": slot.astype(np.int32)}
 
 
 class DistinctItems:
-    """The distinct items of each micro-batch of training, targets included.
+    """The distinct items of each batch of training, targets included.
 
     Adds to a batch `leading`, the rows of items; `slot` [B, T], the slot of every token in them; and `target_slot` [B, M], the slot of
     every target's boundary token. Shapes do not depend on the batch.
@@ -73,36 +85,31 @@ class DistinctItems:
 
     saving = ""  # how much work it saves, in words
 
-    def __init__(self, rows: Rows, batch_rows: int, parts: int = 1, multiple: int = 1, targets: bool = True):
-        """batch_rows: rows of a batch, in `parts` micro-batches. multiple: the number of rows of items in a chunk is a multiple of it.
-        targets: whether the targets are included; without them there is no `target_slot`."""
-        self.rows, self.catalogue, self.row_tokens, self.parts, self.targets = rows, rows.catalogue, rows.row_tokens, parts, targets
+    def __init__(
+        self, rows: Rows, batch_rows: int, chunks: int = CHUNKS, multiple: int = 1, targets: bool = True, row_tokens: int | None = None
+    ):
+        """batch_rows: rows of a batch. chunks: in how many parts the rows of items are computed. multiple: the number of rows in each part
+        is a multiple of it. targets: whether the targets are included; without them there is no `target_slot`. row_tokens: length of the
+        rows of items; None: that of `rows`."""
+        self.rows, self.catalogue, self.targets = rows, rows.catalogue, targets
+        self.row_tokens = row_tokens or rows.row_slots
         # There are at most as many tokens as in all occurrences, or in all items. A row has fewer free slots than the longest item.
-        tokens = min(rows.most_item_tokens * batch_rows // parts, int(self.catalogue.lengths.sum()))
+        tokens = min(rows.most_item_tokens * batch_rows, int(self.catalogue.lengths.sum()))
         least = math.ceil(tokens / (self.row_tokens - int(self.catalogue.lengths.max()) + 1)) + 1
-        self.item_rows = math.ceil(least / (CHUNKS * multiple)) * CHUNKS * multiple
+        self.item_rows = math.ceil(least / (chunks * multiple)) * chunks * multiple
 
-    def __call__(self, batch: Batch, chosen: np.ndarray | None = None, here: np.ndarray | None = None) -> Batch:
-        """chosen: the numbers of the whole batch's rows. here: the places of those rows that `batch` has. None: it has all.
+    def __call__(self, batch: Batch, chosen: np.ndarray | None = None, *_: np.ndarray) -> Batch:
+        """chosen: the numbers of the whole batch's rows, of which `batch` may have some only. None: it has all.
 
-        The rows of items are always those of whole micro-batches: with several processes each also needs the items of the others' rows.
+        The rows of items are always those of the whole batch: with several processes each also needs the items of the others' rows.
         """
-        places = np.arange(len(batch["token"])) if here is None else here
-        size = (len(places) if chosen is None else len(chosen)) // self.parts
-        catalogue, packed = self.catalogue, []
-        start_PI = np.zeros((self.parts, catalogue.items + 2), np.int64)
-        for part in range(self.parts):
-            if chosen is None:
-                distinct = self.distinct({name: x[part * size : (part + 1) * size] for name, x in batch.items()})
-            else:
-                distinct = self.rows.entries(chosen[part * size : (part + 1) * size], self.targets)
-            rows, start_PI[part, distinct] = pack_items(catalogue, distinct, self.row_tokens, self.item_rows)
-            packed.append(rows)
-        part_B1 = places[:, None] // size
-        slot = start_PI[part_B1, batch["item"]] + batch["within"]
+        catalogue = self.catalogue
+        distinct = self.distinct(batch) if chosen is None else self.rows.entries(chosen, self.targets)
+        start_I = np.zeros(catalogue.items + 2, np.int64)
+        leading, start_I[distinct] = pack_items(catalogue, distinct, self.row_tokens, self.item_rows)
+        slot = start_I[batch["item"]] + batch["within"]
         target = np.maximum(batch["target"], 0)
-        target_slot = np.where(batch["target"] >= 0, start_PI[part_B1, target] + catalogue.lengths[target] - 1, 0)
-        leading = {name: np.concatenate([rows[name] for rows in packed]) for name in packed[0]}
+        target_slot = np.where(batch["target"] >= 0, start_I[target] + catalogue.lengths[target] - 1, 0)
         batch = without_items(batch) | {"leading": leading, "slot": slot.astype(np.int32)}
         return batch | {"target_slot": target_slot.astype(np.int32)} if self.targets else batch
 
@@ -110,6 +117,11 @@ class DistinctItems:
         """The distinct items of a batch and, with `targets`, of its targets; prompt and suffix included."""
         there = [batch["item"][batch["user"] > 0], batch["target"][batch["target"] >= 0]]
         return np.unique(np.concatenate(there if self.targets else there[:1]))
+
+
+def entry_slots(batch: Batch, *_: np.ndarray) -> Batch:
+    """A batch whose slots are the numbers of the catalogue's entries, for item states of the whole catalogue, one for each entry."""
+    return without_items(batch) | {"slot": batch["item"]}
 
 
 def without_items(batch: Batch, *_: np.ndarray) -> Batch:

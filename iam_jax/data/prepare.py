@@ -14,10 +14,11 @@ import polars as pl
 from iam_jax.config import DataConfig
 from iam_jax.data import tables as tables_lib
 from iam_jax.data.cache import cache_root, cached_folder
-from iam_jax.data.catalogue import Catalogue, has_text, make_catalogue
+from iam_jax.data.catalogue import Catalogue, catalogue_texts, has_text, make_catalogue
 from iam_jax.data.sources import SOURCES, Source
 from iam_jax.data.splits import Events, Split, as_strings, make_split, shuffle_training
 from iam_jax.data.tokenizer import Vocabulary, load_given
+from iam_jax.data.vectors import TFIDF, Vectors, item_vectors, vector_files
 from iam_jax.errors import InputError
 
 _VERSION = 2  # of the cached files
@@ -29,6 +30,12 @@ _SPLIT_FIELDS = ("untitled", "k_core", "last_n", "split", "t1", "t2", "text", "u
 class Prepared:
     split: Split
     catalogue: Catalogue
+    content: Vectors | None = None  # with data.vectors
+
+    @property
+    def vectors(self) -> np.ndarray | None:
+        """[I, P] float32: the items' content vectors, in the order of the catalogue. None without data.vectors."""
+        return None if self.content is None else self.content.of_items
 
     @property
     def events(self) -> Events:
@@ -36,7 +43,7 @@ class Prepared:
 
 
 def prepare(config: DataConfig, given: Vocabulary | None = None) -> Prepared:
-    """Reads, checks, filters, orders, splits and tokenises the data.
+    """Reads, checks, filters, orders, splits and tokenises the data, and reads or computes the items' vectors.
 
     `given`: the pretrained model's vocabulary, with config.tokenizer = "pretrained". Raises InputError for bad data.
     """
@@ -44,6 +51,8 @@ def prepare(config: DataConfig, given: Vocabulary | None = None) -> Prepared:
     if config.path.startswith("~"):
         config = dataclasses.replace(config, path=str(Path(config.path).expanduser()))
     load_given(config.tokenizer, given)  # a wrong path is found before the data is read and anything is written
+    if config.vectors not in ("", TFIDF):
+        vector_files(config.vectors)
     split = _cached_split(config, cache)
     if config.shuffled_order:
         split = shuffle_training(split)
@@ -55,7 +64,12 @@ def prepare(config: DataConfig, given: Vocabulary | None = None) -> Prepared:
             f"config.data.row_tokens = {config.row_tokens} is too small: prompt, suffix and {config.context_items} + 1 items "
             f"(config.data.context_items) of up to {longest} tokens need {needed}"
         )
-    return Prepared(split, catalogue)
+    content = None
+    if config.vectors:
+        texts = catalogue_texts(split.items, config) if config.vectors == TFIDF else []
+        content = item_vectors(config, split.items["item"], texts, split.events.train_counts > 0, cache)
+        split = dataclasses.replace(split, notes=(*split.notes, *content.notes))
+    return Prepared(split, catalogue, content)
 
 
 def _source(config: DataConfig) -> Source:

@@ -16,6 +16,7 @@ from iam_jax.data import tokenizer as tokens_lib
 from iam_jax.data.catalogue import Catalogue, frame_entries, item_entries, item_texts
 from iam_jax.data.prepare import Prepared
 from iam_jax.data.tables import read_table, refuse
+from iam_jax.data.vectors import TRANSFORM_FILE, VECTORS_FILE, Vectors, read_vectors
 from iam_jax.errors import InputError
 from iam_jax.storage.files import parquet_source
 
@@ -30,6 +31,12 @@ class Stored:
     catalogue: Catalogue
     trained: np.ndarray  # [I] bool: whether the item has a training event
     known: int  # number of items of the training catalogue
+    content: Vectors | None = None  # with data.vectors
+
+    @property
+    def vectors(self) -> np.ndarray | None:
+        """[I, P] float32: the items' content vectors, in the order of item_ids. None without data.vectors."""
+        return None if self.content is None else self.content.of_items
 
 
 def identity(item_ids: list[str], catalogue: Catalogue) -> dict[str, str]:
@@ -73,15 +80,34 @@ def read_stored(workdir: Path, config: DataConfig) -> Stored:
     for name, value in identity(ids.to_list(), catalogue).items():
         if not isinstance(saved, dict) or saved.get(name) != value:
             raise InputError(f"{workdir}: {ITEMS_FILE} and tokenizer.json do not match data.json: their {name} is {value}")
-    return Stored(ids, catalogue, trained, len(ids))
+    return Stored(ids, catalogue, trained, len(ids), _read_vectors(workdir, config, len(ids), saved.get("vectors_sha256")))
+
+
+def _read_vectors(workdir: Path, config: DataConfig, items: int, sha256: str | None) -> Vectors | None:
+    """The vectors of a working folder's catalogue, if it has any. Raises InputError if they are not those of data.json."""
+    if not config.vectors:
+        return None
+    content = Vectors.load(workdir)
+    if content.sha256 != sha256 or len(content.of_items) != items:
+        raise InputError(f"{workdir}: {VECTORS_FILE} and {TRANSFORM_FILE} do not match data.json, whose vectors_sha256 is {sha256}")
+    return content
 
 
 def add_items(stored: Stored, config: DataConfig, path: str | Path) -> tuple[Stored, list[str]]:
     """The catalogue with the items of a table (`item`, then text columns) added, and notes to print.
 
-    Raises InputError for items that are in the catalogue already, for repeated items, and for items without text (data.untitled).
+    If the vectors of the catalogue's items are from a file, the table is a Parquet file with a column `vector`, too; vectors that were
+    computed from text are computed from the new items' texts.
+
+    Raises InputError for items that are in the catalogue already, for repeated items, for items without text (data.untitled), for vectors
+    that `read_vectors` refuses or that have another length, and if the model reads ids.
     """
-    table, notes = read_table(path, ("item",), others=True), []
+    if not stored.catalogue.tokenizer_json:
+        raise InputError(f"{path}: the model reads item ids (config.data.tokenizer = 'id'), and a new item has none")
+    given = stored.content is not None and stored.content.words is None
+    if given and Path(path).suffix != ".parquet":
+        raise InputError(f"{path}: new items of this model need a column 'vector' (config.data.vectors), which only .parquet files have")
+    table, notes = read_table(path, ("item",), others=True, without=["vector"] if given else []), []
     ids = table["item"]
     if ids.n_unique() < len(ids):
         refuse(str(path), ids, ids.is_duplicated(), "item ids that occur more than once", together=True)
@@ -109,7 +135,13 @@ def add_items(stored: Stored, config: DataConfig, path: str | Path) -> tuple[Sto
         notes.append(f"{truncated:,} added items have more than {config.item_tokens} text tokens and are truncated")
     item_ids = pl.concat([stored.item_ids, ids.gather(chosen)])
     trained = np.append(stored.trained, np.zeros(len(entries), bool))
-    return Stored(item_ids, stored.catalogue.extended(entries), trained, stored.known), notes
+    content = stored.content
+    if content is not None and given:
+        raw, _ = read_vectors([Path(path)], ids.gather(chosen))
+        content = content.extended(content.of_raw(raw, f"{path}: column 'vector'"))
+    elif content is not None:
+        content = content.extended(content.of_texts([texts[row] for row in chosen]))
+    return Stored(item_ids, stored.catalogue.extended(entries), trained, stored.known, content), notes
 
 
 def text_entries(catalogue: Catalogue, config: DataConfig, texts: list[str]) -> tuple[list[list[int]], int]:

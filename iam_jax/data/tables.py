@@ -25,7 +25,7 @@ LAYOUT = (
     "each ending in .csv, .tsv, .csv.gz, .tsv.gz or .parquet"
 )
 _TIMESTAMPS = (pl.Int64, pl.Float64, pl.Datetime("us", "UTC"))
-_BAD_PARQUET = (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError)
+BAD_PARQUET = (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError)
 # Rust's \d matches the digits of every script, hence [0-9]. Zeros after the sixth decimal are accepted, other digits do not match.
 _ISO = (
     r"^(?<date>[0-9]{4}-[0-9]{2}-[0-9]{2})(?:[T ](?<clock>[0-9]{2}:[0-9]{2})"
@@ -136,11 +136,11 @@ def _check_columns(name: str, table: pl.DataFrame, required: Sequence[str]) -> N
             refuse(name, table[column], table[column].is_null(), "missing values")
 
 
-def read_table(path: str | Path, required: Sequence[str], *, others: bool = False) -> pl.DataFrame:
+def read_table(path: str | Path, required: Sequence[str], *, others: bool = False, without: Sequence[str] = ()) -> pl.DataFrame:
     """Reads one table, in the format of its ending (`ENDINGS`).
 
     Of the `required` columns `timestamp` becomes Int64, Float64 or Datetime("us", "UTC"). Any other is an id: a String, verbatim, never
-    empty. With `others` the remaining columns follow as text, null as ""; otherwise they are not loaded.
+    empty. With `others` the remaining columns, except for those in `without`, follow as text, null as ""; otherwise they are not loaded.
 
     - CSV is RFC 4180: quoted fields may hold commas, doubled quotes and newlines, and a quote elsewhere is an error.
     - TSV has no quoting: a field is everything between two tabs, so `24" ruler` and `"Hello"` keep their quotes.
@@ -155,7 +155,7 @@ def read_table(path: str | Path, required: Sequence[str], *, others: bool = Fals
     path = Path(path)
     if not path.name.endswith(ENDINGS):
         raise InputError(f"{path}: a table ends in {', '.join(ENDINGS)}")
-    frame = (_read_parquet if path.suffix == ".parquet" else _read_text)(path, required, others)
+    frame = (_read_parquet if path.suffix == ".parquet" else _read_text)(path, required, others, without)
     return _checked(frame, str(path), required)
 
 
@@ -256,25 +256,27 @@ def _places(name: str, rows: list[int]) -> list[str]:
     return [f"line {line:,}" for line in lines]
 
 
-def choose_columns(path: Path | str, names: list[str], required: Sequence[str], others: bool = False) -> list[str]:
+def choose_columns(
+    path: Path | str, names: list[str], required: Sequence[str], others: bool = False, without: Sequence[str] = ()
+) -> list[str]:
     """The columns to load, the required ones first."""
     found = ", ".join(map(_short, names[:20])) + ", ..." * (len(names) > 20)
     for name in required:
         if name not in names:
             raise InputError(f"{path}: no column {name!r}; its columns are {found}")
-    chosen = [*required, *(name for name in names if others and name not in required)]
+    chosen = [*required, *(name for name in names if others and name not in (*required, *without))]
     for name in chosen:
         if names.count(name) > 1:
             raise InputError(f"{path}: more than one column {name!r}; its columns are {found}")
     return chosen
 
 
-def _read_parquet(path: Path, required: Sequence[str], others: bool) -> pl.DataFrame:
+def _read_parquet(path: Path, required: Sequence[str], others: bool, without: Sequence[str]) -> pl.DataFrame:
     try:
         with path.open("rb") as file:  # an open file: a path would be expanded where it holds `*` or `[`
-            chosen = choose_columns(path, list(pl.read_parquet_schema(file)), required, others)
+            chosen = choose_columns(path, list(pl.read_parquet_schema(file)), required, others, without)
         return pl.read_parquet(path, columns=chosen, glob=False, hive_partitioning=False).select(chosen)
-    except _BAD_PARQUET as error:
+    except BAD_PARQUET as error:
         raise InputError(f"{path}: not a readable Parquet file: {str(error).splitlines()[0]}") from error
 
 
@@ -291,7 +293,7 @@ def _load(path: Path) -> bytes:
     return data.removeprefix(b"\xef\xbb\xbf").rstrip(b"\r\n")
 
 
-def _read_text(path: Path, required: Sequence[str], others: bool) -> pl.DataFrame:
+def _read_text(path: Path, required: Sequence[str], others: bool, without: Sequence[str]) -> pl.DataFrame:
     data = _load(path)
     quoted = ".csv" in path.suffixes
     separator = "," if quoted else "\t"
@@ -307,7 +309,7 @@ def _read_text(path: Path, required: Sequence[str], others: bool) -> pl.DataFram
         raise InputError(f"{path}: line 1 is not a line of RFC-4180 column names: {error}") from error
     if not any(names):
         raise InputError(f"{path}: line 1 is empty, it should name the columns")
-    chosen = choose_columns(path, names, required, others)
+    chosen = choose_columns(path, names, required, others, without)
 
     # polars fills short lines with nulls, and a stray quote can join two lines. So the shape of every line is checked first.
     field = rb'(?:"(?:[^"]++|"")*+"|[^",\n]*+)' if quoted else rb"[^\t\n]*+"

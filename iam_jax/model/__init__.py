@@ -26,12 +26,13 @@ class Model:
         return jax.tree.map(lambda x: x, self._shapes)
 
 
-def make_model(config: Config, vocabulary: int, items: int, longest: int | None = None) -> Model:
+def make_model(config: Config, vocabulary: int, items: int, longest: int | None = None, vector_size: int = 0) -> Model:
     """vocabulary: token ids, boundary included; items: rows of the item table; longest: tokens of the longest item (or prompt), which
-    bounds what an intra layer has to look at; None: not known, then intra layers cost more on a CPU."""
+    bounds what an intra layer has to look at; None: not known, then intra layers cost more on a CPU. vector_size: length of the items'
+    given vectors (`data.vectors`); 0: there are none."""
 
     def build(key: jax.Array) -> Network:
-        return Network(config, vocabulary, items, longest, Keys(key))
+        return Network(config, vocabulary, items, longest, vector_size, Keys(key))
 
     def init(key: jax.Array) -> Params:
         return nnx.to_pure_dict(nnx.split(build(key))[1])

@@ -132,19 +132,23 @@ class Decoder(nnx.Module):
         """longest: number of tokens of the longest item or prompt; None: not known."""
         self.config, self.schedule = config, schedule
         D, layers = config.width, len(schedule.relations)
+        of_items = config.item_shape
         if config.pretrained:  # its embedding keeps its rows; the boundary token, the highest id, has a parameter of its own
             self.embedding_VD, self.boundary_D = weight(keys, (vocabulary - 1, D), D), nnx.Param(jnp.zeros(D))
         else:
             self.embedding_VD, self.boundary_D = weight(keys, (vocabulary, D), D), None
         self.position_PD = weight(keys, (config.max_positions or max_positions, D), D) if config.positions == "learned" else None
-        self.final_norm = Norm(config, D)
+        # A pretrained model keeps its own norm, which nothing reads if the item-level layers have another width.
+        self.final_norm = Norm(config, D) if config.pretrained or not config.item_width else None
+        self.item_norm = Norm(of_items, config.item_width) if config.item_width else None
         self.longest = longest
 
-        def stacked(repeats: int, inserted: bool) -> Block:
+        def stacked(stage: int, repeats: int, inserted: bool) -> Block:
             graphs = []
+            shape = of_items if schedule.item_level and stage >= (schedule.token_stages or 0) else config
 
             def state(key: jax.Array) -> nnx.State:
-                graph, state = nnx.split(Block(config, layers, inserted, Keys(key)))
+                graph, state = nnx.split(Block(shape, layers, inserted, Keys(key)))
                 graphs.append(graph)
                 return state
 
@@ -153,11 +157,17 @@ class Decoder(nnx.Module):
 
         self.blocks = nnx.Dict(
             {
-                f"{s}_{i}": stacked(stage.repeats, inserted)
+                f"{s}_{i}": stacked(s, stage.repeats, inserted)
                 for s, stage in enumerate(schedule.stages)
                 for i, inserted in enumerate(stage.inserted)
             }
         )
+
+    def normed(self, x_BTD: jax.Array) -> jax.Array:
+        """The states after the last layer, float32, through the final norm."""
+        norm = self.item_norm or self.final_norm
+        assert norm is not None
+        return norm(x_BTD.astype(jnp.float32))
 
     def __call__(
         self, batch: dict, *, key: jax.Array | None = None, first: int = 0, last: int | None = None, x_BTD: jax.Array | None = None

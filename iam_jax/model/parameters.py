@@ -47,7 +47,24 @@ def frozen_names(config: Config, params: Params) -> set[str]:
     frozen -= exceptions
     if not config.objective.token:
         frozen |= given & {"output_VD"}  # nothing reads it
+    if config.model.item_width:
+        frozen |= {name for name in given if name.startswith("decoder.final_norm.")}  # nor this
+    if config.constant_tower:
+        frozen |= {EMBEDDINGS["decoder.embedding_VD"]}
     return frozen
+
+
+def load_frozen(config: Config, shapes: Params) -> Params:
+    """The parameters that are not trained, read from the folder of the pretrained model. shapes: as of `abstract`."""
+    own = set(EMBEDDINGS.values())
+    given = pretrained.load(config, select(shapes, lambda name: name not in own))
+    wanted: Params = select(shapes, lambda name: name in own)
+    if not wanted:
+        return given
+    rows: dict = flatten_dict(mean_rows(select(given, lambda name: name in EMBEDDINGS)), sep=".")
+    places: dict = flatten_dict(wanted, sep=".")
+    leaves = {name: jax.device_put(rows[name].astype(x.dtype), x.sharding) for name, x in places.items()}
+    return join(given, unflatten_dict(leaves, sep="."))
 
 
 def abstract(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh, tree, dtype: str | None = None):

@@ -89,6 +89,38 @@ def sampled_cross_entropy(
     return _over_chunks(part, chunk, target_X, h_XE, vt_XE).sum()
 
 
+def cached_cross_entropy(
+    h_XE: jax.Array,
+    target_X: jax.Array,
+    v_IE: jax.Array,
+    allowed_I: jax.Array,
+    fresh_CE: jax.Array,
+    stale_CE: jax.Array,
+    vt_XE: jax.Array,
+    weight_C: jax.Array,
+    chunk: int = 2048,
+) -> jax.Array:
+    """Sum over the positions with a target >= 0 of log Z - h f_y + sum_c w_c (e^(h f_c) - e^(h v_c)) / Z, with Z = sum_i e^(h v_i).
+
+    v_IE: vectors of all items, computed some steps ago, and allowed_I: which of them take part. fresh_CE and stale_CE: vectors f of some
+    items, computed now, and their rows of v_IE. weight_C: their weights, of expectation 1 for every item that takes part. vt_XE: f_y.
+
+    The expectation of the last term is Z' / Z - 1, where Z' is the sum over fresh vectors of all items, and log Z + Z' / Z - 1 >= log Z',
+    because the logarithm is concave. So the expected loss is never below the full softmax's with fresh vectors, and the model cannot
+    improve it by telling fresh from stale ones. Its expected gradient is that of this bound at constant Z. If v is fresh, the loss is that
+    of the full softmax, whatever was drawn, and the expected gradient is the full softmax's. (The bound with auxiliary variables is that of
+    Fagan and Iyengar 2018, arXiv 1803.08577; here the cache gives the variables, log Z, and is a control variate.)"""
+
+    def part(target_x, h_xE, vt_xE):
+        logits_xI = jnp.where(allowed_I, jnp.einsum("xE,IE->xI", h_xE, v_IE), -jnp.inf)
+        log_Z_x = jax.nn.logsumexp(logits_xI, axis=1)
+        fresh_xC, stale_xC = (jnp.einsum("xE,CE->xC", h_xE, y) - jax.lax.stop_gradient(log_Z_x)[:, None] for y in (fresh_CE, stale_CE))
+        more_x = (weight_C * (jnp.exp(fresh_xC) - jnp.exp(stale_xC))).sum(-1)
+        return jnp.where(target_x >= 0, log_Z_x - (h_xE * vt_xE).sum(-1) + more_x, 0)
+
+    return _over_chunks(part, chunk, target_X, h_XE, vt_XE).sum()
+
+
 def _over_chunks(part: Callable[..., jax.Array], chunk: int, label_X: jax.Array, *y_XE: jax.Array) -> jax.Array:
     """[X]: part(label, *y) of chunks of at most `chunk` positions, each computed again for the backward pass. What fills up the last
     chunk has the label -1."""

@@ -40,7 +40,7 @@ def record(plan: Plan, price: float | None) -> dict:
     run, config = plan.run, plan.config
     rows_epoch = len(run.rows) * plan.scale
     steps_epoch = rows_epoch / config.train.batch_rows
-    tokens = config.train.batch_rows * config.data.row_tokens * run.rows.fill
+    tokens = config.train.batch_rows * config.row_slots * run.rows.fill
     out = {
         "topology": plan.topology,
         "chip": None if plan.chip is None else plan.chip.name,
@@ -130,8 +130,8 @@ def report(plan: Plan, facts: dict) -> str:
     mesh = " x ".join(f"{name} {size}" for name, size in facts["mesh"].items())
     data, lines = facts["data"], []
     lines.append(f"{plan.topology}: {plan.devices} x {facts['chip'] or facts['device']}, mesh {mesh}; nothing was run")
-    rows = f"{data['rows_per_epoch']:,} rows of {plan.config.data.row_tokens:,} slots per epoch"
-    row = f"{data['fill']:.0%} real tokens, {data['targets_per_row']:.1f} targets per row"
+    rows = f"{data['rows_per_epoch']:,} rows of {plan.config.row_slots:,} slots per epoch"
+    row = f"{data['fill']:.0%} of the slots used, {data['targets_per_row']:.1f} targets per row"
     lines.append(f"{data['items']:,} items, {data['vocabulary']:,} token ids; {rows} ({row})")
     lines += ["", *_memory_table(plan), ""]
     flops, hardware = (sum(facts["flops"][name].values()) for name in ("model", "hardware"))
@@ -213,7 +213,9 @@ def state_bytes(run: Run, config: Config, sizes: tuple[int, int, int]) -> int:
 
 
 def _shapes(run: Run, config: Config) -> Params:
-    return make_model(config, run.prepared.catalogue.vocabulary, run.prepared.catalogue.items).shapes()
+    prepared = run.prepared
+    size = 0 if prepared.vectors is None else prepared.vectors.shape[1]
+    return make_model(config, prepared.catalogue.vocabulary, prepared.catalogue.items, None, size).shapes()
 
 
 def _state_bytes(shapes: Params, config: Config, sizes: tuple[int, int, int]) -> int:

@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from iam_jax.config import Config
 from iam_jax.data.assumed import Assumption, assume
-from iam_jax.data.batches import Batch, Rows, evaluation_segments
+from iam_jax.data.batches import Batch, Rows, evaluation_rows
 from iam_jax.data.prepare import Prepared, prepare
 from iam_jax.data.splits import VALIDATION
 from iam_jax.data.tokenizer import highest_id, load_tokenizer
@@ -116,6 +116,8 @@ def make_plan(config: Config, request: PlanRequest) -> Plan:
     prepared, scale = _data(config, request.assumption)
     config = _with_kernels(config, devices[0].platform)
     run = make_run(config, prepared, devices)
+    if config.constant_tower:
+        run = run.with_tower(np.zeros((prepared.catalogue.items + 2, config.model.width), np.float32))
     chip = find_chip(devices[0].device_kind)
     capacity = device_capacity(devices[0], chip)
     make = {"training": training, "evaluation": evaluation, "scoring": functools.partial(scoring, top_k=request.top_k)}
@@ -225,8 +227,9 @@ def training(run: Run, capacity: int | None = None) -> list[Program]:
 def _forward(run: Run, rows: Rows, batch: Batch, relations: tuple[str, ...]) -> Flops:
     """FLOPs of attention in layers with these relations, for a batch of such rows."""
     pairs = flops.visible_pairs(batch_of_rows(rows, min(len(rows), 64)), run.config.model.self_key)
-    per_row = flops.attention_flops(run.config, pairs, relations)
-    return Flops({kind: count * len(batch["token"]) for kind, count in per_row.items()})
+    config = run.config
+    per_row = flops.attention_flops(config.model.item_shape if config.item_level else config.model, pairs, relations)
+    return Flops({kind: count * len(batch["user"]) for kind, count in per_row.items()})
 
 
 def evaluation(run: Run, capacity: int | None = None) -> list[Program]:
@@ -273,11 +276,13 @@ def _vector_programs(run: Run, capacity: int | None, resident: dict, batch_rows:
     if not len(targets) or config.eval.ranking != "item":
         return None
     trained = prepared.events.train_counts > 0
-    ranker = Ranker(config, prepared.catalogue, trained, run.model, run.mesh, batch_rows)
+    ranker = Ranker(config, prepared.catalogue, trained, run.model, run.mesh, batch_rows, prepared.vectors, run.items.catalogue.tower_XD)
     params, items = join(run.abstract_trained, frozen_parameters(run)), whole(run, ranker.items)
-    segments = evaluation_segments(prepared.events, prepared.catalogue, config.data.row_tokens, targets)
-    rows, leading, first, programs = Rows(prepared.events, prepared.catalogue, segments, config.data.row_tokens), None, 0, []
-    if keeps_item_states(config, prepared.catalogue, int(rows.sizes.sum())):
+    rows = evaluation_rows(prepared.events, prepared.catalogue, config.row_slots, targets, **config.row_options)
+    leading, first, programs = None, 0, []
+    if ranker.items.tower_XD is not None:
+        leading, first = whole(run, ranker.items.tower_XD), config.schedule.leading_intra
+    elif keeps_item_states(config, prepared.catalogue, int(rows.sizes.sum())):
         catalogue = ranker.catalogue_items
         item_rows = sharded_batch(run, catalogue.rows)
         shape = jax.eval_shape(functools.partial(ranker.leading, chunks=catalogue.chunks), params, item_rows)
@@ -287,8 +292,8 @@ def _vector_programs(run: Run, capacity: int | None, resident: dict, batch_rows:
         first = config.schedule.leading_intra
     batch = ranker.batch(batch_of_rows(rows, batch_rows), power_of_two(rows.targets_per_row), leading is not None)
     batch = sharded_batch(run, {name: x for name, x in batch.items() if name != "segment"})
-    held = resident | {"batch and items": [batch, leading]}
-    histories = _compiled("history vectors", ranker.history_states, (params, batch, leading), held, run, capacity)
+    held = resident | {"batch and items": [batch, leading, items]}
+    histories = _compiled("history vectors", ranker.history_states, (params, batch, leading, items), held, run, capacity)
     histories.flops += _forward(run, rows, batch, config.schedule.relations[first:])
     held = resident | {"batch and items": [items, leading]}
     vectors_program = _compiled("item vectors", ranker.vectors, (params, items, leading), held, run, capacity)

@@ -22,7 +22,7 @@ from iam_jax.data.batches import Batch, Rows, evaluation_batches
 from iam_jax.data.candidates import candidate_rows
 from iam_jax.data.catalogue import Catalogue
 from iam_jax.data.histories import Lists
-from iam_jax.data.item_rows import CatalogueItems, without_items
+from iam_jax.data.item_rows import CatalogueItems, pack_items, without_items
 from iam_jax.devices.mesh import batch_shards, shard_batch, spread_rows
 from iam_jax.model import Model, Params
 from iam_jax.model.items import Items, item_vectors, make_items
@@ -50,6 +50,8 @@ def keeps_item_states(config: Config, catalogue: Catalogue, history_tokens: int)
     history_tokens: number of tokens of all histories together.
     """
     model = config.model
+    if config.item_level:  # its layers read nothing but one state of each item
+        return True
     if not config.states_by_item or model.item_states == "off" or item_states_gib(config, catalogue) > config.eval.item_states_gib:
         return False
     return model.item_states == "on" or config.leading_vectors or int(catalogue.lengths.sum()) <= history_tokens
@@ -57,7 +59,8 @@ def keeps_item_states(config: Config, catalogue: Catalogue, history_tokens: int)
 
 def item_states_gib(config: Config, catalogue: Catalogue) -> float:
     """Size in GiB of the catalogue's states after the leading intra layers."""
-    return float(catalogue.lengths.sum()) * config.model.width * jnp.dtype(config.model.dtype).itemsize / 2**30
+    states = catalogue.items if config.item_level else float(catalogue.lengths.sum())
+    return states * config.model.width * jnp.dtype(config.model.dtype).itemsize / 2**30
 
 
 class Ranker:
@@ -70,18 +73,30 @@ class Ranker:
       model: the model.
       mesh: the device mesh.
       batch_rows: number of rows of histories that are computed at the same time.
+      vector_IP: the items' given vectors (`data.vectors`); None: there are none.
+      tower_XD: the states of a constant tower (tower.py); None: there is none.
     """
 
-    def __init__(self, config: Config, catalogue: Catalogue, trained_I: np.ndarray, model: Model, mesh: jax.sharding.Mesh, batch_rows: int):
+    def __init__(
+        self,
+        config: Config,
+        catalogue: Catalogue,
+        trained_I: np.ndarray,
+        model: Model,
+        mesh: jax.sharding.Mesh,
+        batch_rows: int,
+        vector_IP: np.ndarray | None = None,
+        tower_XD: jax.Array | np.ndarray | None = None,
+    ):
         self.config, self.catalogue, self.model, self.mesh, self.batch_rows = config, catalogue, model, mesh, batch_rows
-        self.items = make_items(catalogue, trained_I)
+        self.items = make_items(catalogue, trained_I, vector_IP, tower_XD)
         whole = functools.partial(jax.jit, out_shardings=NamedSharding(mesh, PartitionSpec()))  # the host of every process reads them
         chunk, count = config.eval.chunk_items, catalogue.items
 
         @whole
-        def history_states(params: Params, batch: dict, leading_XD: jax.Array | None) -> jax.Array:
+        def history_states(params: Params, batch: dict, leading_XD: jax.Array | None, items: Items) -> jax.Array:
             network = model.bind(params)
-            x_BTD = network.states(batch, leading_XD=leading_XD)
+            x_BTD = network.states(batch, leading_XD=leading_XD, items=items)
             return network.project(jnp.take_along_axis(x_BTD, batch["target_at"][..., None], axis=1))
 
         @jax.jit
@@ -91,8 +106,18 @@ class Ranker:
 
         # The jitted functions, which `planning` compiles, too.
         self.history_states, self.vectors = history_states, vectors
-        self.text_vectors = whole(lambda params, token_CT, length_C: model.bind(params).text_vectors(token_CT, length_C))
-        self.leading = jax.jit(lambda params, rows, chunks: model.bind(params).leading_states(rows, chunks), static_argnums=2)
+        self.text_vectors = whole(
+            lambda params, token_CT, length_C, vector_CP=None: model.bind(params).text_vectors(token_CT, length_C, None, vector_CP)
+        )
+
+        @functools.partial(jax.jit, static_argnums=2)
+        def leading(params: Params, rows: Batch, chunks: int) -> jax.Array:
+            x_XD = model.bind(params).leading_states(rows, chunks)
+            return x_XD if self.catalogue_items.kept is None else x_XD[self.catalogue_items.kept]
+
+        self.leading = leading
+        self.entry_inputs = whole(self._entry_inputs)
+        self.all_states = whole(lambda params, rows: model.bind(params).leading_states(rows, 1))
         self.ranks = ranking_program(mesh, chunk, count)
         self.pairs = over_items(mesh, pair_scores, arrays=3)
         size, normalize = config.objective.chunk, config.eval.length_normalized
@@ -107,10 +132,13 @@ class Ranker:
     def catalogue_items(self) -> CatalogueItems:
         """The catalogue packed into rows for the leading intra layers."""
         shards = batch_shards(self.mesh)
-        return CatalogueItems(self.catalogue, self.config.data.row_tokens, math.ceil(self.batch_rows / shards) * shards)
+        at_once = math.ceil(self.batch_rows / shards) * shards
+        return CatalogueItems(self.catalogue, self.config.data.row_tokens, at_once, self.config.item_level)
 
     def leading_states(self, params: Params, history_tokens: int) -> jax.Array | None:
         """States of the catalogue after the leading intra layers [slots, D]; None if `keeps_item_states` is False."""
+        if self.items.tower_XD is not None:
+            return self.items.tower_XD
         if not keeps_item_states(self.config, self.catalogue, history_tokens):
             return None
         return self.leading(params, shard_batch(self.mesh, self.catalogue_items.rows), self.catalogue_items.chunks)
@@ -122,6 +150,25 @@ class Ranker:
         """
         return self.vectors(params, self.items, leading_XD)
 
+    def _entry_inputs(self, params: Params, leading_XD: jax.Array, items: Items) -> jax.Array:
+        """[I + 2, E]: the input of the item-level layers of every entry of the catalogue."""
+        number = jnp.arange(self.catalogue.items + 2)[:, None]
+        batch = {"slot": number}
+        if self.config.row_options["identity"]:
+            batch["identity"] = jnp.where(number < self.catalogue.items, number, -1)
+        return self.model.bind(params).inputs(batch, None, leading_XD, items)[:, 0]
+
+    def with_items(self, params: Params, leading_XD: jax.Array, catalogue: Catalogue) -> jax.Array:
+        """`leading_states` with those of further items behind the catalogue's items, for item-level layers.
+
+        catalogue: the ranker's catalogue, followed by the further items.
+        """
+        items = self.catalogue.items
+        new = np.arange(items, catalogue.items)
+        rows, start = pack_items(catalogue, new, self.config.data.row_tokens)
+        x_XD = self.all_states(params, shard_batch(self.mesh, rows))[start + catalogue.lengths[new] - 1]
+        return jnp.concatenate([leading_XD[:items], x_XD, leading_XD[items:]])
+
     # ---- histories
 
     def batch(self, batch: Batch, width: int, leading: bool) -> Batch:
@@ -132,11 +179,17 @@ class Ranker:
         target_at, segment = batch["target_at"], batch["segment"]
         padding = (0, 0), (0, width - target_at.shape[1])
         batch = self.catalogue_items(batch) if leading else without_items(batch)
-        arrays = {name: batch[name] for name in ("token", "user", "group", "position", "slot") if name in batch}
+        arrays = {name: batch[name] for name in ("token", "user", "group", "position", "slot", "identity") if name in batch}
         return arrays | {"target_at": np.pad(target_at, padding), "segment": np.pad(segment, padding, constant_values=-1)}
 
     def history_vectors(
-        self, params: Params, rows: Rows, leading_XD: jax.Array | None, batch_rows: int | None = None, report: Report = no_report
+        self,
+        params: Params,
+        rows: Rows,
+        leading_XD: jax.Array | None,
+        batch_rows: int | None = None,
+        report: Report = no_report,
+        items: Items | None = None,
     ) -> np.ndarray:
         """h_nE float32: the projected state at the end of each segment of the rows, from which the next item is predicted.
 
@@ -146,13 +199,15 @@ class Ranker:
           leading_XD: from `leading_states`.
           batch_rows: number of rows that are computed at the same time; None: that of the ranker.
           report: is called after each batch.
+          items: the catalogue's items, followed by further items that only histories contain; None: the catalogue's items.
         """
+        items = items or self.items
         width, n = power_of_two(rows.targets_per_row), len(rows.segments)  # few shapes are compiled
-        h_nE = np.zeros((n, 0 if n else self.config.model.width), np.float32)
+        h_nE = np.zeros((n, 0 if n else self.config.vector_width), np.float32)
         finish = functools.partial(self.batch, width=width, leading=leading_XD is not None)
         for batch in evaluation_batches(rows, batch_rows or self.batch_rows, finish):
             segment = batch.pop("segment")
-            h = np.asarray(self.history_states(params, shard_batch(self.mesh, batch), leading_XD))
+            h = np.asarray(self.history_states(params, shard_batch(self.mesh, batch), leading_XD, items))
             h_nE = h_nE if h_nE.size else np.zeros((n, h.shape[-1]), np.float32)
             h_nE[segment[segment >= 0]] = h[segment >= 0]
             report(int((segment >= 0).sum()))

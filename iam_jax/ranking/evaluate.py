@@ -21,13 +21,14 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from iam_jax.config import Config
-from iam_jax.data.batches import Rows, evaluation_batches, evaluation_segments
+from iam_jax.data.batches import Rows, evaluation_batches, evaluation_rows
 from iam_jax.data.histories import Lists
 from iam_jax.data.item_rows import without_items
 from iam_jax.data.prepare import Prepared
 from iam_jax.data.splits import LABELS, TEST, VALIDATION, Events, users_of
 from iam_jax.devices.mesh import shard_batch
 from iam_jax.model import Model, Params
+from iam_jax.model.items import Items
 from iam_jax.model.softmax import label_log_probs
 from iam_jax.ranking import baselines, metrics
 from iam_jax.ranking.core import Ranker, Report, item_states_gib
@@ -43,20 +44,24 @@ def no_poll() -> None:
 class Evaluator:
     """Ranks target events with a model. It keeps compiled functions, so one evaluator serves a whole training run."""
 
-    def __init__(self, model: Model, config: Config, prepared: Prepared, mesh: jax.sharding.Mesh):
+    def __init__(
+        self, model: Model, config: Config, prepared: Prepared, mesh: jax.sharding.Mesh, tower_XD: jax.Array | np.ndarray | None = None
+    ):
+        """tower_XD: the states of a constant tower (tower.py)."""
         self.config, self.prepared, self.mesh = config, prepared, mesh
         trained_I = prepared.events.train_counts > 0
-        self.ranker = Ranker(config, prepared.catalogue, trained_I, model, mesh, config.eval.batch_rows)
+        batch_rows = config.eval.batch_rows
+        self.ranker = Ranker(config, prepared.catalogue, trained_I, model, mesh, batch_rows, prepared.vectors, tower_XD)
         self._rows: dict[tuple[bytes, bool], Rows] = {}
         gib = item_states_gib(config, prepared.catalogue)
-        if config.states_by_item and config.model.item_states == "on" and gib > config.eval.item_states_gib:
+        if config.states_by_item and not config.item_level and config.model.item_states == "on" and gib > config.eval.item_states_gib:
             limit = f"the states of the catalogue need {gib:.1f} GiB, more than config.eval.item_states_gib"
             print(f"ranking computes the leading intra layers for every history, because {limit}", flush=True)
 
         @functools.partial(jax.jit, out_shardings=NamedSharding(mesh, PartitionSpec()))  # the host of every process reads them
-        def token_sums(params: Params, batch: dict) -> jax.Array:
+        def token_sums(params: Params, batch: dict, leading_XD: jax.Array | None, items: Items) -> jax.Array:
             network = model.bind(params)
-            x_BTD, label_X = network.states(batch), batch["label"].reshape(-1)
+            x_BTD, label_X = network.states(batch, None, leading_XD, items), batch["label"].reshape(-1)
             embedding = network.output_embedding()
             loss_X = -label_log_probs(x_BTD.reshape(-1, x_BTD.shape[-1]), embedding, label_X, chunk=config.objective.chunk)
             text_X = (label_X >= 0) & (label_X != prepared.catalogue.vocabulary - 1)
@@ -68,9 +73,8 @@ class Evaluator:
         """The histories of the target events, packed into rows. whole_text: whether the text of the target follows its history."""
         key = targets.tobytes(), whole_text
         if key not in self._rows:
-            events, catalogue, row_tokens = self.prepared.events, self.prepared.catalogue, self.config.data.row_tokens
-            segments = evaluation_segments(events, catalogue, row_tokens, targets, whole_text)
-            self._rows[key] = Rows(events, catalogue, segments, row_tokens)
+            events, catalogue, config = self.prepared.events, self.prepared.catalogue, self.config
+            self._rows[key] = evaluation_rows(events, catalogue, config.row_slots, targets, whole_text, **config.row_options)
         return self._rows[key]
 
     def leading_states(self, params: Params, rows: Rows) -> jax.Array | None:
@@ -88,10 +92,12 @@ class Evaluator:
         if not self.config.objective.token or not len(targets):
             return {}
         rows, batch_rows = self.rows(targets, whole_text=True), self.config.eval.batch_rows
-        sums = np.zeros(4)
+        leading_XD, sums = self.leading_states(params, rows), np.zeros(4)
+        finish = without_items if leading_XD is None else self.ranker.catalogue_items
         with self._progress(math.ceil(len(rows) / batch_rows), f"{label}: loss", poll) as report:
-            for batch in evaluation_batches(rows, batch_rows, without_items):
-                sums += np.asarray(self._token_sums(params, shard_batch(self.mesh, batch)), np.float64)
+            for batch in evaluation_batches(rows, batch_rows, finish):
+                results = self._token_sums(params, shard_batch(self.mesh, batch), leading_XD, self.ranker.items)
+                sums += np.asarray(results, np.float64)
                 report(1)
         return {"token_loss": sums[0] / sums[1], "text_loss": sums[2] / max(sums[3], 1)}
 

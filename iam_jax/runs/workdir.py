@@ -9,11 +9,14 @@ import filelock
 from iam_jax.config import CONFIG_FILE, Config, check_same_run, to_json
 from iam_jax.data.prepare import Prepared
 from iam_jax.data.stored import ITEMS_FILE, identity, items_frame
+from iam_jax.data.vectors import TRANSFORM_FILE, VECTORS_FILE
 from iam_jax.errors import InputError
 from iam_jax.storage import remote as storage
 from iam_jax.storage.files import check_writable, make_folder, write_atomically
 
-_FIRST_FILES = {"data.json", "tokenizer.json", ITEMS_FILE}  # written before the config; the config marks the folder as complete
+_FIRST_FILES = {  # written before the config; the config marks the folder as complete
+    "data.json", "tokenizer.json", ITEMS_FILE, VECTORS_FILE, TRANSFORM_FILE,
+}  # fmt: skip
 
 
 def check_workdir(workdir: Path, config: Config) -> None:
@@ -66,6 +69,8 @@ def open_workdir(
     if shared and not (workdir / CONFIG_FILE).exists():
         raise InputError(f"--workdir={workdir}: this process does not see the files of the first process; all need the same disk")
     made_from = {"split_sha256": prepared.split.sha256, **identity(prepared.events.item_ids.tolist(), prepared.catalogue)}
+    if prepared.content is not None:
+        made_from["vectors_sha256"] = prepared.content.sha256
     if pretrained_sha256 is not None:
         made_from["pretrained_sha256"] = pretrained_sha256
     if (workdir / CONFIG_FILE).exists():
@@ -75,7 +80,7 @@ def open_workdir(
             raise InputError(f"{workdir / 'data.json'}: cannot be read ({error})") from error
         for name, value in made_from.items():
             if saved.get(name) != value:
-                what = "another pretrained model" if name == "pretrained_sha256" else "other data"
+                what = {"pretrained_sha256": "another pretrained model", "vectors_sha256": "other vectors"}.get(name, "other data")
                 raise InputError(f"{workdir} was made from {what}: its {name} is {saved.get(name)}, not {value}")
     if not create:
         return
@@ -92,6 +97,8 @@ def open_workdir(
             if text:
                 _write(workdir / name, text)
         write_atomically(workdir / ITEMS_FILE, items_frame(prepared).write_parquet)
+        if prepared.content is not None and not (workdir / VECTORS_FILE).exists():  # it may be large, and is the same
+            prepared.content.save(workdir)
         _write(workdir / CONFIG_FILE, to_json(config))
     except OSError as error:
         raise InputError(f"--workdir={workdir}: {error.strerror}") from error

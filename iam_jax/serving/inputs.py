@@ -23,6 +23,7 @@ class Histories:
     catalogue: Catalogue
     table: str = ""  # "polars" or "pandas" if the histories were a table
     notes: tuple[str, ...] = ()  # about events that were left out
+    new_vectors: np.ndarray | None = None  # [n, P] float32: the content vectors of the items given as text, if the model reads vectors
 
 
 class Reader:
@@ -30,6 +31,7 @@ class Reader:
 
     def __init__(self, config: Config, stored: Stored):
         self._config, self._stored = config, stored
+        self._given = stored.content is not None and stored.content.words is None
         self._row = {item: row for row, item in enumerate(stored.item_ids.to_list())}
 
     def row(self, item: object, name: str = "item") -> int:
@@ -42,18 +44,21 @@ class Reader:
         return self._row[item]
 
     def text_entries(self, items: Sequence[dict], names: Sequence[str]) -> list[list[int]]:
-        """The tokens of items `{"text": …}`. names: of the items, for errors.
+        """The tokens of items `{"text": …}`, or `{"text": …, "vector": …}` if the catalogue's vectors are from a file.
+
+        names: of the items, for errors.
 
         Raises TypeError for other dicts. Raises InputError if a text has no tokens or does not fit into a row, or if the model reads ids.
         """
         for name, item in zip(names, items, strict=True):
-            if item.keys() != {"text"} or not isinstance(item["text"], str):
-                raise TypeError(f"{name} is {item!r}: an item that is not in the catalogue must be {{'text': '…'}}")
+            if item.keys() != ({"text", "vector"} if self._given else {"text"}) or not isinstance(item["text"], str):
+                expected = "{'text': '…', 'vector': […]}" if self._given else "{'text': '…'}"
+                raise TypeError(f"{name} is {_shown(item)}: an item that is not in the catalogue must be {expected}")
         if items and not self._stored.catalogue.tokenizer_json:
             raise InputError(f"{names[0]}: the model reads item ids (config.data.tokenizer = 'id'), not text")
         catalogue, row_tokens = self._stored.catalogue, self._config.data.row_tokens
         entries, _ = text_entries(catalogue, self._config.data, [" ".join(item["text"].split()) for item in items])
-        room = row_tokens - catalogue.frame_tokens
+        room = row_tokens - (0 if self._config.item_level else catalogue.frame_tokens)
         if self._config.eval.ranking == "likelihood":  # a candidate follows the history
             room -= int(catalogue.item_lengths.max())
         for name, entry in zip(names, entries, strict=True):
@@ -63,6 +68,28 @@ class Reader:
                 rows = f"a row has room for {room} (config.data.row_tokens = {row_tokens})"
                 raise InputError(f"{name}: its text has {len(entry)} tokens, but {rows}")
         return entries
+
+    def new_vectors(self, items: Sequence[dict], names: Sequence[str]) -> np.ndarray | None:
+        """[n, P] float32: the content vectors of items that `text_entries` accepts. None if the model reads none.
+
+        Raises TypeError for a `vector` that is not a list of numbers. Raises InputError for one of another length, or if a number is not
+        finite.
+        """
+        content = self._stored.content
+        if content is None:
+            return None
+        if content.words is not None:
+            return content.of_texts([" ".join(item["text"].split()) for item in items])
+        vectors = np.empty((len(items), content.of_items.shape[1]), np.float32)
+        for n, (name, item) in enumerate(zip(names, items, strict=True)):
+            raw = np.asarray(item["vector"]) if is_list(item["vector"]) else np.zeros(0, object)
+            if raw.ndim != 1 or raw.dtype.kind not in "iuf":
+                raise TypeError(f"{name}: its vector must be a list of numbers")
+            with np.errstate(over="ignore"):  # a number beyond float32 becomes infinite
+                vectors[n] = content.of_raw(raw[None].astype(np.float32), f"{name}: its vector")
+            if not np.isfinite(vectors[n]).all():
+                raise InputError(f"{name}: its vector has a number that is not finite in float32")
+        return vectors
 
     def histories(self, given: Any) -> Histories:
         """Reads histories. Raises TypeError if they are neither a list of lists nor a table, and InputError for an unknown item or an empty
@@ -87,9 +114,12 @@ class Reader:
                     names.append(name)
                 else:
                     rows[-1].append(self.row(item, name))
-        catalogue = self._stored.catalogue.extended(self.text_entries(texts, names)) if texts else self._stored.catalogue
+        catalogue, new_vectors = self._stored.catalogue, None
+        if texts:
+            catalogue = catalogue.extended(self.text_entries(texts, names))
+            new_vectors = self.new_vectors(texts, names)
         ids = pl.Series("user", [str(n) for n in range(len(rows))], dtype=pl.String)
-        return Histories(Users(ids, to_lists(rows), None), catalogue)
+        return Histories(Users(ids, to_lists(rows), None), catalogue, new_vectors=new_vectors)
 
     def candidates(self, given: Any, histories: Histories) -> tuple[Users, list[list[int]] | None]:
         """Reads candidates for these histories.
@@ -114,6 +144,11 @@ class Reader:
             raise InputError(f"{len(rows):,} lists of candidates for {len(histories.users):,} histories")
         users = histories.users
         return Users(users.ids, users.events, to_lists([sorted(set(items)) for items in rows])), rows
+
+
+def _shown(item: dict) -> str:
+    text = repr(item)
+    return text if len(text) <= 200 else text[:197] + "..."
 
 
 def table_kind(given: object) -> str:

@@ -1,17 +1,21 @@
 """Loads a model and its parameters from a working folder."""
 
+import functools
 import json
 from pathlib import Path
 
 import jax
+import numpy as np
 from jax.sharding import AxisType
 
 from iam_jax.config import Config, check_same_run
+from iam_jax.data.cache import cache_root
 from iam_jax.data.stored import Stored
 from iam_jax.devices.mesh import make_mesh
 from iam_jax.errors import InputError
 from iam_jax.model import Model, Params, make_model, pretrained
-from iam_jax.model.parameters import abstract, frozen_names, join, select
+from iam_jax.model.parameters import abstract, frozen_names, join, load_frozen, select
+from iam_jax.ranking.tower import tower_states
 from iam_jax.runs.checkpoint import Checkpoints
 
 
@@ -51,7 +55,8 @@ def model_of(config: Config, stored: Stored, bounded: bool = True) -> Model:
 
     bounded: whether attention inside items is compiled for the longest item of the catalogue (which costs less), or for any length.
     """
-    return make_model(config, stored.catalogue.vocabulary, stored.known, int(stored.catalogue.lengths.max()) if bounded else None)
+    size = 0 if stored.vectors is None else stored.vectors.shape[1]
+    return make_model(config, stored.catalogue.vocabulary, stored.known, int(stored.catalogue.lengths.max()) if bounded else None, size)
 
 
 def serving_mesh(config: Config) -> jax.sharding.Mesh:
@@ -72,11 +77,22 @@ def restore(checkpoints: Checkpoints, step: str, config: Config, model: Model, m
     number, params = checkpoints.load_params(step, abstract(mesh, select(shapes, lambda name: name not in names)))
     if names:
         frozen = select(shapes, lambda name: name in names)
-        params = join(params, pretrained.load(config, abstract(mesh, frozen, config.model.frozen_dtype)))
+        params = join(params, load_frozen(config, abstract(mesh, frozen, config.model.frozen_dtype)))
     return number, params
+
+
+def tower_of(workdir: Path, config: Config, stored: Stored, model: Model, params: Params, mesh: jax.sharding.Mesh) -> np.ndarray | None:
+    """The states of a constant tower, from the cache or computed; None if the model has none."""
+    if not config.constant_tower:
+        return None
+    names = frozen_names(config, model.shapes())
+    fingerprint, cache = str(data_facts(workdir).get("pretrained_sha256")), cache_root(config.data.cache)
+    frozen = functools.partial(select, params, lambda name: name in names)
+    return tower_states(config, stored.catalogue, model, mesh, frozen, fingerprint, cache)
 
 
 def _reads_model_folder(config: Config) -> bool:
     """Whether parameters are restored from the folder of the pretrained model, because no checkpoint has them."""
     unused_output = bool(config.model.pretrained) and not config.objective.token and not config.model.tie_tokens
-    return config.freezes or unused_output
+    unused_norm = bool(config.model.pretrained and config.model.item_width)
+    return config.freezes or unused_output or unused_norm

@@ -17,7 +17,7 @@ import jax
 import polars as pl
 from tqdm import tqdm
 
-from iam_jax.config import FREE_FIELDS, Config, flatten
+from iam_jax.config import Config, flatten, run_fields
 from iam_jax.data.histories import Users, read_candidates, read_users
 from iam_jax.data.stored import add_items, read_stored
 from iam_jax.devices import distributed
@@ -25,7 +25,7 @@ from iam_jax.devices.signals import Signals
 from iam_jax.errors import InputError
 from iam_jax.ranking.core import Report
 from iam_jax.runs.checkpoint import Checkpoints
-from iam_jax.serving.loading import data_facts, model_of, restore, serving_mesh, shape_from_folder
+from iam_jax.serving.loading import data_facts, model_of, restore, serving_mesh, shape_from_folder, tower_of
 from iam_jax.serving.recommender import Recommender
 from iam_jax.storage.files import check_writable, make_folder, to_path, write_atomically
 from iam_jax.storage.remote import is_remote
@@ -93,9 +93,12 @@ def score(workdir: Path, config: Config, request: ScoreRequest, saved: bool, sig
         stored, notes = add_items(stored, config.data, request.items)
     catalogue, users = stored.catalogue, None
     longest = int(catalogue.item_lengths.max())
-    if (needed := catalogue.frame_tokens + 2 * longest) > config.data.row_tokens:
+    needed, what = (
+        (longest, "the longest item") if config.item_level else (catalogue.frame_tokens + 2 * longest, "two of the longest items")
+    )
+    if needed > config.data.row_tokens:
         row_tokens = f"config.data.row_tokens = {config.data.row_tokens}"
-        raise InputError(f"{request.items}: two of the longest items need {needed} tokens, but {row_tokens}")
+        raise InputError(f"{request.items}: {needed} tokens are needed for {what}, but {row_tokens}")
     if request.users:
         users, user_notes = read_users(request.users, stored.item_ids, config.data.untitled == "drop" or config.data.k_core > 0)
         notes += [*user_notes, f"{len(users):,} users, {len(users.events.item):,} events, {len(stored.item_ids):,} items"]
@@ -126,13 +129,15 @@ def score(workdir: Path, config: Config, request: ScoreRequest, saved: bool, sig
     if not missing:
         print(f"wrote {output}")
         return
+    with jax.set_mesh(mesh):
+        tower_XD = tower_of(workdir, config, stored, model, params, mesh)
     tokens = 0 if users is None else int(catalogue.lengths[users.events.item].sum())
     unit, start = "item" if users is None else "user", time.monotonic()
     interval = 0.2 if sys.stderr.isatty() else 10.0
     total, done, processes = rows, rows - sum(sizes[part] for part in missing), jax.process_count()
     shown = config.log.progress and distributed.is_first()
     with tqdm(total=total, initial=done, desc="scoring", unit=unit, disable=not shown, mininterval=interval, maxinterval=interval) as bar:
-        recommender = Recommender(config, stored, model, params, mesh, step)
+        recommender = Recommender(config, stored, model, params, mesh, step, tower_XD)
 
         def report(users_done: int) -> None:
             distributed.report_progress("a batch of histories")
@@ -176,9 +181,7 @@ def _part(
 def _identity(workdir: Path, config: Config, request: ScoreRequest, step: int, progress: dict) -> dict:
     """Everything that the parts depend on, apart from rounding: the content of request.json."""
     fields = flatten(dataclasses.asdict(config))
-    run_fields = {name: value for name, value in fields.items() if not name.startswith(FREE_FIELDS)}
-    run_fields.pop("train.steps")
-    run = json.dumps([run_fields, data_facts(workdir), progress], sort_keys=True, default=str)
+    run = json.dumps([run_fields(fields), data_facts(workdir), progress], sort_keys=True, default=str)
     identity = {"run": hashlib.sha256(run.encode()).hexdigest(), "step": step}
     for name in ("users", "items", "candidates"):
         if path := getattr(request, name):

@@ -16,7 +16,7 @@ import numpy as np
 import polars as pl
 
 from iam_jax.config import Config, get_config, override, resolve
-from iam_jax.data.batches import Rows, evaluation_segments
+from iam_jax.data.batches import evaluation_rows
 from iam_jax.data.catalogue import Catalogue
 from iam_jax.data.histories import Lists, Users, with_targets
 from iam_jax.data.stored import Stored, decoded_texts, read_stored
@@ -64,8 +64,9 @@ def load(workdir: str | Path, step: str | int = "best", overrides: Mapping[str, 
     model, mesh = loading.model_of(config, stored), loading.serving_mesh(config)
     with jax.set_mesh(mesh):
         number, params = loading.restore(checkpoints, str(step), config, model, mesh)
+        tower_XD = loading.tower_of(folder, config, stored, model, params, mesh)
     checkpoints.close()
-    return Recommender(config, stored, model, params, mesh, number)
+    return Recommender(config, stored, model, params, mesh, number, tower_XD)
 
 
 class Recommender:
@@ -77,10 +78,19 @@ class Recommender:
       step: the step number of the checkpoint.
     """
 
-    def __init__(self, config: Config, stored: Stored, model: Model, params: Params, mesh: jax.sharding.Mesh, step: int):
+    def __init__(
+        self,
+        config: Config,
+        stored: Stored,
+        model: Model,
+        params: Params,
+        mesh: jax.sharding.Mesh,
+        step: int,
+        tower_XD: np.ndarray | None = None,
+    ):
         self.config, self.params, self.step = config, params, step
         self._stored, self._model, self._mesh = stored, model, mesh
-        self.ranker = Ranker(config, stored.catalogue, stored.trained, model, mesh, config.score.batch_rows)
+        self.ranker = Ranker(config, stored.catalogue, stored.trained, model, mesh, config.score.batch_rows, stored.vectors, tower_XD)
 
     # ---- the Python API
 
@@ -115,7 +125,7 @@ class Recommender:
         """
         _check_k(k)
         read = self._read(histories)
-        item_nK, score_nK = self.top(read.users, k, filter_seen, catalogue=read.catalogue)
+        item_nK, score_nK = self.top(read.users, k, filter_seen, catalogue=read.catalogue, new_vectors=read.new_vectors)
         if read.table:
             return convert_table(self.table(read.users, item_nK, score_nK), read.table)
         return self._lists(item_nK, score_nK)
@@ -139,7 +149,7 @@ class Recommender:
         """
         read = self._read(histories)
         users, rows = self._reader.candidates(candidates, read)
-        item_nK, score_nK = self.score_candidates(users, len(self.item_ids), catalogue=read.catalogue)
+        item_nK, score_nK = self.score_candidates(users, len(self.item_ids), catalogue=read.catalogue, new_vectors=read.new_vectors)
         if rows is None:
             return convert_table(self.table(users, item_nK, score_nK), read.table)
         scores = [dict(zip(item.tolist(), score, strict=True)) for item, score in zip(item_nK, score_nK, strict=True)]
@@ -178,7 +188,7 @@ class Recommender:
                 scores = ranker.likelihoods(self.params, self._last(users), None, catalogue=read.catalogue)
             self._check_finite(np.isfinite(scores).all(1), users.ids)
             return rank_scores(scores, target, None if seen is None else (np.repeat(np.arange(len(seen)), seen.lengths), seen.item))
-        h_nE = self._history_vectors(users, catalogue=read.catalogue)
+        h_nE = self._history_vectors(users, catalogue=read.catalogue, new_vectors=read.new_vectors)
         excluded = None if seen is None else (lambda at: _without_targets(seen.of(at), target[at]))
         with jax.set_mesh(self._mesh):
             rank, ties, finite = self.ranker.rank(h_nE, self._item_vectors, target, excluded)
@@ -244,7 +254,7 @@ class Recommender:
         """
         self._check_vectors("user_vectors")
         read = self._read(histories)
-        return self.history_vectors(read.users, catalogue=read.catalogue)
+        return self.history_vectors(read.users, catalogue=read.catalogue, new_vectors=read.new_vectors)
 
     # ---- the same for `Users`, as offline scoring needs it
 
@@ -262,7 +272,12 @@ class Recommender:
         return v_nE
 
     def history_vectors(
-        self, users: Users, history_tokens: int | None = None, report: Report = no_report, catalogue: Catalogue | None = None
+        self,
+        users: Users,
+        history_tokens: int | None = None,
+        report: Report = no_report,
+        catalogue: Catalogue | None = None,
+        new_vectors: np.ndarray | None = None,
     ) -> np.ndarray:
         """[n, E] float32: the projected state at the end of each user's history. The model reads the most recent events that fit into a
         row, at most `data.last_n`.
@@ -272,11 +287,12 @@ class Recommender:
           history_tokens: number of tokens of all histories of the request, for `keeps_item_states`; None: of these histories.
           report: is called after each batch with its number of users.
           catalogue: the model's catalogue, followed by further items that only histories contain; None: the model's catalogue.
+          new_vectors: the given vectors of those further items, if the model reads vectors.
 
         Raises:
           FloatingPointError: if a vector is not finite.
         """
-        h_nE = self._history_vectors(users, history_tokens, report, catalogue)
+        h_nE = self._history_vectors(users, history_tokens, report, catalogue, new_vectors)
         self._check_finite(np.isfinite(h_nE).all(1), users.ids, "the vector")
         return h_nE
 
@@ -288,6 +304,7 @@ class Recommender:
         history_tokens: int | None = None,
         report: Report = no_report,
         catalogue: Catalogue | None = None,
+        new_vectors: np.ndarray | None = None,
     ) -> ItemsAndScores:
         """The k best items of the catalogue for each user. All other arguments: as in `history_vectors`.
 
@@ -299,7 +316,7 @@ class Recommender:
             excluded = seen.split() if seen is not None else [np.zeros(0, np.int32)] * len(users)
             with jax.set_mesh(self._mesh):
                 return self.ranker.likeliest(self.params, self._last(users), excluded, k, report, catalogue)
-        h_nE = self._history_vectors(users, history_tokens, report, catalogue)
+        h_nE = self._history_vectors(users, history_tokens, report, catalogue, new_vectors)
         with jax.set_mesh(self._mesh):
             item, score, finite = self.ranker.top(h_nE, self._item_vectors, seen, k)
         self._check_finite(finite, users.ids)
@@ -312,6 +329,7 @@ class Recommender:
         history_tokens: int | None = None,
         report: Report = no_report,
         catalogue: Catalogue | None = None,
+        new_vectors: np.ndarray | None = None,
     ) -> ItemsAndScores:
         """The k best of each user's candidates, including seen items. Among equal scores, the first item of the catalogue comes first.
         All other arguments: as in `history_vectors`.
@@ -326,7 +344,7 @@ class Recommender:
                 likelihoods = ranker.likelihoods(self.params, self._last(users), users.candidates.split(), report, catalogue)
             score = np.pad(likelihoods, ((0, 0), (0, item.shape[1] - likelihoods.shape[1])), constant_values=-np.inf)
         else:
-            h_nE = self._history_vectors(users, history_tokens, report, catalogue)
+            h_nE = self._history_vectors(users, history_tokens, report, catalogue, new_vectors)
             with jax.set_mesh(self._mesh):
                 score = self.ranker.scores(h_nE, self._item_vectors, item)
         self._check_finite(np.isfinite(score).all(1, where=item >= 0), users.ids)
@@ -352,20 +370,30 @@ class Recommender:
         return read
 
     def _history_vectors(
-        self, users: Users, history_tokens: int | None = None, report: Report = no_report, catalogue: Catalogue | None = None
+        self,
+        users: Users,
+        history_tokens: int | None = None,
+        report: Report = no_report,
+        catalogue: Catalogue | None = None,
+        new_vectors: np.ndarray | None = None,
     ) -> np.ndarray:
         """As `history_vectors`, but the caller checks the scores instead."""
-        catalogue, row_tokens = catalogue or self._stored.catalogue, self.config.data.row_tokens
+        catalogue, config = catalogue or self._stored.catalogue, self.config
         events, targets = with_targets(users.events.last(self.config.data.last_n))
-        rows = Rows(events, catalogue, evaluation_segments(events, catalogue, row_tokens, targets), row_tokens)
+        rows = evaluation_rows(events, catalogue, config.row_slots, targets, **config.row_options)
         tokens = int(catalogue.lengths[users.events.item].sum()) if history_tokens is None else history_tokens
         leading = catalogue is self._stored.catalogue and keeps_item_states(self.config, catalogue, tokens)
         shards = batch_shards(self._mesh)
         # Few histories are a smaller batch.
         batch_rows = -(-min(power_of_two(len(rows)), self.config.score.batch_rows) // shards) * shards
         with jax.set_mesh(self._mesh):
-            leading_XD = self._leading_states if leading else None
-            return self._ranker_of(catalogue).history_vectors(self.params, rows, leading_XD, batch_rows, report)
+            leading_XD, ranker = self._leading_states if leading else None, self._ranker_of(catalogue)
+            new = catalogue.items - self._stored.catalogue.items
+            items = ranker.items.extended(new_vectors, new) if new else None
+            if config.item_level and not leading:
+                assert self._leading_states is not None
+                leading_XD = ranker.with_items(self.params, self._leading_states, catalogue)
+            return ranker.history_vectors(self.params, rows, leading_XD, batch_rows, report, items)
 
     def _last(self, users: Users) -> list[np.ndarray]:
         return users.events.last(self.config.data.last_n).split()
@@ -388,7 +416,8 @@ class Recommender:
         token_1T = np.zeros((1, power_of_two(len(entry))), np.int32)
         token_1T[0, : len(entry)] = entry
         ranker = self._ranker_of(self._stored.catalogue.extended([entry]))
-        return ranker.text_vectors(self.params, token_1T, np.array([len(entry)], np.int32))
+        vectors = self._reader.new_vectors([item], ["item"])
+        return ranker.text_vectors(self.params, token_1T, np.array([len(entry)], np.int32), vectors)
 
     def _ranker_of(self, catalogue: Catalogue) -> Ranker:
         """The ranker for histories of items of this catalogue. `self.ranker` only reads items as long as those of the model's catalogue."""
@@ -398,7 +427,8 @@ class Recommender:
     @functools.cached_property
     def _ranker_of_any_length(self) -> Ranker:
         model = loading.model_of(self.config, self._stored, bounded=False)
-        return Ranker(self.config, self._stored.catalogue, self._stored.trained, model, self._mesh, self.config.score.batch_rows)
+        stored, batch_rows = self._stored, self.config.score.batch_rows
+        return Ranker(self.config, stored.catalogue, stored.trained, model, self._mesh, batch_rows, stored.vectors)
 
     def _lists(self, item: np.ndarray, score: np.ndarray) -> list[list[Recommendation]]:
         ids = self._item_ids

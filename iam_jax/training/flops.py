@@ -20,9 +20,9 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, jaxpr_as_fun, jaxprs_in_params
 from jax.interpreters import partial_eval
 
-from iam_jax.config import Config
+from iam_jax.config import Config, ModelConfig
 from iam_jax.data.batches import Batch
-from iam_jax.data.item_rows import CHUNKS
+from iam_jax.data.item_rows import chunks
 from iam_jax.devices.chips import Flops
 from iam_jax.model import Params
 from iam_jax.model.attention import key_ranges
@@ -132,13 +132,14 @@ def visible_pairs(batch: Batch, self_key: bool = False) -> dict[str, float]:
     return pairs
 
 
-def attention_flops(config: Config, pairs: dict[str, float], relations: tuple[str, ...], forward: int = 1, backward: bool = False) -> Flops:
+def attention_flops(
+    model: ModelConfig, pairs: dict[str, float], relations: tuple[str, ...], forward: int = 1, backward: bool = False
+) -> Flops:
     """FLOPs of attention in layers of these relations.
 
-    pairs: visible pairs by relation; if they are per row, the result is per row. forward: how often the forward pass is computed. backward:
-    whether there is a backward pass.
+    model: the shape of the layers. pairs: visible pairs by relation; if they are per row, the result is per row. forward: how often the
+    forward pass is computed. backward: whether there is a backward pass.
     """
-    model = config.model
     size = model.heads * (model.head_size or model.width // model.heads)
     kind = "bfloat16" if model.dtype == "bfloat16" else "float32 highest"
     return Counter({kind: 4 * size * (forward + 2.5 * backward) * sum(pairs[relation] for relation in relations)})
@@ -156,59 +157,84 @@ def text_pairs(config: Config, length_I: np.ndarray) -> dict[str, float]:
 def step_flops(run: Run) -> StepFlops:
     """Counts the FLOPs of one optimizer step of `run`. Counts that depend on the batch (visible pairs, distinct items) use a few rows."""
     config, rows = run.config, run.rows
-    parts = config.optimizer.accumulate
-    size = config.train.batch_rows // parts
+    batch_rows, parts = config.train.batch_rows, config.optimizer.accumulate
 
     def sample_batch(count: int) -> Batch:
         chosen = [rows[row % len(rows)] for row in range(count)]
         return {name: np.stack([row[name] for row in chosen]) for name in chosen[0]}
 
-    batch = run.finish(sample_batch(config.train.batch_rows))
-    micro = {name: jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:])[0], x) for name, x in batch.items()}
-    micro = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), micro)
+    batch = run.finish(sample_batch(batch_rows))
     taken = 1.0
     if "leading" in batch:
-        taken = float((batch["leading"]["user"].reshape(parts * CHUNKS, -1) > 0).any(1).mean())
-    model, hardware, backward = _loss_flops(run, micro, taken)
+        taken = float((batch["leading"]["user"].reshape(chunks(parts), -1) > 0).any(1).mean())
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
+    model, hardware, backward = _loss_flops(run, shapes, taken)
 
-    pairs = visible_pairs(sample_batch(max(config.train.batch_rows, min(_SAMPLE, len(rows)))), config.model.self_key)
+    pairs = visible_pairs(sample_batch(max(batch_rows, min(_SAMPLE, len(rows)))), config.model.self_key)
     again = 1 + config.model.remat
     leading = config.schedule.leading_intra if "leading" in batch else 0
     layers = config.schedule.relations
-    calls = [(pairs, size, layers[leading:], again)]
+    shape = config.model.item_shape if config.item_level else config.model
+    calls = [(shape, pairs, batch_rows, layers[leading:], again)]
     if leading:
-        calls.append((visible_pairs(batch["leading"]), len(micro["leading"]["user"]), layers[:leading], again))
-    count, checkpointed = _texts(config, run.items, micro)
+        rows = batch["leading"]["user"]
+        calls.append((config.model, visible_pairs(batch["leading"]), len(rows), layers[:leading], again + (parts > 1)))
+    count, checkpointed = _texts(config, run.items, batch)
     if count:
         of_text = layers[: config.schedule.leading_intra] if config.objective.text_layers == "leading" else layers
-        calls.append((text_pairs(config, np.asarray(run.items.catalogue.length_I)), count, of_text, again + checkpointed))
-    for pairs, times, relations, forward in calls:
+        calls.append((config.model, text_pairs(config, np.asarray(run.items.catalogue.length_I)), count, of_text, again + checkpointed))
+    for shape, pairs, times, relations, forward in calls:
         for total, computed in ((model, 1), (hardware, forward if backward else 1)):
-            one = attention_flops(config, pairs, relations, computed, backward)
+            one = attention_flops(shape, pairs, relations, computed, backward)
             total.update({kind: times * flops for kind, flops in one.items()})
-    return StepFlops(*(Counter({kind: parts * flops for kind, flops in total.items()}) for total in (model, hardware)))
+    return StepFlops(model, hardware)
 
 
-def _loss_flops(run: Run, micro: Batch, taken: float) -> tuple[Flops, Flops, bool]:
-    """FLOPs of a micro-batch's loss and gradient without and with recomputation, and whether attention has a backward pass."""
-    config = run.config
+def _loss_flops(run: Run, batch: Batch, taken: float) -> tuple[Flops, Flops, bool]:
+    """FLOPs of a batch's loss and gradient without and with recomputation, and whether attention has a backward pass."""
+    config, parts = run.config, run.config.optimizer.accumulate
     cache = (
-        jax.ShapeDtypeStruct((run.items.catalogue.length_I.shape[0], config.model.width), np.float32)
+        jax.ShapeDtypeStruct((run.items.catalogue.length_I.shape[0], config.vector_width), np.float32)
         if config.softmax == "cached"
         else None
     )
     frozen = abstract(run.mesh, select(run.model.shapes(), lambda name: name in run.frozen_names), config.model.frozen_dtype)
     key = jax.random.key(0, impl="rbg")
 
-    def loss(params: Params, frozen: Params, micro: Batch, items: objectives.TrainingItems, cache):
-        return sum(objectives.losses(run.model.bind(join(params, frozen)), config, items, micro, key, cache).values())
+    def share(params: Params, batch: Batch, frozen: Params, items: objectives.TrainingItems, cache):
+        return objectives.share(run.model.bind(join(params, frozen)), config, items, batch, key, cache)
 
-    args = (run.abstract_trained, frozen, micro, run.items, cache)
-    closed, trained = jax.make_jaxpr(loss)(*args), jax.tree.leaves(run.abstract_trained)
+    def loss(learned: tuple, batch: Batch, frozen: Params, items: objectives.TrainingItems, cache, given: dict):
+        params, shared = learned
+        shared = shared and objectives.Shared(shared, given)
+        return sum(objectives.losses(run.model.bind(join(params, frozen)), config, items, batch, key, cache, shared).values())
+
+    params, rest = run.abstract_trained, (frozen, run.items, cache)
+    if parts == 1:
+        return _gradient_flops(loss, (params, None), (batch, *rest, {}), taken)
+    # What the micro-batches share, once; then each of them
+    learned, given = jax.eval_shape(share, params, batch, *rest)
+
+    def total(*args):
+        return sum((x.sum() for x in jax.tree.leaves(share(*args).learned)), jnp.zeros(()))
+
+    once = _gradient_flops(total, params, (batch, *rest), taken)
+    rows = {name: x for name, x in batch.items() if name != "leading"} | {"target_place": batch["target"]}
+    micro = jax.tree.map(lambda x: jax.ShapeDtypeStruct((x.shape[0] // parts, *x.shape[1:]), x.dtype), rows)
+    each = _gradient_flops(loss, (params, learned), (micro, *rest, given), taken)
+    for counts, of_micro in zip(once[:2], each[:2], strict=True):
+        counts.update({kind: parts * flops for kind, flops in of_micro.items()})
+    return *once[:2], once[2] or each[2]
+
+
+def _gradient_flops(loss, learned, rest: tuple, taken: float) -> tuple[Flops, Flops, bool]:
+    """FLOPs of loss(learned, *rest) and its gradient with respect to `learned` without and with recomputation, and whether attention has a
+    backward pass."""
+    closed, leaves = jax.make_jaxpr(loss)(learned, *rest), jax.tree.leaves(learned)
 
     def gradient(closed: ClosedJaxpr) -> Jaxpr:
-        f = jax.value_and_grad(lambda params, rest: jaxpr_as_fun(closed)(*params, *rest)[0])
-        return traced(f, trained, jax.tree.leaves(args[1:]))
+        f = jax.value_and_grad(lambda learned, rest: jaxpr_as_fun(closed)(*learned, *rest)[0])
+        return traced(f, leaves, jax.tree.leaves(rest))
 
     once, recomputing = gradient(closed.replace(jaxpr=_saving_everything(closed.jaxpr))), gradient(closed)
     return matmul_flops(once, taken), matmul_flops(recomputing, taken), _holds_backward_attention(recomputing)
@@ -226,11 +252,11 @@ def _holds_backward_attention(jaxpr: Jaxpr, transposed: bool = False) -> bool:
     return False
 
 
-def _texts(config: Config, items: objectives.TrainingItems, micro: Batch) -> tuple[int, bool]:
-    """The number of item texts that a micro-batch encodes besides those of `leading`, and whether each is recomputed for its gradient."""
-    if not config.uses_text:
+def _texts(config: Config, items: objectives.TrainingItems, batch: Batch) -> tuple[int, bool]:
+    """The number of item texts that a step encodes besides those of `leading`, and whether each is recomputed for its gradient."""
+    if not config.reads_text:
         return 0, False
     if config.softmax == "full":
         return items.catalogue.length_I.shape[0], True
-    targets = 0 if config.leading_vectors and "leading" in micro else math.prod(micro["target"].shape)
-    return targets + (config.objective.negatives if config.softmax == "sampled" else 0), False
+    targets = 0 if config.leading_vectors and "leading" in batch else math.prod(batch["target"].shape)
+    return targets + config.objective.negatives, config.optimizer.accumulate > 1

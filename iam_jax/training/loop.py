@@ -86,7 +86,7 @@ def train(run: Run, workdir: Path, evaluator: Evaluator, signals: Signals) -> Ch
     trained, frozen = (sum(math.prod(x.shape) for x in jax.tree.leaves(params)) for params in (state["params"], run.frozen))
     print(
         f"{trained:,} parameters{f' trained, {frozen:,} frozen' if frozen else ''}; {run.rows.targets:,} targets in {len(run.rows):,} rows "
-        f"of {config.data.row_tokens} slots ({run.rows.fill:.1%} real tokens), {len(run.rows) / cfg.batch_rows:.1f} batches an epoch",
+        f"of {config.row_slots} slots ({run.rows.fill:.1%} real tokens), {len(run.rows) / cfg.batch_rows:.1f} batches an epoch",
         flush=True,
     )
     if isinstance(run.finish, DistinctItems):

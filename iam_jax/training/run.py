@@ -7,18 +7,19 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 
 from iam_jax.config import Config
 from iam_jax.data.batches import Batch, Rows, training_rows
-from iam_jax.data.item_rows import DistinctItems, without_items
+from iam_jax.data.item_rows import DistinctItems, chunks, entry_slots, without_items
 from iam_jax.data.prepare import Prepared
 from iam_jax.devices.mesh import batch_shards, make_mesh
 from iam_jax.errors import InputError
 from iam_jax.kernels.range_attention import choose_implementation
-from iam_jax.model import Model, Params, make_model, pretrained
-from iam_jax.model.parameters import abstract, frozen_names, select
+from iam_jax.model import Model, Params, make_model
+from iam_jax.model.parameters import abstract, frozen_names, load_frozen, select
 from iam_jax.training import objectives
 
 
@@ -40,6 +41,11 @@ class Run:
         """Shapes, types and shardings of the trained parameters, which checkpoints hold."""
         return abstract(self.mesh, select(self.model.shapes(), lambda name: name not in self.frozen_names))
 
+    def with_tower(self, tower_XD: np.ndarray) -> "Run":
+        """The run with the states of a constant tower (`config.constant_tower`)."""
+        catalogue = dataclasses.replace(self.items.catalogue, tower_XD=jnp.asarray(tower_XD))
+        return dataclasses.replace(self, items=dataclasses.replace(self.items, catalogue=catalogue))
+
     def cost(self, progress: dict) -> dict:
         """The cost of the run so far: parameters, steps, real tokens seen, minutes of training (validations included)."""
         shapes: dict[str, Any] = flatten_dict(self.model.shapes(), sep=".")
@@ -54,7 +60,7 @@ class Run:
         if not self.frozen_names:
             return {}
         shapes = select(self.model.shapes(), lambda name: name in self.frozen_names)
-        return pretrained.load(self.config, abstract(self.mesh, shapes, self.config.model.frozen_dtype))
+        return load_frozen(self.config, abstract(self.mesh, shapes, self.config.model.frozen_dtype))
 
 
 def make_run(config: Config, prepared: Prepared, devices: Sequence[jax.Device] | None = None) -> Run:
@@ -68,18 +74,21 @@ def make_run(config: Config, prepared: Prepared, devices: Sequence[jax.Device] |
     rows = training_rows(
         prepared.events,
         catalogue,
-        data.row_tokens,
+        config.row_slots,
         data.context_items,
         whole_text=any(objectives.OBJECTIVES[name].whole_text for name in objectives.weights(config)),
         seed=config.train.seed,
+        **config.row_options,
     )
     if not rows.targets:
         raise InputError("there is nothing to train on: no user has two training events")
-    model = make_model(config, catalogue.vocabulary, catalogue.items, int(catalogue.lengths.max()))
-    items = objectives.make_training_items(catalogue, prepared.events, rows.segments, config)
+    size = 0 if prepared.vectors is None else prepared.vectors.shape[1]
+    model = make_model(config, catalogue.vocabulary, catalogue.items, int(catalogue.lengths.max()), size)
+    items = objectives.make_training_items(catalogue, prepared.events, rows.segments, config, prepared.vectors)
     mesh = make_mesh(config.mesh, devices)
     frozen = frozenset(frozen_names(config, model.shapes()))
-    return Run(config, prepared, mesh, model, rows, items, _distinct_items(config, rows, mesh) or without_items, frozen)
+    finish = entry_slots if config.constant_tower else _distinct_items(config, rows, mesh) or without_items
+    return Run(config, prepared, mesh, model, rows, items, finish, frozen)
 
 
 def _check_attention(config: Config, platform: str) -> None:
@@ -98,17 +107,21 @@ def _check_attention(config: Config, platform: str) -> None:
 
 def _distinct_items(config: Config, rows: Rows, mesh: jax.sharding.Mesh) -> DistinctItems | None:
     """The distinct items of batches, if they go through the leading intra layers once each (model.item_states); else None."""
-    model, parts = config.model, config.optimizer.accumulate
-    if not config.states_by_item or model.item_states == "off" or (model.item_states == "auto" and config.drops):
+    model, batch_rows = config.model, config.train.batch_rows
+    always = config.item_level or model.item_states == "on"
+    if not config.states_by_item or model.item_states == "off" or (config.drops and not always):
         return None
     text = config.leading_vectors and config.softmax != "full"
-    items = DistinctItems(rows, config.train.batch_rows, parts, batch_shards(mesh), targets=text)
-    # One micro-batch, of the first rows, represents all.
-    first = [rows[row] for row in range(min(len(rows), config.train.batch_rows // parts))]
+    items = DistinctItems(rows, batch_rows, chunks(config.optimizer.accumulate), batch_shards(mesh), text, config.data.row_tokens)
+    # One batch, of the first rows, represents all.
+    first = [rows[row] for row in range(min(len(rows), batch_rows))]
     batch = {name: np.stack([row[name] for row in first]) for name in first[0]}
     distinct = items.distinct(batch)
     tokens, slots = int(rows.catalogue.lengths[distinct].sum()), batch["token"].size
     if text:  # the targets' vectors are computed from the same states
         slots += batch["target"].size * int(rows.catalogue.item_lengths.max())
-    items.saving = f"{tokens:,} tokens instead of {slots:,} slots in a micro-batch"
-    return items if model.item_states == "on" or tokens <= 0.6 * slots else None
+    if config.item_level:
+        items.saving = f"{tokens:,} tokens in a batch"
+        return items
+    items.saving = f"{tokens:,} tokens instead of {slots:,} slots in a batch"
+    return items if always or tokens <= 0.6 * slots else None

@@ -1,5 +1,6 @@
 """The training state and the step that updates it."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -9,6 +10,7 @@ import optax
 
 from iam_jax.devices.mesh import param_sharding, split_rows
 from iam_jax.model import Params, pretrained
+from iam_jax.model.items import left_out
 from iam_jax.model.parameters import EMBEDDINGS, abstract, join, mean_rows, select
 from iam_jax.training import objectives
 from iam_jax.training.optimizer import learning_rate, make_optimizer, updates_made
@@ -32,7 +34,8 @@ def init_state(run: Run) -> dict:
     if config.model.pretrained:
         trained = join(trained, pretrained.load(config, select(run.abstract_trained, lambda name: name in given)))
         boundaries = place(mean_rows, select(join(trained, run.frozen), lambda name: name in EMBEDDINGS))
-        trained = join(select(trained, lambda name: name not in EMBEDDINGS.values()), boundaries)
+        own = select(boundaries, lambda name: name not in run.frozen_names)
+        trained = join(select(trained, lambda name: name not in EMBEDDINGS.values()), own)
     return {"params": trained} | place(functools.partial(rest_of_state, run), trained)
 
 
@@ -54,24 +57,43 @@ def make_train_step(run: Run):
         votes = {name: votes.sum() for name, votes in batch.pop("votes", {}).items()}
         # rbg: on a CPU, threefry's dropout masks take longer than the layers
         key = jax.random.fold_in(jax.random.key(config.train.seed, impl="rbg"), step)
+        if config.model.drop_identity or config.model.drop_content:  # the same items in all micro-batches
+            shares = config.model.drop_identity, config.model.drop_content
+            items = dataclasses.replace(items, catalogue=left_out(items.catalogue, *shares, jax.random.fold_in(key, 1)))
         count = objectives.counts(batch)
 
-        def loss(params, micro, key):
-            sums = objectives.losses(model.bind(join(params, frozen)), config, items, micro, key, cache)
+        def loss(params, learned, micro, key, given=None):
+            shared = None if learned is None else objectives.Shared(learned, given)
+            sums = objectives.losses(model.bind(join(params, frozen)), config, items, micro, key, cache, shared)
             return sum(weights[name] * value / jnp.maximum(count[name], 1) for name, value in sums.items()), sums
 
-        gradient = jax.value_and_grad(loss, has_aux=True)
-        if parts == 1:
-            (_, sums), grads = gradient(params, batch, key)
-        else:
-            micros = split_rows(jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), batch), axis=1)
+        def accumulated():
+            """Sums and gradients by micro-batches. What they share is computed once: their gradients with respect to it are added, and go
+            through the model in one backward pass (GradCache, arXiv 2101.06983)."""
+
+            def share(params):
+                return objectives.share(model.bind(join(params, frozen)), config, items, batch, key, cache)
+
+            learned, backward, given = jax.vjp(share, params, has_aux=True)
+            rows = {name: x for name, x in batch.items() if name != "leading"}
+            rows["target_place"] = jnp.arange(batch["target"].size, dtype=jnp.int32).reshape(batch["target"].shape)
+            micros = split_rows(jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), rows), axis=1)
 
             def add(total, xs):
-                (_, sums), grads = gradient(params, *xs)
+                (_, sums), grads = jax.value_and_grad(loss, (0, 1), has_aux=True)(params, learned, *xs, given)
                 return jax.tree.map(jnp.add, total, (sums, grads)), None
 
-            zero = ({name: jnp.zeros(()) for name in weights}, jax.tree.map(jnp.zeros_like, params))
-            (sums, grads), _ = jax.lax.scan(add, zero, (micros, jax.random.split(key, parts)))
+            # in float32, also for bfloat16 states
+            zero = {name: jnp.zeros(()) for name in weights}, jax.tree.map(lambda x: jnp.zeros(x.shape), (params, learned))
+            keys = jax.random.split(jax.random.fold_in(key, 0), parts)
+            (sums, (grads, of_learned)), _ = jax.lax.scan(add, zero, (micros, keys))
+            (more,) = backward(jax.tree.map(lambda g, x: g.astype(x.dtype), of_learned, learned))
+            return sums, jax.tree.map(jnp.add, grads, more)
+
+        if parts == 1:
+            (_, sums), grads = jax.value_and_grad(loss, has_aux=True)(params, None, batch, key)
+        else:
+            sums, grads = accumulated()
         updates, opt_state = optimizer.update(grads, state["optimizer"], params)
         metrics = {f"{name}_sum": value for name, value in sums.items()} | {"gradient_norm": optax.global_norm(grads)}
         finite = jnp.isfinite(jnp.stack(list(metrics.values()))).all()
@@ -91,7 +113,7 @@ def rest_of_state(run: Run, trained: Params) -> dict:
     config = run.config
     rest = {"optimizer": make_optimizer(config.optimizer).init(trained)}
     if config.softmax == "cached":
-        rest["cache"] = jnp.zeros((run.prepared.catalogue.items, config.model.width))
+        rest["cache"] = jnp.zeros((run.prepared.catalogue.items, config.vector_width))
     return rest
 
 

@@ -89,6 +89,7 @@ def _names(model: ModelConfig) -> tuple[frozenset[str], frozenset[str]]:
     def names(make) -> Iterable[str]:
         return flatten_dict(nnx.to_pure_dict(nnx.state(nnx.eval_shape(lambda: make(Keys(jax.random.key(0)))))), sep=".").keys()
 
+    model = dataclasses.replace(model, item_width=0)  # it has no item-level layers
     top = {f"decoder.{name}" for name in names(lambda keys: Decoder(model, Schedule(()), 2, 1, None, keys))}
     return frozenset(top | (set() if model.tie_tokens else {_HEAD})), frozenset(names(lambda keys: Block(model, 1, False, keys)))
 

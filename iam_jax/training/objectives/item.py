@@ -4,8 +4,8 @@ Axes: X targets, M targets of a row, C candidates, I items, E item vectors, D mo
 """
 
 import dataclasses
+import math
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +15,10 @@ from iam_jax.config import Config
 from iam_jax.data.batches import Segments
 from iam_jax.data.catalogue import Catalogue
 from iam_jax.data.splits import Events
-from iam_jax.model.items import Items, all_text_vectors, make_items
+from iam_jax.model.items import Items, all_text_vectors, make_items, text_vectors_in_chunks
 from iam_jax.model.network import Network
-from iam_jax.model.softmax import cross_entropy, sampled_cross_entropy
-from iam_jax.training.objectives.objective import Objective, States
+from iam_jax.model.softmax import cached_cross_entropy, cross_entropy, sampled_cross_entropy
+from iam_jax.training.objectives.objective import Objective, Shared, States
 
 _ARRAYS = ("catalogue", "target_share_I", "drawn_share_I", "drawn_until_I")  # of TrainingItems
 
@@ -34,16 +34,20 @@ class TrainingItems:
     drawn_until_I: jax.Array  # uint32: its cumulative sum, in units of 2^-31
 
 
-def make_training_items(catalogue: Catalogue, events: Events, segments: Segments, config: Config) -> TrainingItems:
-    """The training items. segments: the training segments, whose targets are counted."""
+def make_training_items(
+    catalogue: Catalogue, events: Events, segments: Segments, config: Config, vector_IP: np.ndarray | None = None
+) -> TrainingItems:
+    """The training items. segments: the training segments, whose targets are counted. vector_IP: the items' given vectors."""
     trained = events.train_counts
     is_target = np.zeros(len(events.item) + 1, np.int64)
     np.add.at(is_target, segments.first, 1)
     np.add.at(is_target, segments.last, -1)
     targets = np.bincount(events.item[np.cumsum(is_target[:-1]) > 0], minlength=catalogue.items)
     drawn = np.where(trained > 0, trained.astype(np.float64) ** config.objective.negatives_power, 0)
+    if config.softmax == "cached":  # half of the draws are uniform, so that no weight 1 / (n q_i) is above 2 I / n
+        drawn = drawn / drawn.sum() + (trained > 0) / (trained > 0).sum()
     return TrainingItems(
-        make_items(catalogue, trained > 0),
+        make_items(catalogue, trained > 0, vector_IP),
         jnp.asarray(targets / max(targets.sum(), 1), jnp.float32),
         jnp.asarray(drawn / drawn.sum(), jnp.float32),
         jnp.asarray(summed_up(drawn)),
@@ -57,61 +61,87 @@ def summed_up(weight_I: np.ndarray) -> np.ndarray:
     return np.rint(total_I / total_I[-1] * 2**31).astype(np.uint32)
 
 
-def _loss(network: Network, config: Config, items: TrainingItems, batch: dict, states: States, keys, cache_IE) -> jax.Array:
+def _shared(network: Network, config: Config, items: TrainingItems, batch: dict, leading_XD, keys, cache_IE) -> Shared:
+    """Text vectors of the candidates (None: no text) and, for sampled and cached softmax, the candidates and log E_c or the weight of each.
+
+    The candidates of every softmax are those of the whole batch, drawn once per step."""
     text_key, draw_key = keys
+    objective, catalogue = config.objective, items.catalogue
+    if config.softmax == "full":
+        return Shared(all_text_vectors(network, catalogue, key=text_key) if config.uses_text else None)
+    target_X = batch["target"].reshape(-1)
+    drawn_C = draw(draw_key, items.drawn_until_I, objective.negatives)
+    candidate_C = jnp.concatenate([target_X, drawn_C])
+    text_CE = _texts(network, config, catalogue, batch, candidate_C, leading_XD, text_key) if config.uses_text else None
+    if config.softmax == "cached":
+        return Shared(text_CE, (candidate_C, _weights(items, target_X, drawn_C), cache_IE))
+    others = jnp.maximum((target_X >= 0).sum() - 1, 0)  # a position's own target is not one of its negatives
+    expected_I = others * items.target_share_I + objective.negatives * items.drawn_share_I
+    return Shared(text_CE, (candidate_C, jnp.log(jnp.maximum(expected_I[jnp.maximum(candidate_C, 0)], 1e-30)), None))
+
+
+def _texts(network: Network, config: Config, catalogue: Items, batch: dict, candidate_C, leading_XD, key) -> jax.Array:
+    """Text vectors of candidates, the targets first: from `leading_XD` where they are among its items, else from their tokens."""
+    parts, targets, vector_IP = config.optimizer.accumulate, None, catalogue.vector_IP
+    if leading_XD is not None and "target_slot" in batch and config.leading_vectors:
+        slot_X = batch["target_slot"].reshape(-1)
+        given = None if vector_IP is None else vector_IP[jnp.maximum(candidate_C[: len(slot_X)], 0)]
+        targets = network.content(network.taken(leading_XD, slot_X), given)
+        candidate_C = candidate_C[len(targets) :]
+    safe_C = jnp.maximum(candidate_C, 0)
+    if catalogue.tower_XD is not None:
+        return network.content(catalogue.tower_XD[safe_C], None if vector_IP is None else vector_IP[safe_C])
+    vector_CP = None if vector_IP is None else vector_IP[safe_C]
+    token_CT, length_C = catalogue.token_IT[safe_C], catalogue.length_I[safe_C]
+    if parts == 1:
+        fresh = network.text_vectors(token_CT, length_C, key, vector_CP)
+    else:  # at most as many at a time as if every micro-batch had its own
+        fresh = text_vectors_in_chunks(network, token_CT, length_C, math.ceil(len(safe_C) / parts), key, vector_CP)
+    return fresh if targets is None else jnp.concatenate([targets, fresh])
+
+
+def _weights(items: TrainingItems, target_X: jax.Array, drawn_C: jax.Array) -> jax.Array:
+    """The weights of the targets and of the drawn items in a sum over all items. Those of a target's occurrences add up to 1. A drawn item
+    i has the weight 1 / (n q_i), or 0 if it is a target: n draws from q give every other item the expected weight 1."""
+    # -1 is counted in an extra last place
+    count_I = jnp.zeros(len(items.drawn_share_I) + 1, jnp.int32).at[target_X].add(1)
+    of_target_X = jnp.where(target_X >= 0, 1 / jnp.maximum(count_I[target_X], 1), 0)
+    of_drawn_C = jnp.where(count_I[drawn_C] > 0, 0, 1 / (len(drawn_C) * items.drawn_share_I[drawn_C]))
+    return jnp.concatenate([of_target_X, of_drawn_C])
+
+
+def _loss(network: Network, config: Config, items: TrainingItems, batch: dict, states: States, keys, shared: Shared) -> jax.Array:
+    trained_I, content_I, chunk = items.catalogue.trained_I, items.catalogue.content_I, config.objective.chunk
     x_BMD = jnp.take_along_axis(states.x_BTD, batch["target_at"][..., None], axis=1)
     h_XE = network.project(x_BMD.reshape(-1, x_BMD.shape[-1]))
     target_X = batch["target"].reshape(-1)
-    if config.softmax == "sampled":
-        return _sampled(network, config, items, h_XE, target_X, text_key, draw_key, states.target_XE)
+    table_IE = network.table(items.catalogue.row_I) if config.objective.vectors != "text" else None
     if config.softmax == "full":
-        v_IE = all_text_vectors(network, items.catalogue, key=text_key) if config.uses_text else None
-    else:
-        v_IE = _with_fresh_targets(network, items.catalogue, target_X, text_key, states.target_XE, cache_IE)
-    if config.objective.vectors != "text":
-        table_IE = network.table(items.catalogue.trained_I)
-        v_IE = table_IE if v_IE is None else v_IE + table_IE
-    assert v_IE is not None  # from text, or from the table
-    return cross_entropy(h_XE, v_IE, target_X, allowed_C=items.catalogue.trained_I, chunk=config.objective.chunk)
-
-
-def _with_fresh_targets(network: Network, catalogue: Items, target_X, text_key, vt_XE, cache_IE) -> jax.Array:
-    """v_IE: the cached text vectors, and fresh ones of the targets, as positives and as each other's negatives. The text learns from
-    the fresh ones."""
-    if vt_XE is None:
-        safe_X = jnp.maximum(target_X, 0)
-        vt_XE = network.text_vectors(catalogue.token_IT[safe_X], catalogue.length_I[safe_X], text_key)
-    place_X = _first_places(target_X, len(cache_IE))
-    return jax.lax.stop_gradient(cache_IE).at[place_X].set(vt_XE, mode="drop", unique_indices=True)
-
-
-def _sampled(network: Network, config: Config, items: TrainingItems, h_XE, target_X, text_key, draw_key, vt_XE) -> jax.Array:
-    objective, catalogue = config.objective, items.catalogue
-    drawn_C = draw(draw_key, items.drawn_until_I, objective.negatives)
-    candidate_C = jnp.concatenate([target_X, drawn_C])
+        return cross_entropy(h_XE, _sum(_present(shared.learned, content_I), table_IE), target_X, allowed_C=trained_I, chunk=chunk)
+    candidate_C, about_C, cache_IE = shared.given
     safe_C = jnp.maximum(candidate_C, 0)
-    v_CE: Any = 0
-    if config.uses_text:
-        fresh_C = safe_C if vt_XE is None else safe_C[len(target_X) :]
-        v_CE = network.text_vectors(catalogue.token_IT[fresh_C], catalogue.length_I[fresh_C], text_key)
-        v_CE = v_CE if vt_XE is None else jnp.concatenate([vt_XE, v_CE])
-    if objective.vectors != "text":
-        v_CE = v_CE + network.table(catalogue.trained_I)[safe_C]
-    others = jnp.maximum((target_X >= 0).sum() - 1, 0)  # a position's own target is not one of its negatives
-    expected_I = others * items.target_share_I + objective.negatives * items.drawn_share_I
-    log_expected_C = jnp.log(jnp.maximum(expected_I[safe_C], 1e-30))
-    return sampled_cross_entropy(h_XE, target_X, candidate_C, v_CE, v_CE[: len(target_X)], log_expected_C, objective.chunk)
+    content_CE = _present(shared.learned, None if content_I is None else content_I[safe_C])
+    v_CE = _sum(content_CE, None if table_IE is None else table_IE[safe_C])
+    # The targets are the first candidates.
+    vt_XE = v_CE[batch["target_place"].reshape(-1)] if "target_place" in batch else v_CE[: len(target_X)]
+    if config.softmax == "sampled":
+        return sampled_cross_entropy(h_XE, target_X, candidate_C, v_CE, vt_XE, about_C, chunk)
+    v_IE = _sum(_present(cache_IE, content_I), table_IE)
+    return cached_cross_entropy(h_XE, target_X, v_IE, trained_I, v_CE, v_IE[safe_C], vt_XE, about_C, chunk)
 
 
-def _first_places(target_X: jax.Array, items: int) -> jax.Array:
-    """The item of each target that occurs for the first time. Other targets, and -1, get distinct places from `items` on.
+def _present(content_CE: jax.Array | None, present_C: jax.Array | None) -> jax.Array | None:
+    """Content vectors, zero where the content is left out in this step."""
+    return content_CE if content_CE is None or present_C is None else jnp.where(present_C[:, None], content_CE, 0)
 
-    A repeated item has another dropout mask, and the result of several writes to one row is undefined.
-    """
-    at_X = jnp.arange(len(target_X), dtype=jnp.int32)
-    item_X = jnp.where(target_X >= 0, target_X, items)
-    first_I = jnp.full(items + 1, len(target_X), jnp.int32).at[item_X].min(at_X)
-    return jnp.where((target_X >= 0) & (first_I[item_X] == at_X), target_X, items + at_X)
+
+def _sum(text: jax.Array | None, table: jax.Array | None) -> jax.Array:
+    """The vectors of candidates: from text, or from the table, or their sum."""
+    if text is None or table is None:
+        both = table if text is None else text
+        assert both is not None
+        return both
+    return text + table
 
 
 def draw(key: jax.Array, until_I: jax.Array, count: int) -> jax.Array:
@@ -123,6 +153,7 @@ ITEM = Objective(
     name="item",
     meaning="softmax over items",
     loss=_loss,
+    shared=_shared,
     count=lambda batch: (batch["target"] >= 0).sum(),
     weight=lambda config: config.objective.item,
 )

@@ -8,7 +8,7 @@ from iam_jax.model.softmax import cross_entropy
 from iam_jax.training.objectives.objective import Objective, States
 
 
-def _loss(network: Network, config: Config, items, batch: dict, states: States, keys, cache_IE) -> jax.Array:
+def _loss(network: Network, config: Config, items, batch: dict, states: States, keys, shared) -> jax.Array:
     x_XD, label_X = states.x_BTD.reshape(-1, states.x_BTD.shape[-1]), batch["label"].reshape(-1)
     return cross_entropy(x_XD, network.output_embedding(), label_X, chunk=config.objective.chunk)
 

@@ -1,0 +1,45 @@
+"""SmolLM2-135M as a frozen tower over the titles of Amazon 2014 Toys, and two item-level layers with the items' identity behind it.
+
+    python -m iam_jax.main --config=configs/smollm2_amazon.py --config.model.pretrained=MODEL
+
+MODEL is the Hugging Face folder of SmolLM2-135M, or of another LLaMA with 30 layers. No parameter of it is trained, so the states of the
+catalogue are computed once and kept in the cache; a training step costs about as much as that of SASRec.
+
+Cost: not measured yet. Result: not measured yet.
+"""
+
+from iam_jax.config import default_config
+
+
+def get_config():
+    config = default_config()
+    config.data.source = "amazon"
+    config.data.category = "2014/Toys_and_Games"
+    config.data.k_core = 5
+    config.data.untitled = "drop"
+    config.data.text = "{title}"
+    config.data.tokenizer = "pretrained"
+    config.data.item_tokens = 12
+    config.data.row_tokens = 256
+    config.data.row_items = 64
+    config.data.context_items = 10
+    config.model.pretrained = "SmolLM2-135M"
+    config.model.schedule = "intra*30 | inter*2"
+    config.model.item_input = "table"
+    config.model.item_width = 64
+    config.model.item_heads = 1
+    config.model.dropout = 0.0
+    config.model.item_dropout = 0.5
+    config.train.frozen = "."
+    config.objective.vectors = "both"
+    config.objective.chunk = 128
+    config.optimizer.learning_rate = 2e-3
+    config.optimizer.decay_steps = 0
+    config.optimizer.weight_decay = 0.3
+    config.train.steps = 3000
+    config.train.batch_rows = 16
+    config.train.eval_every = 400
+    config.train.save_every = 400
+    config.train.patience = 3
+    config.eval.validation_users = 4000
+    return config

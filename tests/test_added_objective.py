@@ -14,7 +14,16 @@ from iam_jax.devices.signals import Signals
 from iam_jax.errors import InputError
 from iam_jax.model import make_model
 from iam_jax.training.loop import train
-from iam_jax.training.objectives import OBJECTIVES, Objective, counts, losses, register, unregister, weights
+from iam_jax.training.objectives import (
+    OBJECTIVES,
+    Objective,
+    counts,
+    losses,
+    make_training_items,
+    register,
+    unregister,
+    weights,
+)
 from iam_jax.training.run import make_run
 from iam_jax.training.step import init_state
 
@@ -107,15 +116,17 @@ def test_every_objective_draws_from_keys_of_its_own(monkeypatch):
 
     monkeypatch.setattr(OBJECTIVES, "_entries", {name: spy(name) for name in ("item", "token", "third", "fourth")})
     model = make_model(config, prepared.catalogue.vocabulary, prepared.catalogue.items)
-    batch, params = stack([tiny_rows(prepared, config)[0]]), random_params(model)
+    rows = tiny_rows(prepared, config)
+    items = make_training_items(prepared.catalogue, prepared.events, rows.segments, config)
+    batch, params = stack([rows[0]]), random_params(model)
 
     @jax.jit
     def drawn(key):
-        losses(model.bind(params), config, None, batch, key, None)
+        losses(model.bind(params), config, items, batch, key, None)
         return [jax.random.key_data(one) for keys in seen.values() for one in keys], jax.random.key_data(jax.random.split(key, 3))
 
     own, split = map(np.asarray, drawn(jax.random.key(3)))
     np.testing.assert_array_equal(own[:2], split[1:])
     assert len(own) == 8 and len(np.unique(np.concatenate([own, split[:1]]), axis=0)) == 9
-    jax.eval_shape(lambda: losses(model.bind(params), config, None, batch, None, None))
+    jax.eval_shape(lambda: losses(model.bind(params), config, items, batch, None, None))
     assert len(seen) == 4 and all(one is None for keys in seen.values() for one in keys)

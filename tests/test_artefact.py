@@ -80,7 +80,7 @@ def trained(tiny, tmp_path_factory):
     (folder / "run.py").write_text(config_text(tiny | more))
     run(folder, "--config=run.py", "--workdir=run")
     out, _ = run(folder, "--workdir=run", "--mode=export", "--format=stablehlo", "--step=last", "--output=out")
-    assert "50 items, lists of 50, rows of 64 tokens" in out and "wrote out, from step 6" in out
+    assert "50 items, lists of 50, rows of 64 slots" in out and "wrote out, from step 6" in out
     return folder
 
 

@@ -135,7 +135,7 @@ def test_a_row_too_small_for_the_context_is_refused(whole_text, needed, suffix):
     segments = training_segments(events, catalogue, needed, 3, whole_text)
     assert sorted(target for _, targets in as_pairs(segments) for target in targets) == list(range(10))
     what = f"prompt, suffix and events 1 to {4 if whole_text else 3} need {needed}"
-    with pytest.raises(ValueError, match=rf"^row_tokens = {needed - 1}: {what}$"):
+    with pytest.raises(ValueError, match=rf"^rows of {needed - 1} slots: {what}$"):
         training_segments(events, catalogue, needed - 1, 3, whole_text)
 
 
@@ -259,7 +259,7 @@ def test_an_evaluation_with_nothing_before_the_target_is_refused(prompt, target,
     targets = np.array([target])
     assert len(evaluation_segments(events, catalogue, needed, targets, whole_text)) == 1
     for few in (needed - 1, 1):
-        with pytest.raises(ValueError, match=f"^row_tokens = {few}: no prompt or earlier item fits before event {target}$"):
+        with pytest.raises(ValueError, match=f"^rows of {few} slots: no prompt or earlier item fits before event {target}$"):
             evaluation_segments(events, catalogue, few, targets, whole_text)
     if not prompt:  # the suffix alone predicts nothing
         with pytest.raises(ValueError, match="no prompt or earlier item fits before event 0"):

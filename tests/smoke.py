@@ -8,6 +8,7 @@ SMOKE = {
     "__main__.py": "test_config_files.py::test_the_command_refuses_an_unknown_name_in_one_line[flags0]",
     "api.py": "test_api.py::test_train_evaluate_and_compare",
     "config.py": "test_config.py::test_defaults_and_conversions",
+    "config_checks.py": "test_config.py::test_values_at_the_edge_are_accepted",
     "config_files.py": "test_config_files.py::test_a_name_is_a_file_of_the_project",
     "errors.py": "test_main.py::test_exit_codes",
     "main.py": "test_main.py::test_wrong_input_gives_a_one_line_error_and_writes_nothing[missing column]",

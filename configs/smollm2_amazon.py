@@ -3,7 +3,7 @@
     python -m iam_jax.main --config=configs/smollm2_amazon.py --config.model.pretrained=MODEL
 
 MODEL is the Hugging Face folder of SmolLM2-135M, or of another LLaMA with 30 layers. No parameter of it is trained, so the states of the
-catalogue are computed once and kept in the cache; a training step costs about as much as that of SASRec.
+catalogue are computed once and kept in the cache.
 
 Cost: not measured yet. Result: not measured yet.
 """

@@ -8,8 +8,9 @@
 `intra*4 full*4 inter*4` is the order of HatLLM (arXiv 2510.10955). `+` marks an inserted layer. Its output projections start at zero, so
 that a pretrained model is unchanged at first. `(full*4 +intra +inter)*4` inserts an item-aware block after every four of sixteen layers.
 
-`|` is the mark of item-level layers: `intra*2 | inter*2`. The layers before it see the tokens of their own item. Behind it, one slot for
-each item goes on: the state of its boundary token. There `inter` sees earlier items, and `full` sees earlier items and the item itself.
+`|` is the mark of item-level layers: `intra*2 | inter*2`. The layers before it see the tokens of their own item. Behind it, each item has
+one slot, which continues from the state of its boundary token. There `inter` sees earlier items, and `full` sees earlier items and the
+item itself.
 """
 
 import dataclasses

@@ -20,11 +20,11 @@ from iam_jax.data.splits import Events
 #   item_BT: the token's item in the catalogue; I for the prompt and padding, I + 1 for the suffix
 #   within_BT: the token's position inside its item
 #   identity_BT (optional): the item, at the slot of its boundary token; else -1
-# Rows by item have one slot for each item, for prompt and for suffix: that of its last token. T is then the number of these slots, and
-# `position` counts slots.
 #   target_at_BM: the slot of the state that predicts the target: the last one of the group before it
 #   target_BM: the target item; -1 for none
 #   segment_BM: the index of the target's segment
+# Rows by item (`Rows`, by_item) have one slot for each item, and one each for prompt and suffix: that of the last token. T is then the
+# number of these slots, and `position` counts slots.
 Batch = dict[str, Any]  # an array each; `leading`, which item_rows.py adds, is a batch
 
 

@@ -45,7 +45,7 @@ def words_of(text: str) -> list[str]:
 def fit_words(texts: Sequence[str], size: int) -> tuple[Words, list[str]]:
     """The words of a catalogue with `size` right singular vectors, and notes to print.
 
-    Words of one item alone are left out: they say nothing about its similarity to others, and would take half of the vocabulary.
+    Words of one item alone are left out: they do not affect its similarity to others, and would be half of the vocabulary.
 
     Raises InputError if the matrix has too few rows or columns.
     """
@@ -75,7 +75,7 @@ def token_svd(catalogue: Catalogue, width: int, seed: int = 0) -> np.ndarray:
 
     Raises InputError if the catalogue has too few items or tokens for this width.
     """
-    lengths = catalogue.item_lengths - 1  # the boundary token, which every item has, says nothing
+    lengths = catalogue.item_lengths - 1  # without the boundary token, which every item has
     item = np.repeat(np.arange(catalogue.items), lengths)
     token = catalogue.tokens[np.arange(len(item)) + item]
     counts = _sparse_counts(item, token, (catalogue.items, catalogue.vocabulary))

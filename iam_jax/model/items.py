@@ -29,10 +29,9 @@ class Items:
     length_I: jax.Array  # int32, how many there are
     trained_I: jax.Array  # bool: has a training event; the table rows of the others count as zero
     vector_IP: jax.Array | None = None  # float32: the given vectors (`data.vectors`), with the mean square 1
-
     tower_XD: jax.Array | None = None  # [I + 2, D]: states of all entries after the leading intra layers, where they are constants
-    identity_I: jax.Array | None = None  # bool: identity and content of this training step (`left_out`); None: nothing is left out
-    content_I: jax.Array | None = None
+    identity_I: jax.Array | None = None  # bool: has identity in this training step (`left_out`); None: nothing is left out
+    content_I: jax.Array | None = None  # bool: has content in this training step, likewise
 
     @property
     def row_I(self) -> jax.Array:

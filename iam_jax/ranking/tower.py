@@ -21,7 +21,9 @@ from iam_jax.config import Config
 from iam_jax.data.cache import cached_folder
 from iam_jax.data.catalogue import Catalogue
 from iam_jax.data.item_rows import CatalogueItems
+from iam_jax.devices import distributed
 from iam_jax.devices.mesh import batch_shards, shard_batch
+from iam_jax.errors import InputError
 from iam_jax.model import Model, Params
 from iam_jax.model.parameters import join, name_of, select
 from iam_jax.storage.files import write_atomically
@@ -67,8 +69,11 @@ def tower_states(
         states = _computed(config, catalogue, model, mesh, frozen(), parts, poll)
         return lambda temporary: np.save(temporary / _STATES, states)
 
-    there = folder.is_dir()
-    states = np.load(cached_folder(folder, make) / _STATES, mmap_mode="r")
+    there = all(distributed.gather(folder.is_dir()))
+    if not there:  # processes with different caches compute the states together, too
+        write = make()
+        cached_folder(folder, lambda: write)
+    states = np.load(folder / _STATES, mmap_mode="r")
     if jax.process_index() == 0:
         shutil.rmtree(parts, ignore_errors=True)
         what = "read from the cache" if there else "computed"
@@ -88,8 +93,9 @@ def _computed(
 ) -> np.ndarray:
     shards, slots = batch_shards(mesh), config.data.row_tokens
     at_once = -(-config.eval.batch_rows // shards) * shards
-    packed = CatalogueItems(catalogue, slots, at_once)
-    last = packed.start + np.maximum(catalogue.lengths - 1, 0)
+    packed = CatalogueItems(catalogue, slots, at_once, by_item=True)
+    last = packed.kept
+    assert last is not None
     part_of = last // (slots * at_once)
     there = {name_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(frozen)}
     trained = select(model.shapes(), lambda name: name not in there)
@@ -103,7 +109,10 @@ def _computed(
     width = int(np.bincount(part_of, minlength=packed.chunks).max())
     resumable = jax.process_count() == 1  # several processes compute the parts together
     if resumable:
-        parts.mkdir(parents=True, exist_ok=True)
+        try:
+            parts.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"{parts}: cannot write item states there ({error.strerror}); see config.data.cache") from error
     bar = tqdm(desc="item states", total=packed.chunks, unit="part", disable=not config.log.progress or bool(jax.process_index()))
     with bar:
         for part in range(packed.chunks):

@@ -177,8 +177,8 @@ def step_flops(run: Run) -> StepFlops:
     shape = config.model.item_shape if config.item_level else config.model
     calls = [(shape, pairs, batch_rows, layers[leading:], again)]
     if leading:
-        rows = batch["leading"]["user"]
-        calls.append((config.model, visible_pairs(batch["leading"]), len(rows), layers[:leading], again + (parts > 1)))
+        item_rows = len(batch["leading"]["user"])
+        calls.append((config.model, visible_pairs(batch["leading"]), item_rows, layers[:leading], again + (parts > 1)))
     count, checkpointed = _texts(config, run.items, batch)
     if count:
         of_text = layers[: config.schedule.leading_intra] if config.objective.text_layers == "leading" else layers

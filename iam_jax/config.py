@@ -83,6 +83,7 @@ class ModelConfig:
     norm_epsilon: float = 1e-6  # added to the mean square (rms) or the variance (layer)
     norm_offset: float = 0.0  # added to the scale of a norm
     positions: str = "rotary"  # rotary | learned
+    token_embeddings: str = "random"  # their start: random | svd (of the catalogue's tf-idf over tokens) | svd_frozen (not trained)
     max_positions: int = 0  # number of learned positions; 0: data.row_tokens
     rope_theta: float = 10000.0  # base of the rotary frequencies
     rope_scaling: str = "none"  # scaling of the rotary frequencies: none | linear | llama3

@@ -73,6 +73,9 @@ def check(config: "Config") -> None:
     choice("model.activation", model.activation, "silu", "gelu", "relu")
     choice("model.norm", model.norm, "rms", "layer")
     choice("model.positions", model.positions, "rotary", "learned")
+    choice("model.token_embeddings", model.token_embeddings, "random", "svd", "svd_frozen")
+    from_scratch = model.token_embeddings == "random" or not (pretrained or by_id)
+    require(from_scratch, "model.token_embeddings", "must be 'random' with model.pretrained or data.tokenizer = 'id'")
     choice("model.item_input", model.item_input, "none", "table", "own")
     item_level = schedule.item_level
     for field in ("item_width", "item_heads"):

@@ -90,6 +90,8 @@ def test_marks_that_are_refused(text, named):
         ({"model": {"schedule": "intra | inter"}, "objective": {"vectors": "text", "text_layers": "all"}}, r"objective\.text_layers"),
         ({"model": {"schedule": "intra | inter"}, "data": {"row_items": 1}}, r"data\.row_items"),
         ({"model": {"schedule": "intra inter", "item_input": "both"}}, r"model\.item_input"),
+        ({"model": {"token_embeddings": "lsa"}}, r"model\.token_embeddings"),
+        ({"model": {"token_embeddings": "svd"}, "data": {"tokenizer": "id"}}, r"model\.token_embeddings"),
         (
             {
                 "model": {"schedule": "intra inter", "item_input": "own"},

@@ -7,7 +7,10 @@ import numpy as np
 import pytest
 from helpers import make_config, random_params, stack, tiny_data
 
+from iam_jax.config import default_config, resolve
 from iam_jax.data.item_rows import DistinctItems
+from iam_jax.data.prepare import prepare
+from iam_jax.data.tfidf import token_svd
 from iam_jax.training.run import make_run
 from iam_jax.training.step import init_state, make_train_step
 
@@ -60,3 +63,22 @@ def test_gradients_do_not_depend_on_accumulate(name):
         for (path, expected), got in zip(jax.tree_util.tree_leaves_with_path(whole), jax.tree.leaves(accumulated), strict=True):
             difference = np.linalg.norm(got - expected)
             assert difference <= 1e-5 * np.linalg.norm(expected) + 1e-7 * metrics["gradient_norm"], (jax.tree_util.keystr(path), parts)
+
+
+@pytest.mark.parametrize("start", ["random", "svd", "svd_frozen"])
+def test_token_embeddings_from_the_catalogue(tiny, start):
+    config = default_config()
+    config.update_from_flattened_dict(tiny | {"model.token_embeddings": start, "objective.token": 0.5, "optimizer.weight_decay": 0.1})
+    config = resolve(config)
+    run = make_run(config, prepare(config.data))
+    assert run.config.model.tie_tokens  # the next-token objective reads the embeddings, too
+    batch = run.finish(stack([run.rows[row] for row in range(4)]))
+    with jax.set_mesh(run.mesh):
+        state = init_state(run)
+        before = np.array(state["params"]["decoder"]["embedding_VD"])
+        state, metrics = make_train_step(run)(state, batch, run.items, np.int32(0))
+    expected = token_svd(run.prepared.catalogue, config.model.width, config.train.seed)
+    assert np.array_equal(before, expected) == (start != "random")
+    moved = np.asarray(state["params"]["decoder"]["embedding_VD"]) != before
+    assert moved.any() == (start != "svd_frozen")
+    assert metrics["gradient_norm"] > 0.01

@@ -258,7 +258,10 @@ class Decoder(nnx.Module):
     def _embed(self, token_BT, position_BT, key: jax.Array | None) -> jax.Array:
         config = self.config
         if self.boundary_D is None:
-            x_BTD = constrain_lookup_table(self.embedding_VD[...])[token_BT]
+            embedding_VD = self.embedding_VD[...]
+            if config.token_embeddings == "svd_frozen":
+                embedding_VD = jax.lax.stop_gradient(embedding_VD)
+            x_BTD = constrain_lookup_table(embedding_VD)[token_BT]
         else:
             V = len(self.embedding_VD[...])
             x_BTD = constrain_lookup_table(self.embedding_VD[...])[jnp.minimum(token_BT, V - 1)]

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from iam_jax.data.tfidf import token_svd
 from iam_jax.devices.mesh import param_sharding, split_rows
 from iam_jax.model import Params, pretrained
 from iam_jax.model.items import left_out
@@ -31,6 +32,10 @@ def init_state(run: Run) -> dict:
         return jax.jit(make, out_shardings=param_sharding(run.mesh, jax.eval_shape(make, *args)), compiler_options=options)(*args)
 
     trained = place(fresh, jax.random.key(config.train.seed))
+    if config.model.token_embeddings != "random":
+        old_VD = trained["decoder"]["embedding_VD"]
+        new_VD = token_svd(run.prepared.catalogue, config.model.width, config.train.seed)
+        trained["decoder"]["embedding_VD"] = jax.make_array_from_callback(old_VD.shape, old_VD.sharding, lambda index: new_VD[index])
     if config.model.pretrained:
         trained = join(trained, pretrained.load(config, select(run.abstract_trained, lambda name: name in given)))
         boundaries = place(mean_rows, select(join(trained, run.frozen), lambda name: name in EMBEDDINGS))
@@ -48,7 +53,7 @@ def make_train_step(run: Run):
     """
     config, model = run.config, run.model
     optimizer, schedule = make_optimizer(config.optimizer), learning_rate(config.optimizer)
-    parts = config.optimizer.accumulate
+    parts, frozen_tokens = config.optimizer.accumulate, config.model.token_embeddings == "svd_frozen"
     weights = objectives.weights(config)
 
     def train_step(state: dict, batch: dict, items: objectives.TrainingItems, step: jax.Array, frozen: Params = {}):  # noqa: B006
@@ -94,7 +99,11 @@ def make_train_step(run: Run):
             (_, sums), grads = jax.value_and_grad(loss, has_aux=True)(params, None, batch, key)
         else:
             sums, grads = accumulated()
+        if frozen_tokens:  # also where the next-token objective reads them
+            grads["decoder"]["embedding_VD"] = jnp.zeros_like(grads["decoder"]["embedding_VD"])
         updates, opt_state = optimizer.update(grads, state["optimizer"], params)
+        if frozen_tokens:  # no weight decay
+            updates["decoder"]["embedding_VD"] = jnp.zeros_like(updates["decoder"]["embedding_VD"])
         metrics = {f"{name}_sum": value for name, value in sums.items()} | {"gradient_norm": optax.global_norm(grads)}
         finite = jnp.isfinite(jnp.stack(list(metrics.values()))).all()
         metrics |= {f"{name}_count": value for name, value in count.items()} | {"learning_rate": schedule(updates_made(state["optimizer"]))}

@@ -98,6 +98,7 @@ class ModelConfig:
     scale_embedding: bool = True  # multiply token embeddings by sqrt(width), as in the original Transformer
     tie_tokens: bool = True  # the token objective's output embedding is the input embedding
     item_input: str = "none"  # identity at the input, behind the leading intra layers: none | table (the item table's row) | own (a table)
+    content_input: str = "state"  # content at the input of item-level layers: state (of the boundary token) | vector (as in item vectors)
     item_width: int = 0  # width of the item-level layers and of item vectors; 0: width
     item_heads: int = 0  # number of query heads of the item-level layers, if item_width is set; 0: heads
     item_dropout: float = -1.0  # dropout of the item-level layers and on their input; -1: dropout

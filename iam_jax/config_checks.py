@@ -78,6 +78,10 @@ def check(config: "Config") -> None:
     require(from_scratch, "model.token_embeddings", "must be 'random' with model.pretrained or data.tokenizer = 'id'")
     choice("model.item_input", model.item_input, "none", "table", "own")
     item_level = schedule.item_level
+    choice("model.content_input", model.content_input, "state", "vector")
+    content = item_level and config.uses_text
+    needed = "needs item-level layers and content in the items' vectors (objective.vectors = 'text' or 'both')"
+    require(model.content_input == "state" or content, "model.content_input", needed)
     for field in ("item_width", "item_heads"):
         require(getattr(model, field) >= 0, f"model.{field}", "must be 0 or more")
         require(item_level or not getattr(model, field), f"model.{field}", "needs item-level layers (the mark | in model.schedule)")

@@ -34,9 +34,9 @@ MARKED = {"data": {"row_items": 12, "row_tokens": 24, "context_items": 2}}
 
 
 @functools.cache
-def case(schedule, item_input="none", item_width=0, vectors="both", prompt=2, suffix=1, **model):
+def case(schedule, item_input="none", item_width=0, vectors="both", prompt=2, suffix=1, given="", **model):
     config = make_config(
-        **MARKED,
+        data=MARKED["data"] | {"vectors": given},
         model={"schedule": schedule, "item_input": item_input, "item_width": item_width, **model},
         objective={"vectors": vectors, "softmax": "full"},
     )
@@ -90,6 +90,9 @@ def test_marks_that_are_refused(text, named):
         ({"model": {"schedule": "intra | inter"}, "objective": {"vectors": "text", "text_layers": "all"}}, r"objective\.text_layers"),
         ({"model": {"schedule": "intra | inter"}, "data": {"row_items": 1}}, r"data\.row_items"),
         ({"model": {"schedule": "intra inter", "item_input": "both"}}, r"model\.item_input"),
+        ({"model": {"schedule": "intra | inter", "content_input": "text"}, "objective": {"vectors": "both"}}, r"model\.content_input"),
+        ({"model": {"schedule": "intra | inter", "content_input": "vector"}}, r"model\.content_input"),
+        ({"model": {"schedule": "intra inter", "content_input": "vector"}, "objective": {"vectors": "both"}}, r"model\.content_input"),
         ({"model": {"token_embeddings": "lsa"}}, r"model\.token_embeddings"),
         ({"model": {"token_embeddings": "svd"}, "data": {"tokenizer": "id"}}, r"model\.token_embeddings"),
         (
@@ -186,7 +189,9 @@ def _flat(config):
 
 
 def _item_input(config, p, prepared, x, entries, last):
-    if config.model.item_width:
+    if config.model.content_input == "vector":  # prompt and suffix, too
+        x = _norm(config.model, p["input_norm"], _norm(config.model, p["text_norm"], x) @ p["text_DE"])
+    elif config.model.item_width:
         x = _norm(config.model, p["content_norm"], x) @ p["content_DE"]
     if config.model.item_input != "none":
         table = p["table_IE"] if config.model.item_input == "table" else p["identity_IE"]
@@ -201,6 +206,10 @@ VARIANTS = {
     "inter": ("intra*2 | inter*2", {}),
     "full, a table of its own": ("intra_both intra | full*2", {"item_input": "own"}),
     "another width, the shared table": ("intra | (inter full)*2", {"item_input": "table", "item_width": 8, "item_heads": 2}),
+    "one map for both, another width": (
+        "intra | full inter",
+        {"item_input": "table", "item_width": 8, "item_heads": 2, "content_input": "vector"},
+    ),
     "no text layer, self key": ("| inter*2", {"item_input": "table", "self_key": True, "vectors": "table"}),
     "no layer before": ("| full", {"item_width": 24, "item_input": "own", "vectors": "table", "prompt": 0, "suffix": 0}),
 }
@@ -310,7 +319,53 @@ def test_identity_moves_only_what_follows_and_cold_items_have_none():
     np.testing.assert_array_equal(states(zero, batch), jax.jit(lambda p, b: without.bind(p).states(b))(other, plain_batch))
 
 
-@pytest.mark.parametrize("name", ["full, a table of its own", "another width, the shared table", "no text layer, self key"])
+@pytest.mark.parametrize("content_input", ["state", "vector"])
+@pytest.mark.parametrize(
+    ("schedule", "fields"), [("| inter", {}), ("intra | inter", {}), ("intra | inter", {"item_width": 8, "item_heads": 2})]
+)
+def test_the_input_with_given_vectors(schedule, fields, content_input):
+    """Every entry's input by the formulas of docs/mathematics.md, and item vectors; with one map for both, its gradient has both parts."""
+    config, prepared, _, _, _ = case(schedule, "table", given="tfidf", content_input=content_input, **fields)
+    catalogue, trained = prepared.catalogue, prepared.events.train_counts > 0
+    given = np.random.default_rng(0).standard_normal((catalogue.items, 5)).astype(np.float32)
+    given[3] = 0  # a text without any known word
+    made = make_model(config, catalogue.vocabulary, catalogue.items, int(catalogue.lengths.max()), 5)
+    params, items = random_params(made), make_items(catalogue, trained, given)
+    entry = np.arange(catalogue.items + 2)[None]  # then the prompt and the suffix
+    rng = np.random.default_rng(1)
+    states_XD = rng.standard_normal((entry.size, config.model.width)).astype(np.float32)
+    batch = {"slot": entry, "identity": np.where(entry < catalogue.items, entry, -1), "token": np.zeros_like(entry)}
+    got = np.asarray(made.bind(params).inputs(batch, None, jnp.asarray(states_XD), items))[0]
+
+    p, model = jax.tree.map(lambda x: np.asarray(x, np.float64), params), config.model
+    x_IP = given / np.maximum(np.sqrt(np.square(given).mean(-1, keepdims=True)), 1e-12)
+    vector_XP = np.concatenate([x_IP, np.zeros((2, 5))])
+    content = vector_XP @ p["output_vector_PE"]
+    if config.reads_text:
+        content = content + _norm(model, p["text_norm"], states_XD) @ p["text_DE"]
+    vectors = made.bind(params).content(jnp.asarray(states_XD) if config.reads_text else None, jnp.asarray(vector_XP, jnp.float32))
+    np.testing.assert_allclose(vectors, content, rtol=1e-5, atol=1e-5)
+    if content_input == "vector":
+        x = _norm(model, p["input_norm"], content)
+        if not config.reads_text:
+            x[-2:] = states_XD[-2:]
+    else:
+        x = _norm(model, p["content_norm"], states_XD) @ p["content_DE"] if model.item_width else states_XD
+        x = x + vector_XP @ p["input_vector_PE"]
+    row = np.where(trained[:, None], p["table_IE"], 0)
+    expected = x + np.concatenate([row, 0 * row[:2]]) * p["identity_scale"]
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+    assert ("input_vector_PE" in params) == (content_input == "state")
+
+    def total(params):
+        return made.bind(params).inputs(batch, None, jnp.asarray(states_XD), items)[0, :3].sum()
+
+    assert (np.abs(jax.grad(total)(params)["output_vector_PE"]).max() > 1e-4) == (content_input == "vector")
+
+
+@pytest.mark.parametrize(
+    "name", ["full, a table of its own", "another width, the shared table", "one map for both, another width", "no text layer, self key"]
+)
 def test_ranking_uses_the_states_of_training(name):
     """Histories and items through the evaluator, as the training step computes them from distinct items."""
     schedule, fields = VARIANTS[name]

@@ -1,6 +1,6 @@
 """The network: the decoder and its heads, which turn states into item scores and token logits."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -39,11 +39,15 @@ class Network(nnx.Module):
             self.output_VD = weight(keys, (vocabulary - bool(model.pretrained), D), D)
             if model.pretrained:
                 self.output_boundary_D = nnx.Param(jnp.zeros(D))
-        if model.item_width:  # from the text's stream of states to that of the item-level layers
+        one_map = model.content_input == "vector"  # content at the input is the normalised content of the item's vector
+        if one_map:
+            self.input_norm = Norm(model, E)
+        if model.item_width and not (one_map and config.reads_text):  # from the text's stream of states to that of the item-level layers
             self.content_norm = Norm(model, D)
             self.content_DE = weight(keys, (D, E), D)
         if vector_size:
-            self.input_vector_PE = weight(keys, (vector_size, E), vector_size)
+            if not one_map:
+                self.input_vector_PE = weight(keys, (vector_size, E), vector_size)
             if config.uses_text:
                 self.output_vector_PE = weight(keys, (vector_size, E), vector_size, E**-0.5)
         if model.item_input == "own":
@@ -82,24 +86,31 @@ class Network(nnx.Module):
         if leading_XD is None and config.item_level and first:
             raise ValueError("item-level layers need the states of whole items")
         x_BTE = self.decoder(batch, key=key, last=first) if leading_XD is None else self.taken(leading_XD, batch["slot"])
-        if config.model.item_width:
-            x_BTE = self.content_norm(x_BTE) @ self.content_DE[...].astype(x_BTE.dtype)
         if "identity" not in batch:
-            return constrain_activations(x_BTE)
+            return constrain_activations(self._content_inputs(x_BTE))
         assert items is not None
-        there_BT = (batch["identity"] >= 0) & (batch["identity"] < len(items.trained_I))
-        item_BT = jnp.where(there_BT, batch["identity"], 0)
-        keep_BT1 = None if items.content_I is None else items.content_I[item_BT][..., None] | ~there_BT[..., None]
-        if keep_BT1 is not None:
-            x_BTE = jnp.where(keep_BT1, x_BTE, 0)
-        added_BTE: Any = 0
+        there_BT1 = ((batch["identity"] >= 0) & (batch["identity"] < len(items.trained_I)))[..., None]
+        item_BT = jnp.where(there_BT1[..., 0], batch["identity"], 0)
+        vector_BTP = None if items.vector_IP is None else jnp.where(there_BT1, items.vector_IP[item_BT], 0)
+        x_BTE = self._content_inputs(x_BTE, vector_BTP, there_BT1)
+        if items.content_I is not None:
+            x_BTE = jnp.where(items.content_I[item_BT][..., None] | ~there_BT1, x_BTE, 0)
         if config.model.item_input != "none":
             table_IE = self.table(items.row_I) if config.model.item_input == "table" else _rows(self.identity_IE[...], items.row_I)
-            added_BTE = table_IE[item_BT] * self.identity_scale[...]
-        if items.vector_IP is not None:
-            vector_BTE = items.vector_IP[item_BT] @ self.input_vector_PE[...]
-            added_BTE = added_BTE + (vector_BTE if keep_BT1 is None else jnp.where(keep_BT1, vector_BTE, 0))
-        return constrain_activations(x_BTE + jnp.where(there_BT[..., None], added_BTE, 0).astype(x_BTE.dtype))
+            x_BTE = x_BTE + jnp.where(there_BT1, table_IE[item_BT] * self.identity_scale[...], 0).astype(x_BTE.dtype)
+        return constrain_activations(x_BTE)
+
+    def _content_inputs(self, x_BTD: jax.Array, vector_BTP: jax.Array | None = None, there_BT1: jax.Array | None = None) -> jax.Array:
+        """x_BTE: the content part of `inputs`. x_BTD: states after the leading intra layers. vector_BTP: given vectors, zero outside the
+        boundary tokens there_BT1."""
+        model, reads_text = self.config.model, self.config.reads_text
+        x_BTE = x_BTD
+        if model.item_width and not (model.content_input == "vector" and reads_text):
+            x_BTE = self.content_norm(x_BTD) @ self.content_DE[...].astype(x_BTD.dtype)
+        if model.content_input == "vector":
+            content_BTE = self.input_norm(self.content(x_BTD if reads_text else None, vector_BTP)).astype(x_BTD.dtype)
+            return content_BTE if reads_text or there_BT1 is None else jnp.where(there_BT1, content_BTE, x_BTE)
+        return x_BTE if vector_BTP is None else x_BTE + (vector_BTP @ self.input_vector_PE[...]).astype(x_BTE.dtype)
 
     @staticmethod
     def taken(leading_XD: jax.Array, slot: jax.Array) -> jax.Array:

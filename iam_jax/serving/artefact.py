@@ -67,7 +67,8 @@ def export_function(config: Config, catalogue: Catalogue, params: Params, width:
       k: K.
     """
     plain = dataclasses.replace(config, model=dataclasses.replace(config.model, attention="reference", remat=False))
-    vector_size = params["input_vector_PE"].shape[0] if "input_vector_PE" in params else 0
+    given = [params[name] for name in ("input_vector_PE", "output_vector_PE") if name in params]
+    vector_size = given[0].shape[0] if given else 0
     model = make_model(plain, catalogue.vocabulary, catalogue.items, int(catalogue.lengths.max()), vector_size)
     shapes = {name_of(path): jax.ShapeDtypeStruct(x.shape, x.dtype) for path, x in jax.tree_util.tree_leaves_with_path(params)}
     T, int32 = config.row_slots, np.dtype(np.int32)

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -100,10 +101,10 @@ def make_train_step(run: Run):
         else:
             sums, grads = accumulated()
         if frozen_tokens:  # also where the next-token objective reads them
-            grads["decoder"]["embedding_VD"] = jnp.zeros_like(grads["decoder"]["embedding_VD"])
+            grads = _without_tokens(grads)
         updates, opt_state = optimizer.update(grads, state["optimizer"], params)
         if frozen_tokens:  # no weight decay
-            updates["decoder"]["embedding_VD"] = jnp.zeros_like(updates["decoder"]["embedding_VD"])
+            updates = _without_tokens(updates)
         metrics = {f"{name}_sum": value for name, value in sums.items()} | {"gradient_norm": optax.global_norm(grads)}
         finite = jnp.isfinite(jnp.stack(list(metrics.values()))).all()
         metrics |= {f"{name}_count": value for name, value in count.items()} | {"learning_rate": schedule(updates_made(state["optimizer"]))}
@@ -114,6 +115,12 @@ def make_train_step(run: Run):
         return jax.lax.with_sharding_constraint(state, param_sharding(run.mesh, state)), metrics
 
     return jax.jit(train_step, donate_argnums=0)
+
+
+def _without_tokens(tree: Any) -> Any:
+    """Gradients or updates that are zero for the token embeddings."""
+    decoder = tree["decoder"]
+    return tree | {"decoder": decoder | {"embedding_VD": jnp.zeros_like(decoder["embedding_VD"])}}
 
 
 def rest_of_state(run: Run, trained: Params) -> dict:

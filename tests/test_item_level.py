@@ -190,7 +190,7 @@ def _flat(config):
 
 def _item_input(config, p, prepared, x, entries, last):
     if config.model.content_input == "vector":  # prompt and suffix, too
-        x = _norm(config.model, p["input_norm"], _norm(config.model, p["text_norm"], x) @ p["text_DE"])
+        x = _norm(config.model, p["input_norm"], _norm(config.model, p["text_norm"], x) * x.shape[1] ** -0.5 @ p["text_DE"])
     elif config.model.item_width:
         x = _norm(config.model, p["content_norm"], x) @ p["content_DE"]
     if config.model.item_input != "none":
@@ -338,11 +338,12 @@ def test_the_input_with_given_vectors(schedule, fields, content_input):
     got = np.asarray(made.bind(params).inputs(batch, None, jnp.asarray(states_XD), items))[0]
 
     p, model = jax.tree.map(lambda x: np.asarray(x, np.float64), params), config.model
-    x_IP = given / np.maximum(np.sqrt(np.square(given).mean(-1, keepdims=True)), 1e-12)
+    x_IP = given / np.sqrt(np.square(given).sum(-1).mean())
     vector_XP = np.concatenate([x_IP, np.zeros((2, 5))])
     content = vector_XP @ p["output_vector_PE"]
     if config.reads_text:
-        content = content + _norm(model, p["text_norm"], states_XD) @ p["text_DE"]
+        unit = states_XD.shape[1] ** -0.5 if content_input == "vector" else 1
+        content = content + unit * _norm(model, p["text_norm"], states_XD) @ p["text_DE"]
     vectors = made.bind(params).content(jnp.asarray(states_XD) if config.reads_text else None, jnp.asarray(vector_XP, jnp.float32))
     np.testing.assert_allclose(vectors, content, rtol=1e-5, atol=1e-5)
     if content_input == "vector":

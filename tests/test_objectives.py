@@ -8,6 +8,7 @@ import pytest
 from helpers import make_config, random_params, reference_states, softmax, stack, tiny_data, tiny_rows
 
 from iam_jax.model import make_model
+from iam_jax.model import softmax as softmax_module
 from iam_jax.model.items import all_text_vectors, item_vectors
 from iam_jax.model.softmax import cross_entropy, sampled_cross_entropy
 from iam_jax.training.objectives import counts, draw, losses, make_training_items, summed_up
@@ -36,15 +37,19 @@ def plain_cross_entropy(h, v, label, allowed=None):
 
 
 @pytest.mark.parametrize("allowed", [None, ALLOWED], ids=["all", "some"])
+@pytest.mark.parametrize("passes", [1, 2])
 @pytest.mark.parametrize("chunk", [2048, 11, 4, 1])
-def test_cross_entropy_is_the_plain_one(chunk, allowed):
+def test_cross_entropy_is_the_plain_one(chunk, passes, allowed, monkeypatch):
+    """passes: how often the logits are computed."""
+    monkeypatch.setattr(softmax_module, "_ONE_PASS", V.size if passes == 1 else V.size - 1)
     label = LABEL if allowed is None else np.where(np.isin(LABEL, np.flatnonzero(ALLOWED)), LABEL, -1)
-    run = jax.value_and_grad(lambda h, v: cross_entropy(h, v, label, allowed_C=allowed, chunk=chunk), argnums=(0, 1))
+    run = jax.value_and_grad(lambda h, v: 3 * cross_entropy(h, v, label, allowed_C=allowed, chunk=chunk), argnums=(0, 1))
     jaxpr = str(jax.make_jaxpr(run)(H, V))
     assert ("scan[" in jaxpr, "f32[11,7]" in jaxpr) == (chunk < 11, chunk >= 11)  # with all logits at once, or without such an array
+    assert jaxpr.count("dot_general") == 2 + passes
     value, (dh, dv) = jax.jit(run)(H, V)
     for got, expected in zip((value, dh, dv), plain_cross_entropy(H, V, label, allowed), strict=True):
-        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=2e-6)
+        np.testing.assert_allclose(got, 3 * expected, rtol=1e-5, atol=6e-6)
     assert not np.asarray(dh)[label < 0].any()
     if allowed is not None:
         assert not np.asarray(dv)[~ALLOWED].any()

@@ -18,7 +18,7 @@ from iam_jax.model.softmax import strided, unstrided
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=("token_IT", "length_I", "trained_I", "vector_IP", "tower_XD", "identity_I", "content_I"),
+    data_fields=("token_IT", "length_I", "trained_I", "vector_IP", "vector_norm", "tower_XD", "identity_I", "content_I"),
     meta_fields=(),
 )
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +28,8 @@ class Items:
     token_IT: jax.Array  # int32 text tokens, padded
     length_I: jax.Array  # int32, how many there are
     trained_I: jax.Array  # bool: has a training event; the table rows of the others count as zero
-    vector_IP: jax.Array | None = None  # float32: the given vectors (`data.vectors`), with the mean square 1
+    vector_IP: jax.Array | None = None  # float32: the given vectors (`data.vectors`), divided by vector_norm
+    vector_norm: np.ndarray | None = None  # float32: the root mean square of the norms of the catalogue's given vectors
     tower_XD: jax.Array | None = None  # [I + 2, D]: states of all entries after the leading intra layers, where they are constants
     identity_I: jax.Array | None = None  # bool: has identity in this training step (`left_out`); None: nothing is left out
     content_I: jax.Array | None = None  # bool: has content in this training step, likewise
@@ -41,7 +42,10 @@ class Items:
     def extended(self, vectors: np.ndarray | None, count: int) -> "Items":
         """For histories with `count` further items, which have no training event. vectors: their given vectors, if there are any."""
         trained_I = jnp.concatenate([self.trained_I, jnp.zeros(count, bool)])
-        vector_IP = None if self.vector_IP is None else jnp.concatenate([self.vector_IP, unit_mean_square(vectors)])
+        vector_IP = None
+        if self.vector_IP is not None:
+            assert vectors is not None
+            vector_IP = jnp.concatenate([self.vector_IP, jnp.asarray(np.asarray(vectors, np.float32) / self.vector_norm)])
         return dataclasses.replace(self, trained_I=trained_I, vector_IP=vector_IP)
 
 
@@ -51,9 +55,13 @@ def make_items(
     """trained_I: bool, whether each item has a training event. vector_IP: the given vectors; None: there are none.
     tower_XD: the states of a constant tower; None: there is none."""
     token, length = catalogue.padded()
-    vectors = None if vector_IP is None else unit_mean_square(vector_IP)
     tower = None if tower_XD is None else jnp.asarray(tower_XD)
-    return Items(jnp.asarray(token), jnp.asarray(length), jnp.asarray(trained_I), vectors, tower)
+    vectors = norm = None
+    if vector_IP is not None:
+        # Encoders' vectors have very different norms. Within one encoder a small norm has a meaning: tf-idf knows few of the words.
+        norm = np.asarray(max(np.sqrt(np.einsum("IP,IP->I", vector_IP, vector_IP, dtype=np.float64).mean()), 1e-12), np.float32)
+        vectors = jnp.asarray(np.asarray(vector_IP, np.float32) / norm)
+    return Items(jnp.asarray(token), jnp.asarray(length), jnp.asarray(trained_I), vectors, norm, tower)
 
 
 def left_out(items: Items, identity: float, content: float, key: jax.Array) -> Items:
@@ -61,12 +69,6 @@ def left_out(items: Items, identity: float, content: float, key: jax.Array) -> I
     event, and another share `content` has no content."""
     draw_I = jax.random.uniform(key, items.trained_I.shape)
     return dataclasses.replace(items, identity_I=draw_I >= identity, content_I=draw_I < 1 - content)
-
-
-def unit_mean_square(vector_nP: np.ndarray | None) -> jax.Array:
-    """float32: the vectors, each scaled to the mean square 1. Encoders' vectors have very different norms. Zeros stay zeros."""
-    x_nP = np.asarray(vector_nP, np.float32)
-    return jnp.asarray(x_nP / np.maximum(np.sqrt(np.square(x_nP).mean(-1, keepdims=True)), 1e-12))
 
 
 def all_text_vectors(model: Network, items: Items, chunk: int = 1024, key: jax.Array | None = None) -> jax.Array:

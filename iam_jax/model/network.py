@@ -23,7 +23,9 @@ class Network(nnx.Module):
         E = model.item_width or D
         self.config = config
         self.decoder = Decoder(model, config.schedule, vocabulary, config.data.row_tokens, longest, keys)
-        if config.objective.item and not model.tie_items:
+        one_map = model.content_input == "vector"  # content at the input is the normalised content of the item's vector
+        self.projects = bool(config.objective.item) and not (model.tie_items or one_map)
+        if self.projects:
             # The projections start as the identity, so that an untrained model prefers items whose text is like the last item's. With
             # random projections the text has no effect during the first epochs (configs/demo.py: validation NDCG@10 0.03 instead of
             # 0.19).
@@ -33,13 +35,14 @@ class Network(nnx.Module):
         if config.objective.item and config.reads_text:
             # A projection of its own: without it a user's first item state would equal its own vector.
             self.text_norm = Norm(model, D)
-            # Vectors of the size of a table row
-            self.text_DE = nnx.Param(jnp.eye(D) * D**-0.5) if E == D else weight(keys, (D, E), D, E**-0.5)
+            # Vectors of the size of a table row. With one map, states are scaled to the norm 1, as given vectors are: the map then changes
+            # slower than the table, and over-fits less.
+            start = 1.0 if one_map else D**-0.5
+            self.text_DE = nnx.Param(jnp.eye(D) * start) if E == D else weight(keys, (D, E), D, 1.0 if one_map else E**-0.5)
         if (config.objective.token or model.pretrained) and not model.tie_tokens:
             self.output_VD = weight(keys, (vocabulary - bool(model.pretrained), D), D)
             if model.pretrained:
                 self.output_boundary_D = nnx.Param(jnp.zeros(D))
-        one_map = model.content_input == "vector"  # content at the input is the normalised content of the item's vector
         if one_map:
             self.input_norm = Norm(model, E)
         if model.item_width and not (one_map and config.reads_text):  # from the text's stream of states to that of the item-level layers
@@ -47,9 +50,9 @@ class Network(nnx.Module):
             self.content_DE = weight(keys, (D, E), D)
         if vector_size:
             if not one_map:
-                self.input_vector_PE = weight(keys, (vector_size, E), vector_size)
+                self.input_vector_PE = weight(keys, (vector_size, E), vector_size, vector_size**0.5)  # of vectors with the norm 1
             if config.uses_text:
-                self.output_vector_PE = weight(keys, (vector_size, E), vector_size, E**-0.5)
+                self.output_vector_PE = weight(keys, (vector_size, E), vector_size)
         if model.item_input == "own":
             self.identity_IE = weight(keys, (items, E), E)
         if model.item_input != "none":
@@ -136,7 +139,7 @@ class Network(nnx.Module):
         return x.reshape(-1, x.shape[-1])
 
     def project(self, x_XD: jax.Array) -> jax.Array:
-        return x_XD if self.config.model.tie_items else x_XD @ self.state_DE[...]
+        return x_XD @ self.state_DE[...] if self.projects else x_XD
 
     def table(self, trained_I: jax.Array) -> jax.Array:
         """v_IE. Rows of items without a training event are zero, and so are those of items added after training."""
@@ -163,7 +166,8 @@ class Network(nnx.Module):
         """v_CE from the items' boundary states, their given vectors, or the sum of both."""
         parts = []
         if x_CD is not None:
-            parts.append(self.text_norm(x_CD.astype(jnp.float32)) @ self.text_DE[...])
+            scale = x_CD.shape[-1] ** -0.5 if self.config.model.content_input == "vector" else 1
+            parts.append(self.text_norm(x_CD.astype(jnp.float32)) * scale @ self.text_DE[...])
         if vector_CP is not None:
             parts.append(vector_CP @ self.output_vector_PE[...])
         return sum(parts[1:], parts[0])

@@ -13,6 +13,8 @@ import numpy as np
 
 from iam_jax.devices.mesh import current_batch_shards, split_rows
 
+_ONE_PASS = 1 << 26  # numbers in a gradient that is kept from the forward pass to the backward pass: 256 MiB of float32
+
 
 def cross_entropy(
     h_XE: jax.Array,
@@ -22,8 +24,54 @@ def cross_entropy(
     allowed_C: jax.Array | None = None,
     chunk: int = 2048,
 ) -> jax.Array:
-    """Sum of -log softmax(h v^T)[label] over the positions with a label >= 0, in float32; as `label_log_probs`."""
+    """Sum of -log softmax(h v^T)[label] over the positions with a label >= 0, in float32; as `label_log_probs`.
+
+    On one device, if the candidates' gradient is small, it is computed together with the value: the logits are computed once, not twice."""
+    parts = v_CE if isinstance(v_CE, tuple) else (v_CE,)
+    if len(parts) == 1 and parts[0].size <= _ONE_PASS and current_batch_shards() == 1:
+        allowed = jnp.ones(len(parts[0]), bool) if allowed_C is None else allowed_C
+        return _one_pass(*map(jnp.asarray, (h_XE, parts[0], label_X, allowed)), chunk)
     return -label_log_probs(h_XE, v_CE, label_X, allowed_C=allowed_C, chunk=chunk).sum()
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _one_pass(h_XE: jax.Array, v_CE: jax.Array, label_X: jax.Array, allowed_C: jax.Array, chunk: int) -> jax.Array:
+    return -label_log_probs(h_XE, v_CE, label_X, allowed_C=allowed_C, chunk=chunk).sum()
+
+
+def _value_and_gradients(h_XE, v_CE, label_X, allowed_C, chunk):
+    """The value, and its gradients with respect to h_XE and v_CE, chunk by chunk."""
+
+    def part(total, xs):
+        (loss, dv_CE), (label_x, h_xE) = total, xs
+        logits_xC = jnp.where(allowed_C, jnp.einsum("xE,CE->xC", h_xE, v_CE, preferred_element_type=jnp.float32), -jnp.inf)
+        real_x, safe_x = label_x >= 0, jnp.maximum(label_x, 0)
+        most_x = logits_xC.max(1)
+        e_xC = jnp.exp(logits_xC - most_x[:, None])
+        sum_x = e_xC.sum(1)
+        picked_x = jnp.take_along_axis(logits_xC, safe_x[:, None], axis=1)[:, 0]
+        loss = loss + jnp.where(real_x, most_x + jnp.log(sum_x) - picked_x, 0).sum()
+        # softmax - one-hot, as two parts: another pass over all logits would only change one in each row
+        scale_x1 = jnp.where(real_x, 1 / sum_x, 0)[:, None]
+        own_x1 = real_x[:, None].astype(h_xE.dtype)
+        dh_xE = scale_x1 * jnp.einsum("xC,CE->xE", e_xC, v_CE, preferred_element_type=jnp.float32) - own_x1 * v_CE[safe_x]
+        dv_CE = dv_CE + jnp.einsum("xC,xE->CE", e_xC, scale_x1 * h_xE, preferred_element_type=jnp.float32)
+        return (loss, dv_CE.at[safe_x].add(-own_x1 * h_xE)), dh_xE
+
+    zero = jnp.zeros(()), jnp.zeros(v_CE.shape, jnp.float32)
+    if len(label_X) <= chunk:
+        (loss, dv_CE), dh_XE = part(zero, (label_X, h_XE))
+    else:
+        (loss, dv_CE), dh = jax.lax.scan(part, zero, (strided(label_X, chunk, -1), strided(h_XE, chunk)))
+        dh_XE = unstrided(dh, len(label_X))
+    return loss, (dh_XE.astype(h_XE.dtype), dv_CE.astype(v_CE.dtype))
+
+
+def _scaled(_, gradients, factor):
+    return *((factor * gradient).astype(gradient.dtype) for gradient in gradients), None, None
+
+
+_one_pass.defvjp(_value_and_gradients, _scaled)
 
 
 def logits(h_XE: jax.Array, v_CE: jax.Array | tuple[jax.Array, ...]) -> jax.Array:

@@ -44,7 +44,7 @@ class Items:
         trained_I = jnp.concatenate([self.trained_I, jnp.zeros(count, bool)])
         vector_IP = None
         if self.vector_IP is not None:
-            assert vectors is not None
+            assert vectors is not None and self.vector_norm is not None
             vector_IP = jnp.concatenate([self.vector_IP, jnp.asarray(np.asarray(vectors, np.float32) / self.vector_norm)])
         return dataclasses.replace(self, trained_I=trained_I, vector_IP=vector_IP)
 

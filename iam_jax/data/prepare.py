@@ -21,9 +21,11 @@ from iam_jax.data.tokenizer import Vocabulary, load_given
 from iam_jax.data.vectors import TFIDF, Vectors, item_vectors, vector_files
 from iam_jax.errors import InputError
 
-_VERSION = 2  # of the cached files
+_VERSION = 3  # of the cached files
 _ARRAYS = ("item", "offsets", "timestamp", "label")  # of Events
-_SPLIT_FIELDS = ("untitled", "k_core", "last_n", "split", "t1", "t2", "text", "unseen_items")  # of DataConfig: a split depends on them
+_SPLIT_FIELDS = (  # of DataConfig: a split depends on them
+    "untitled", "k_core", "last_n", "split", "t1", "t2", "text", "unseen_items", "ties", "duplicates",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,14 +50,10 @@ def prepare(config: DataConfig, given: Vocabulary | None = None) -> Prepared:
     `given`: the pretrained model's vocabulary, with config.tokenizer = "pretrained". Raises InputError for bad data.
     """
     cache = cache_root(config.cache)
-    if config.path.startswith("~"):
-        config = dataclasses.replace(config, path=str(Path(config.path).expanduser()))
     load_given(config.tokenizer, given)  # a wrong path is found before the data is read and anything is written
     if config.vectors not in ("", TFIDF):
         vector_files(config.vectors)
-    split = _cached_split(config, cache)
-    if config.shuffled_order:
-        split = shuffle_training(split)
+    split = read_split(config)
     catalogue = make_catalogue(split.items, config, cache, given)
     longest = int(catalogue.item_lengths.max(initial=0))
     needed = catalogue.frame_tokens + (config.context_items + 1) * longest
@@ -70,6 +68,14 @@ def prepare(config: DataConfig, given: Vocabulary | None = None) -> Prepared:
         content = item_vectors(config, split.items["item"], texts, split.events.train_counts > 0, cache)
         split = dataclasses.replace(split, notes=(*split.notes, *content.notes))
     return Prepared(split, catalogue, content)
+
+
+def read_split(config: DataConfig) -> Split:
+    """Reads, checks, filters, orders and splits the events. Raises InputError for bad data."""
+    if config.path.startswith("~"):
+        config = dataclasses.replace(config, path=str(Path(config.path).expanduser()))
+    split = _cached_split(config, cache_root(config.cache))
+    return shuffle_training(split) if config.shuffled_order else split
 
 
 def _source(config: DataConfig) -> Source:
@@ -105,7 +111,8 @@ def _cached_split(config: DataConfig, cache: Path) -> Split:
             users = pl.Series("user", split.events.user_ids.tolist(), dtype=pl.String)
             users.to_frame().write_parquet(folder / "users.parquet")
             split.items.write_parquet(folder / "items.parquet")
-            (folder / "split.json").write_text(json.dumps({"sha256": split.sha256, "notes": split.notes}), encoding="utf-8")
+            saved = {"sha256": split.sha256, "notes": split.notes, "facts": split.facts}
+            (folder / "split.json").write_text(json.dumps(saved), encoding="utf-8")
 
         return write
 
@@ -114,5 +121,5 @@ def _cached_split(config: DataConfig, cache: Path) -> Split:
     users = pl.read_parquet(folder / "users.parquet")["user"]
     arrays = {name: np.load(folder / f"{name}.npy") for name in _ARRAYS}
     events = Events(user_ids=as_strings(users), item_ids=as_strings(items["item"]), **arrays)
-    facts = json.loads((folder / "split.json").read_text(encoding="utf-8"))
-    return Split(events, items, facts["sha256"], tuple(facts["notes"]))
+    saved = json.loads((folder / "split.json").read_text(encoding="utf-8"))
+    return Split(events, items, saved["sha256"], tuple(saved["notes"]), saved["facts"])

@@ -100,4 +100,4 @@ def test_a_made_up_shop(tmp_path):
 
     scorers = {name: BASELINES[name].make(events) for name in ("transitions", "rules")}
     found = {name: ndcg(make(**choose(BASELINES[name], events, make_config())["settings"])) for name, make in scorers.items()}
-    assert min(found.values()) > 2 * ndcg(baselines.popularity(events))
+    assert min(found.values()) > 1.5 * ndcg(baselines.popularity(events))

@@ -1,7 +1,7 @@
 """Top-K lists of baselines, `--mode=score --baseline=…`: the same files, order and checks as those of a model."""
 
 import dataclasses
-import json
+import shutil
 
 import numpy as np
 import polars as pl
@@ -12,7 +12,7 @@ from test_offline import config_of, folder, lists, read, scored, users  # noqa: 
 from iam_jax.data.prepare import read_split
 from iam_jax.errors import InputError
 from iam_jax.ranking import baselines
-from iam_jax.ranking.choice import BASELINES
+from iam_jax.ranking.choice import BASELINES, choose_or_read
 from iam_jax.serving import offline
 
 
@@ -30,8 +30,9 @@ def test_lists_are_the_ranks_of_the_evaluation(folder, users, tmp_path, name, mo
     seen = {user: set(there) for user, there in pl.read_csv(users, infer_schema=False).group_by("user").agg("item").iter_rows()}
     assert len(every) == 60 and all(not seen[user] & set(items) for user, (items, _) in every.items())
     assert all((np.diff(scores) <= 0).all() for _, scores in every.values())
-    events = read_split(config_of(folder, **moved(folder)).data).events
-    record = json.loads((folder / "run" / "baselines.json").read_text())["baselines"][name]
+    config = config_of(folder, **moved(folder))
+    split = read_split(config.data)
+    events, record = split.events, choose_or_read(BASELINES[name], split, config, folder / "run")
     targets = events.offsets[1:] - 1
     rank, ties = baselines.evaluate(BASELINES[name].make(events)(**record["settings"]), events, targets)
     compared = 0
@@ -52,7 +53,7 @@ def test_candidates(folder, users, tmp_path):  # noqa: F811
     asked = {user: rng.choice(items, rng.integers(1, 9), replace=False).tolist() for user, (items, _) in list(every.items())[::3]}
     pairs = [(user, item) for user, items in asked.items() for item in items]
     pl.DataFrame(pairs, schema=["user", "item"], orient="row").write_parquet(tmp_path / "pairs.parquet")
-    request = {"users": users, "candidates": tmp_path / "pairs.parquet", "baseline": "rules"}
+    request = {"users": users, "candidates": tmp_path / "pairs.parquet", "baseline": "rules", "eval__filter_seen": False}
     for user, (items, scores) in lists(scored(folder, tmp_path / "out", **request, **moved(folder))).items():
         whole = dict(zip(*every[user], strict=True))
         place = {item: n for n, item in enumerate(every[user][0])}
@@ -103,7 +104,7 @@ def test_other_data_are_refused(folder, users, tmp_path):  # noqa: F811
     events = pl.read_parquet(folder / "moved" / "interactions.parquet")
     (tmp_path / "other").mkdir()
     events[:-1].write_parquet(tmp_path / "other" / "interactions.parquet")
-    pl.read_parquet(folder / "moved" / "items.parquet").write_parquet(tmp_path / "other" / "items.parquet")
+    shutil.copy(folder / "moved" / "items.csv", tmp_path / "other")
     with pytest.raises(InputError, match="was made from other data: its split_sha256 is"):
         scored(folder, tmp_path / "out", users=users, baseline="rules", **moved(folder) | {"data__path": str(tmp_path / "other")})
 

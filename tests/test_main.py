@@ -212,10 +212,10 @@ def test_evaluate_needs_only_the_working_folder(folder, whole):
     assert trained["protocol"]["filter_seen"] and not other["protocol"]["filter_seen"]
     assert other["step"] == 200
     assert other["results"]["popularity"] != trained["results"]["popularity"]
-    anew = ("evaluation.json", "ranks.parquet", "baselines.parquet")
+    anew = ("evaluation.json", "ranks.parquet", "baselines.parquet", "baselines.json")
     same = {name: data for name, data in contents(folder / "whole").items() if name not in anew}
-    assert same.items() <= before.items() and len(before) == len(same) + 3
-    for name in ("evaluation.json", "ranks.parquet"):
+    assert same.items() <= before.items() and len(before) == len(same) + 4
+    for name in ("evaluation.json", "ranks.parquet", "baselines.json"):
         (folder / "whole" / name).write_bytes(before[name])
 
 

@@ -39,7 +39,7 @@ class Baseline:
       name: in evaluations and of `--baseline`.
       make: returns, for all events, the function that makes a scorer from the settings. It may keep what several settings share.
       grid: the values of each setting, ascending; empty without settings.
-      start: the point of the grid where the search starts. It is chosen without a validation event.
+      start: the point of the grid where the search starts; the settings if there is no validation event.
     """
 
     name: str

@@ -190,9 +190,7 @@ class EvalConfig:
     batch_rows: int = 32  # rows of histories computed at the same time
     chunk_items: int = 8192  # catalogue items in one matrix product
     item_states_gib: float = 2.0  # keep the catalogue's states after the leading intra layers if they fit into this much memory; 0: never
-    validation_users: int = (
-        0  # users (a fixed random subset) of validations in training and of the choice of baselines; 0: all (baselines: 4,000)
-    )
+    validation_users: int = 0  # random subset of users, for validations in training and to choose baselines; 0: all (baselines: 4,000)
     test: bool = True  # rank the test events too; switch off in trials that only choose a setting
     baselines: bool = True  # evaluate the baselines, too (docs/protocol.md)
     resamples: int = 1000  # bootstrap resamples over users

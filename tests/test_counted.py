@@ -12,7 +12,7 @@ from test_offline import config_of, folder, lists, read, scored, users  # noqa: 
 from iam_jax.data.prepare import read_split
 from iam_jax.errors import InputError
 from iam_jax.ranking import baselines
-from iam_jax.ranking.choice import BASELINES, choose_or_read
+from iam_jax.ranking.choice import BASELINES, Baseline, choose_or_read
 from iam_jax.serving import offline
 
 
@@ -127,3 +127,20 @@ def test_ties_and_duplicates_of_the_users_are_treated_as_in_training(folder, tmp
         ("item", "keep"): [2, 2, 5, 9],
         ("item", "drop"): [2, 5, 9],
     }
+
+
+def test_a_baseline_of_ones_own(folder, users, tmp_path):  # noqa: F811
+    """It is scored without a grid; its scores must be finite."""
+    request = {"users": users, "top_k": 3, "baseline": "own", **moved(folder)}
+    try:
+        for value, message in ((0.5, ""), (np.nan, "a score of the baseline 'own' is not finite")):
+            BASELINES.register(
+                Baseline("own", lambda events, value=value: lambda: lambda _, at: np.full((len(at), len(events.item_ids)), value))
+            )
+            if message:
+                with pytest.raises(FloatingPointError, match=message):
+                    scored(folder, tmp_path / "nan", **request)
+            else:  # the first items of the catalogue that were not seen
+                assert scored(folder, tmp_path / "own", **request)["score"].unique().to_list() == [0.5]
+    finally:
+        BASELINES.unregister("own")

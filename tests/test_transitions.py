@@ -184,7 +184,7 @@ def test_settings_out_of_range():
         ({"last": 0}, "last = 0 must be 1 or more"),
         ({"decay": 0.0}, r"decay = 0.0 in \(0, 1\]"),
         ({"share": 1.5}, "share = 1.5"),
-        ({"popularity": 99.0}, "a term must be below 64"),
+        ({"popularity": 99.0}, "a term must be below 60"),
     ):
         with pytest.raises(ValueError, match=message):
             scorer_of(events_of([[0, 1, 0, 1]] * 9, 3) if "popularity" in change else events, **change)

@@ -31,7 +31,7 @@ Matrix = Any  # a sparse.csr_array, whose attributes its annotations lack
 _DISTANCE = 2.0**-30  # unit of the weight of a pair
 _WEIGHT = 2.0**-16  # unit of the weight of an item of the history
 _LOGARITHM, _SHARE = 2.0**-30, 2.0**-35  # units of the matrices of transitions and rules
-_LARGEST = 64.0  # of a term: the sum of two is below 2^53 in units of _WEIGHT x _LOGARITHM
+_LARGEST = 60.0  # of a term: the sum of two is below 2^53 in units of _WEIGHT x _LOGARITHM
 _PAIRS = 1 << 20  # pairs that are counted at the same time
 _KEPT = 1 << 26  # largest number of counts of the catalogue; above, an item keeps its largest counts
 _SCORES = 1 << 21  # dense scores that exist at the same time
@@ -233,7 +233,7 @@ def transitions(
       popularity: lambda. The popularity is the number of training events; an item without one counts as an item with one.
 
     Raises:
-      ValueError: if a setting is out of range, or a term is too large to be exact (64 or more).
+      ValueError: if a setting is out of range, or a term is too large to be exact (60 or more).
     """
     if not tau > 0:
         raise ValueError(f"tau = {tau} must be above 0")

@@ -201,7 +201,7 @@ def table(comparison: dict) -> list[list[str]]:
         rows.append([f"  minus {first}", *(_cell(difference.get(name, {}), metric, "{:+.4f}") for name in columns)])
     rows.append(["ties", *(_value(results.get(name, {}).get("tie_rate"), "{:.2%}") for name in columns)])
     for metric in [f"{name}@{k}" for name in ("ndcg", "hr") for k in ks if k in (10, ks[-1])]:
-        for part, what in (("cold", "cold items"), ("new", "new items"), ("repeated", "repeated items")):
+        for part, what in (("cold", "cold items"), ("new", "new targets"), ("repeated", "repeated targets")):
             summaries = [results.get(name, {}).get(part, {}) for name in columns]
             if part == "cold" or any(results.get(name, {}).get("repeated", {}).get("events") for name in columns):
                 rows.append([f"{metric.upper()}, {what}", *(_value(summary.get(metric), "{:.4f}") for summary in summaries)])

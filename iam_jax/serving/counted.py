@@ -36,7 +36,7 @@ class CountedLists:
         expected = data_facts(workdir).get("split_sha256")
         if split.sha256 != expected or not stored.item_ids.equals(split.items["item"]):
             raise InputError(f"{workdir} was made from other data: its split_sha256 is {expected}, not {split.sha256}")
-        self._last_n, self._item_ids = config.data.last_n, stored.item_ids
+        self._name, self._last_n, self._item_ids = name, config.data.last_n, stored.item_ids
         self.record = choose_or_read(BASELINES[name], split, config, workdir)
         self._scorer = BASELINES[name].make(split.events)(**self.record["settings"])
         self._unit = getattr(self._scorer, "unit", 1.0)
@@ -79,9 +79,15 @@ class CountedLists:
         return table_of_lists(users, self._item_ids, item, score)
 
     def _scores(self, histories: Lists) -> Iterator[tuple[slice, np.ndarray]]:
-        """Yields users as a slice and their scores [n, items] float64 in the scorer's unit, in blocks."""
+        """Yields users as a slice and their scores [n, items] float64 in the scorer's unit, in blocks.
+
+        Raises FloatingPointError for a score that is not finite (of a baseline that was registered).
+        """
         step = max(1, baselines.BLOCK // len(self._item_ids))
         for start in range(0, len(histories), step):
             at = slice(start, min(start + step, len(histories)))
             events, targets = with_targets(histories[at].last(self._last_n))
-            yield at, np.asarray(self._scorer(events, targets)).astype(np.float64)
+            scores = np.asarray(self._scorer(events, targets)).astype(np.float64)
+            if not np.isfinite(scores).all():
+                raise FloatingPointError(f"a score of the baseline {self._name!r} is not finite")
+            yield at, scores

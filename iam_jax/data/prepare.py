@@ -16,16 +16,17 @@ from iam_jax.data import tables as tables_lib
 from iam_jax.data.cache import cache_root, cached_folder
 from iam_jax.data.catalogue import Catalogue, catalogue_texts, has_text, make_catalogue
 from iam_jax.data.sources import SOURCES, Source
-from iam_jax.data.splits import Events, Split, as_strings, make_split, shuffle_training
+from iam_jax.data.splits import Events, Split, as_strings, facts_of, make_split, note_of, shuffle_training
 from iam_jax.data.tokenizer import Vocabulary, load_given
 from iam_jax.data.vectors import TFIDF, Vectors, item_vectors, vector_files
 from iam_jax.errors import InputError
 
-_VERSION = 3  # of the cached files
+_VERSION = 2  # of the cached files
 _ARRAYS = ("item", "offsets", "timestamp", "label")  # of Events
 _SPLIT_FIELDS = (  # of DataConfig: a split depends on them
-    "untitled", "k_core", "last_n", "split", "t1", "t2", "text", "unseen_items", "ties", "duplicates",
+    "untitled", "k_core", "last_n", "split", "t1", "t2", "text", "unseen_items",
 )  # fmt: skip
+_NEWER_FIELDS = {"ties": "hash", "duplicates": "keep"}  # and their defaults, with which prepared data keep their names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +95,8 @@ def _load(source: Source, config: DataConfig) -> tables_lib.Tables:
 
 def _cached_split(config: DataConfig, cache: Path) -> Split:
     """The split, cached under its settings and the identity of its source (`Source.identity`)."""
-    settings = [_VERSION, {field: getattr(config, field) for field in _SPLIT_FIELDS}, config.tokenizer == "id"]
+    newer = {field: getattr(config, field) for field, default in _NEWER_FIELDS.items() if getattr(config, field) != default}
+    settings = [_VERSION, {field: getattr(config, field) for field in _SPLIT_FIELDS} | newer, config.tokenizer == "id"]
     source, tables = _source(config), None
     identity = source.identity(config)
     if identity is None:
@@ -122,4 +124,8 @@ def _cached_split(config: DataConfig, cache: Path) -> Split:
     arrays = {name: np.load(folder / f"{name}.npy") for name in _ARRAYS}
     events = Events(user_ids=as_strings(users), item_ids=as_strings(items["item"]), **arrays)
     saved = json.loads((folder / "split.json").read_text(encoding="utf-8"))
-    return Split(events, items, saved["sha256"], tuple(saved["notes"]), saved["facts"])
+    facts, notes = saved.get("facts"), tuple(saved["notes"])
+    if facts is None:  # prepared by a version without them
+        facts = facts_of(events)
+        notes += (note_of(facts, config),)
+    return Split(events, items, saved["sha256"], notes, facts)

@@ -72,7 +72,9 @@ class Split:
     items: pl.DataFrame
     sha256: str
     notes: tuple[str, ...]  # printed lines: what was read, and what each filter removed
-    facts: dict = dataclasses.field(default_factory=dict)  # JSON values, of `facts_of` and the number of exact duplicates
+    facts: dict = dataclasses.field(
+        default_factory=dict
+    )  # JSON values, of `facts_of`; with data.duplicates = "drop", "duplicates" were removed
 
 
 def users_of(events: Events, targets: np.ndarray) -> np.ndarray:
@@ -123,12 +125,13 @@ def make_split(tables: Tables, config: DataConfig, has_text: Callable[[pl.DataFr
     del interactions, tables
     surviving = titled.copy()
 
-    first = first_of_duplicates(user, item, timestamp)
-    duplicates = int(np.count_nonzero(~first))
-    if duplicates and config.duplicates == "drop":
-        notes.append(f"data.duplicates = 'drop' removed {duplicates:,} events that repeat an earlier one (same user, item and time)")
+    dropped = {}
+    if config.duplicates == "drop":
+        first = first_of_duplicates(user, item, timestamp)
+        dropped = {"duplicates": int(np.count_nonzero(~first))}
+        what = "events that repeat an earlier one (same user, item and time)"
+        notes.append(f"data.duplicates = 'drop' removed {dropped['duplicates']:,} {what}")
         user, item, timestamp = user[first], item[first], timestamp[first]
-    del first
 
     if config.k_core:
         alive = _k_core(user, item, config.k_core, len(user_ids), items.height)
@@ -182,8 +185,8 @@ def make_split(tables: Tables, config: DataConfig, has_text: Callable[[pl.DataFr
     )
     digest = _sha256(user, item, timestamp, label, user_ids, items["item"], time_kind, config)
     events = Events(as_strings(user_ids), as_strings(items["item"]), item, offsets, timestamp, label)
-    facts = facts_of(events) | {"duplicates": duplicates}
-    notes.append(_note(facts, config))
+    facts = facts_of(events) | dropped
+    notes.append(note_of(facts, config))
     for i in (VALIDATION, TEST):
         left_out = np.count_nonzero(label == i) - len(events.targets(i))
         if left_out:
@@ -196,6 +199,7 @@ def facts_of(events: Events) -> dict:
 
     tied: the share of consecutive events of a user that have the same time.
     repeated: {"validation": …, "test": …}, the share of targets whose item the user had before.
+    duplicates: the number of events that repeat an earlier one (same user, item and time).
     """
     consecutive = np.diff(events.user) == 0
 
@@ -203,10 +207,12 @@ def facts_of(events: Events) -> dict:
         return float(part.mean()) if len(part) else None
 
     repeated = {LABELS[label]: share(events.repeated[events.targets(label)]) for label in (VALIDATION, TEST)}
-    return {"tied": share((events.timestamp[1:] == events.timestamp[:-1])[consecutive]), "repeated": repeated}
+    tied = share((events.timestamp[1:] == events.timestamp[:-1])[consecutive])
+    duplicates = int(np.count_nonzero(~first_of_duplicates(events.user, events.item, events.timestamp)))
+    return {"tied": tied, "repeated": repeated, "duplicates": duplicates}
 
 
-def _note(facts: dict, config: DataConfig) -> str:
+def note_of(facts: dict, config: DataConfig) -> str:
     """The facts as a line to print."""
     shares = facts["tied"], facts["repeated"]["validation"], facts["repeated"]["test"]
     tied, validation, test = ("none" if share is None else f"{share:.1%}" for share in shares)

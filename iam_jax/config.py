@@ -39,6 +39,8 @@ class DataConfig:
     untitled: str = "error"  # what to do with an item without text: error | drop (the item and its events) | id (its id becomes its text)
     k_core: int = 0  # repeatedly remove users and items with fewer events than this; 0: off
     last_n: int = 0  # keep each user's last n events; 0: all
+    ties: str = "hash"  # order of a user's events of equal time: hash (of user and item) | file (as there; leaks) | item (by id; leaks)
+    duplicates: str = "keep"  # events that repeat an earlier one (same user, item and time): keep | drop; drop has another split hash
     split: str = "leave_one_out"  # leave_one_out | temporal
     t1: str = ""  # temporal: train < t1 <= validation < t2 <= test; written like the table's timestamps
     t2: str = ""  # temporal: start of the test period
@@ -190,9 +192,9 @@ class EvalConfig:
     batch_rows: int = 32  # rows of histories computed at the same time
     chunk_items: int = 8192  # catalogue items in one matrix product
     item_states_gib: float = 2.0  # keep the catalogue's states after the leading intra layers if they fit into this much memory; 0: never
-    validation_users: int = 0  # users of the validations during training (a fixed random subset); 0: all
+    validation_users: int = 0  # random subset of users, for validations in training and to choose baselines; 0: all (baselines: 4,000)
     test: bool = True  # rank the test events too; switch off in trials that only choose a setting
-    baselines: bool = True  # evaluate popularity, last-item transitions and item-kNN, too
+    baselines: bool = True  # evaluate the baselines, too (docs/protocol.md)
     resamples: int = 1000  # bootstrap resamples over users
     seed: int = 0  # seed of the bootstrap and of the random subset of users
 

@@ -29,6 +29,8 @@ def check(config: "Config") -> None:
 
     choice("data.source", data.source, *SOURCES)
     choice("data.untitled", data.untitled, "error", "drop", "id")
+    choice("data.ties", data.ties, "hash", "file", "item")
+    choice("data.duplicates", data.duplicates, "keep", "drop")
     choice("data.split", data.split, "leave_one_out", "temporal")
     SOURCES[data.source].check(data)
     for field, value in (("k_core", data.k_core), ("last_n", data.last_n)):

@@ -3,6 +3,7 @@
     python -m iam_jax.main --config=FILE [--workdir=DIR] [--mode=train|evaluate|export]
         [--step=N|best|last] [--config.section.key=value ...]        (FILE: a path, or a name from configs/, such as demo)
     python -m iam_jax.main --mode=score --workdir=DIR --users=TABLE [--items=TABLE] [--candidates=TABLE] --output=DIR [--top_k=100]
+    python -m iam_jax.main --mode=score --workdir=DIR --baseline=transitions --users=TABLE --output=DIR
     python -m iam_jax.main --mode=score --workdir=DIR --vectors [--users=TABLE] [--items=TABLE] --output=DIR
     python -m iam_jax.main --mode=compare --runs=DIR,DIR[,DIR...] [--output=DIR]
     python -m iam_jax.main --mode=plan --config=FILE --topology=v5e:2x4|local [--num_items=N --item_length=T --num_users=N --events=N]
@@ -65,6 +66,7 @@ _SCORE = {
     "users": flags.DEFINE_string("users", "", "Score: interactions table of the users to score (user, item, timestamp)."),
     "items": flags.DEFINE_string("items", "", "Score: table of items to add to the catalogue (item, text columns; vector)."),
     "candidates": flags.DEFINE_string("candidates", "", "Score: table of the pairs to score (user, item) instead of the catalogue."),
+    "baseline": flags.DEFINE_string("baseline", "", "Score: a baseline instead of the model, such as transitions; reads the run's data."),
     "top_k": flags.DEFINE_integer("top_k", None, "Score: maximum length of a list; default: 100, with --candidates unlimited."),
     "vectors": flags.DEFINE_bool("vectors", False, "Score: write vectors instead of lists: item vectors, or with --users user vectors."),
 }
@@ -159,7 +161,7 @@ def _plan(config: config_lib.Config) -> None:
     from iam_jax.devices import topology
 
     values = {name: flag.value for name, flag in (_SCORE | _PLAN).items()}
-    for name in ("users", "items", "candidates", "vectors"):
+    for name in ("users", "items", "candidates", "vectors", "baseline"):
         if values[name]:
             hint = f" (--mode=plan takes --num_{name}=N)" if name in ("users", "items") else ""
             raise InputError(f"--{name} is for --mode=score{hint}")

@@ -63,7 +63,7 @@ MODELS = {
     "hatllm": ("HatLLM's order", lambda n: "intra full inter" if n == 1 else f"intra*{n // 2} full*{2 * n - n // 2 * 2} inter*{n // 2}"),
     "sasrec": ("SASRec", None),
 }
-BASELINES = ("popularity", "last_item", "item_knn")
+BASELINES = ("popularity", "last_item", "item_knn", "transitions", "rules")
 METRICS = ("ndcg@10", "hr@10")
 COST = ("parameters", "steps", "tokens_seen", "minutes")
 

@@ -162,7 +162,7 @@ def test_item_knn_against_dense_matrices(catalogue, filter_seen, k, decay, last,
     items, histories = catalogue
     events = events_of(histories, items)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(baselines, "_ENTRIES", entries)
+        patch.setattr(baselines, "ENTRIES", entries)
         scorer = item_knn(events, k, decay, last)
         targets = np.arange(len(events.item))
         got, (expected, popular) = scorer(events, targets), slow_knn(events, k, decay, last)
@@ -217,11 +217,11 @@ def test_chunks_and_progress(monkeypatch):
     table = rng.integers(0, 9, size=(len(events.item), 50))
 
     def scorer(_, chunk):
-        assert len(chunk) * 50 <= baselines._BLOCK
+        assert len(chunk) * 50 <= baselines.BLOCK
         return table[chunk]
 
     whole = evaluate(scorer, events, targets), evaluate(last_item_transitions(events), events, targets)
-    monkeypatch.setattr(baselines, "_BLOCK", 350)
+    monkeypatch.setattr(baselines, "BLOCK", 350)
     monkeypatch.setattr(baselines, "_CHUNK", 9)
     done = []
     parts = evaluate(scorer, events, targets, progress=done.append), evaluate(last_item_transitions(events), events, targets)

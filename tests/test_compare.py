@@ -68,6 +68,24 @@ def two_runs(tmp_path):
     return {"one": first, "b|c": second}
 
 
+def test_runs_of_a_version_without_an_order_of_ties_had_the_default(tmp_path):
+    old = write_run(tmp_path / "one", [1, 2])
+    new = write_run(tmp_path / "two", [1, 2], protocol={"ties": "hash", "duplicates": "keep"})
+    assert compare.collect({"one": old, "two": new})["difference"]["test"]["two"]["ndcg@3"] == 0
+    other = write_run(tmp_path / "three", [1, 2], protocol={"ties": "file", "duplicates": "keep"})
+    with pytest.raises(InputError, match=r"protocol\.ties is 'hash' in one, 'file' in two"):
+        compare.collect({"one": old, "two": other})
+
+
+def test_new_and_repeated_targets_have_rows_if_there_are_any(two_runs):
+    found = compare.collect(two_runs)
+    assert not any("repeated targets" in row[0] for row in compare.table(found))
+    for number, summary in enumerate(found["results"]["test"].values()):
+        summary |= {"new": {"events": 3, "ndcg@3": 0.25}, "repeated": {"events": number, "ndcg@3": 0.5 + number}}
+    rows = {row[0]: row[1:] for row in compare.table(found)}
+    assert rows["NDCG@3, new targets"][:2] == ["0.2500", "0.2500"] and rows["NDCG@3, repeated targets"][:2] == ["0.5000", "1.5000"]
+
+
 def test_differences_are_paired_and_resample_users(two_runs):
     found = compare.collect(two_runs)
     difference = found["difference"]["test"]["b|c"]

@@ -16,6 +16,7 @@ from iam_jax import main  # noqa: F401  (it defines the flags)
 from iam_jax.config import Config, resolve
 from iam_jax.errors import InputError
 from iam_jax.model.pretrained.families import FAMILIES
+from iam_jax.ranking.choice import BASELINES
 from iam_jax.registry import SOURCES
 from iam_jax.relations import RELATIONS
 from iam_jax.training.objectives import OBJECTIVES
@@ -267,7 +268,7 @@ def demo(tmp_path_factory) -> Path:
 @pytest.fixture
 def registries():
     """What a page registers is there for that page only."""
-    found = (RELATIONS, SOURCES, OBJECTIVES, FAMILIES)
+    found = (RELATIONS, SOURCES, OBJECTIVES, BASELINES, FAMILIES)
     before = [list(registry) for registry in found]
     yield
     for registry, names in zip(found, before, strict=True):

@@ -11,9 +11,10 @@ import polars as pl
 import pytest
 from helpers import make_config, random_params, tiny_data
 
-from iam_jax.config import MeshConfig
+from iam_jax.config import DataConfig, MeshConfig
 from iam_jax.data.prepare import Prepared
-from iam_jax.data.splits import TEST, TRAIN, VALIDATION, Events, Split
+from iam_jax.data.splits import TEST, TRAIN, VALIDATION, Events, Split, make_split
+from iam_jax.data.tables import Tables
 from iam_jax.devices.mesh import make_mesh
 from iam_jax.model import make_model
 from iam_jax.ranking import baselines, core, evaluate, metrics
@@ -134,8 +135,48 @@ def test_ranks_depend_on_no_packing_batch_or_chunk(monkeypatch, filter_seen, ite
         assert expected != slow_ranks(prepared, params, targets, False, slots)
 
 
-def test_a_constant_scorer_gets_what_a_random_one_expects():
-    prepared = tiny_data(users=12, items=30)
+def tied_data(ties, **sizes):
+    """tiny_data with three events of a user at each time, split in this order of ties."""
+    prepared = tiny_data(**sizes)
+    events = prepared.events
+    table = pl.DataFrame(
+        {
+            "user": events.user_ids[events.user].tolist(),
+            "item": events.item_ids[events.item].tolist(),
+            "timestamp": (np.arange(len(events.item)) - events.offsets[events.user]) // 3,
+        }
+    )
+    items = pl.DataFrame({"item": events.item_ids.tolist()})
+    split = make_split(Tables(table, items, "events", "items", ""), DataConfig(ties=ties), lambda items: np.ones(len(items), bool))
+    return Prepared(split, prepared.catalogue)
+
+
+def test_exact_ranks_under_every_order_of_ties():
+    found = {}
+    for ties in ("hash", "file", "item"):
+        prepared = tied_data(ties, users=12)
+        params, targets = integers(prepared), prepared.events.targets(TEST)
+        rank, tied = make_evaluator(prepared).rank(params, targets)
+        found[ties] = list(zip(rank.tolist(), tied.tolist(), strict=True))
+        assert found[ties] == slow_ranks(prepared, params, targets, True, 24)
+    assert found["hash"] != found["file"] != found["item"] != found["hash"]
+
+
+@pytest.mark.parametrize("ties", ["hash", "file", "item"])
+def test_a_random_scorer_does_not_see_the_order_of_ties(ties):
+    """Its mean is what a constant scorer gets."""
+    events = tied_data(ties, users=12, items=30).events
+    targets, rng = events.targets(TEST), np.random.default_rng(0)
+    of = {}
+    for name, draw, count in (("random", rng.random, 300), ("constant", np.ones, 1)):
+        ranks = [baselines.evaluate(lambda _, at, draw=draw: draw((len(at), 30)), events, targets) for _ in range(count)]
+        of[name] = [np.mean([metrics.ranking_metrics(*pair)[metric] for pair in ranks]) for metric in ("hr@10", "ndcg@10")]
+    assert of["random"] == pytest.approx(of["constant"], abs=0.03)
+
+
+@pytest.mark.parametrize("ties", ["hash", "file", "item"])
+def test_a_constant_scorer_gets_what_a_random_one_expects(ties):
+    prepared = tied_data(ties, users=12, items=30)
     targets = prepared.events.targets(TEST)
     evaluator = make_evaluator(prepared)
     params = integers(prepared) | {"table": jnp.zeros((30, 4))}
@@ -246,9 +287,10 @@ def test_temporal_targets_are_events_with_all_earlier_ones_as_history(temporal):
     expected = slow_ranks(temporal.prepared, temporal.params, targets, True, 24)
     assert list(zip(ranks["rank"], ranks["ties"], strict=True)) == expected
     assert ranks["cold"].to_list() == [i not in (0, 1, 5, 2, 6) for i in (2, 0, 3, 7, 4, 1)]
+    assert ranks["repeated"].to_list() == [False, True, False, False, False, False]  # u: 0 1 2 0 3 7
     assert ranks.schema == {
         "split": pl.String, "user": pl.String, "timestamp": pl.Int64, "target": pl.String,
-        "rank": pl.Int64, "ties": pl.Int64, "cold": pl.Boolean,
+        "rank": pl.Int64, "ties": pl.Int64, "cold": pl.Boolean, "repeated": pl.Boolean,
     }  # fmt: skip
 
 
@@ -264,24 +306,34 @@ def test_evaluation_json_holds_the_protocol_and_every_model(temporal):
     saved = temporal.saved
     assert saved["split_sha256"] == "a1b2" and saved["step"] == 12
     assert saved["protocol"] == {
-        "split": "temporal", "filter_seen": True, "candidates": 8, "k_core": 0, "ks": [1, 5, 10, 20, 50], "context_items": 1,
-        "ranking": "item",
+        "split": "temporal", "filter_seen": True, "candidates": 8, "k_core": 0, "ties": "hash", "duplicates": "keep",
+        "ks": [1, 5, 10, 20, 50], "context_items": 1, "ranking": "item",
     }  # fmt: skip
     names = [f"{name}@{k}" for name in ("hr", "precision", "ndcg", "mrr") for k in (1, 5, 10, 20, 50)]
-    assert list(saved["results"]) == ["model", "popularity", "last_item", "item_knn", "oracle"]
+    assert list(saved["results"]) == ["model", "popularity", "last_item", "item_knn", "transitions", "rules", "oracle"]
     for result in saved["results"].values():
         assert list(result) == ["validation", "test"]
         for summary in result.values():
-            assert set(summary) == {"users", "events", "tie_rate", "cold", *names, *(f"{name}_ci" for name in names)}
-            assert set(summary["cold"]) == {"events", *names}
+            assert set(summary) == {"users", "events", "tie_rate", "cold", "new", "repeated", *names, *(f"{name}_ci" for name in names)}
+            assert all(set(summary[part]) == {"events", *names} for part in ("cold", "new", "repeated"))
             for name in names:
                 low, high = summary[f"{name}_ci"]
                 assert 0 <= low <= summary[name] <= high <= 1
     assert saved["results"]["oracle"] == saved["results"]["popularity"] != saved["results"]["model"]
     test = saved["results"]["model"]["test"]
     assert (test["users"], test["events"], test["cold"]["events"]) == (3, 4, 3)
+    validation = saved["results"]["model"]["validation"]
+    assert (validation["new"]["events"], validation["repeated"]["events"], test["repeated"]["events"]) == (1, 1, 0)
     assert "test: 3 users, 4 events, 8 candidates, step 12" in temporal.printed
-    assert [line.split()[0] for line in temporal.printed.splitlines()[3:]] == ["model", "popularity", "last_item", "item_knn", "oracle"]
+    assert [line.split()[0] for line in temporal.printed.splitlines()[5:]] == [
+        "model",
+        "popularity",
+        "last_item",
+        "item_knn",
+        "transitions",
+        "rules",
+        "oracle",
+    ]
 
 
 def test_metrics_follow_from_ranks_parquet(temporal):
@@ -293,8 +345,8 @@ def test_metrics_follow_from_ranks_parquet(temporal):
             assert summary[f"hr@{k}"] == pytest.approx(np.mean(hr), rel=1e-12)
             if split == "test":
                 assert summary["cold"][f"hr@{k}"] == pytest.approx(np.mean(np.array(hr)[part["cold"]]), rel=1e-12)
-        users, rank, ties, cold = (part[name].to_numpy() for name in ("user", "rank", "ties", "cold"))
-        assert metrics.summarize(users, rank, ties, cold, (1, 5, 10, 20, 50), 50, 0) == summary
+        users, rank, ties, cold, repeated = (part[name].to_numpy() for name in ("user", "rank", "ties", "cold", "repeated"))
+        assert metrics.summarize(users, rank, ties, cold, (1, 5, 10, 20, 50), 50, 0, repeated) == summary
 
 
 def test_without_an_event_to_evaluate(tmp_path):

@@ -104,11 +104,11 @@ def test_output_and_files_of_a_run(folder, whole):
     for message in ("split ", "data ready in ", "validation ndcg@10", "test: 60 users", "wrote whole/evaluation.json"):
         assert message in out
     table = out[out.index("test: 60 users") :].splitlines()
-    assert [line.split()[0] for line in table[3:8]] == ["model", "popularity", "last_item", "item_knn", "oracle"]
+    assert [line.split()[0] for line in table[3:10]] == ["model", "popularity", "last_item", "item_knn", "transitions", "rules", "oracle"]
     names = {path.name for path in (folder / "whole").iterdir()}
     assert names == {
         "config.json", "data.json", "tokenizer.json", "items.parquet", "metrics.jsonl", "tensorboard", "checkpoints", "evaluation.json",
-        "ranks.parquet", "baselines.parquet", "run.json", ".lock",
+        "ranks.parquet", "baselines.parquet", "baselines.json", "run.json", ".lock",
     }  # fmt: skip
     evaluation = json.loads((folder / "whole" / "evaluation.json").read_text())
     assert evaluation["split_sha256"] == out.split("split ")[1].split()[0]
@@ -135,7 +135,16 @@ def test_one_run_at_a_time_in_a_working_folder(folder):
 
 def test_the_same_command_twice_gives_the_same_bytes(folder, whole):
     run_anew(folder, "--config=tiny.py", "--workdir", "twice", PYTHONHASHSEED="7", JAX_ENABLE_COMPILATION_CACHE="false")
-    for name in ("evaluation.json", "ranks.parquet", "baselines.parquet", "config.json", "data.json", "tokenizer.json", "items.parquet"):
+    for name in (
+        "evaluation.json",
+        "ranks.parquet",
+        "baselines.parquet",
+        "baselines.json",
+        "config.json",
+        "data.json",
+        "tokenizer.json",
+        "items.parquet",
+    ):
         assert (folder / "twice" / name).read_bytes() == (folder / "whole" / name).read_bytes(), name
     assert_same(checkpoint(folder / "twice", 200), checkpoint(folder / "whole", 200))
 
@@ -203,10 +212,10 @@ def test_evaluate_needs_only_the_working_folder(folder, whole):
     assert trained["protocol"]["filter_seen"] and not other["protocol"]["filter_seen"]
     assert other["step"] == 200
     assert other["results"]["popularity"] != trained["results"]["popularity"]
-    anew = ("evaluation.json", "ranks.parquet", "baselines.parquet")
+    anew = ("evaluation.json", "ranks.parquet", "baselines.parquet", "baselines.json")
     same = {name: data for name, data in contents(folder / "whole").items() if name not in anew}
-    assert same.items() <= before.items() and len(before) == len(same) + 3
-    for name in ("evaluation.json", "ranks.parquet"):
+    assert same.items() <= before.items() and len(before) == len(same) + 4
+    for name in ("evaluation.json", "ranks.parquet", "baselines.json"):
         (folder / "whole" / name).write_bytes(before[name])
 
 

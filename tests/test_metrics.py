@@ -173,6 +173,17 @@ def test_no_events_keep_the_keys_with_nulls():
     assert json.loads(json.dumps(nothing)) == nothing
 
 
+def test_new_and_repeated_targets_apart():
+    user, rank, ties, cold = example()
+    repeated = np.arange(len(rank)) % 3 == 0
+    got, value = summarize(user, rank, ties, cold, ks=[10], repeated=repeated), ranking_metrics(rank, ties, [10])["ndcg@10"]
+    for part, chosen in (("new", ~repeated), ("repeated", repeated)):
+        assert got[part]["events"] == chosen.sum() and got[part]["ndcg@10"] == pytest.approx(value[chosen].mean())
+    assert got == summarize(user, rank, ties, cold, ks=[10]) | {part: got[part] for part in ("new", "repeated")}
+    with pytest.raises(ValueError, match="new has 149 entries, rank 150"):
+        summarize(user, rank, ties, cold, repeated=repeated[1:])
+
+
 def test_no_cold_events():
     user, rank, ties, _ = example()
     assert summarize(user, rank, ties, np.zeros(150, bool), resamples=2)["cold"]["hr@10"] is None

@@ -108,7 +108,7 @@ def test_two_models_two_seeds_two_trials(reproduce, ran, tmp_path, capsys):
     rows = rows_of(tmp_path)
     assert list(rows)[1:] == [
         "ordinary attention", "item-aware attention", "without intra", "without inter", "HatLLM's order", "SASRec",
-        "popularity", "last_item", "item_knn",
+        "popularity", "last_item", "item_knn", "transitions", "rules",
     ]  # fmt: skip
     gain = 1 / np.log2(3)  # NDCG at rank 2
     by_seed = {"ordinary attention": [1, (1 + gain) / 2], "SASRec": [(gain + 1) / 2, gain]}
@@ -124,7 +124,16 @@ def test_two_models_two_seeds_two_trials(reproduce, ran, tmp_path, capsys):
     far = 1 / np.log2(10)
     low, high = far - 1, (1 - gain) / 2
     assert rows["popularity"][4] == f"{(low + high) / 2:+.4f} [{low:+.4f}, {high:+.4f}]"
-    for name in ("item-aware attention", "without intra", "without inter", "HatLLM's order", "last_item", "item_knn"):
+    for name in (
+        "item-aware attention",
+        "without intra",
+        "without inter",
+        "HatLLM's order",
+        "last_item",
+        "item_knn",
+        "transitions",
+        "rules",
+    ):
         assert rows[name] == [""] * 9
     saved = json.loads((tmp_path / "runs" / "reproduction.json").read_text())
     trials = saved["data"]["demo"]["rows"]["sasrec"]["trials"]

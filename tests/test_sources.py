@@ -13,7 +13,7 @@ import polars as pl
 import pytest
 
 from iam_jax.config import DataConfig, SyntheticConfig, default_config, resolve
-from iam_jax.data.prepare import prepare
+from iam_jax.data.prepare import prepare, read_split
 from iam_jax.data.sources import Source, register, unregister
 from iam_jax.data.tables import Tables
 from iam_jax.devices.signals import Signals
@@ -210,6 +210,20 @@ def test_cached_data_keep_their_names(written, source):
     fields = {"amazon": {"category": "toys", "untitled": "id"}, "synthetic": {"synthetic": SyntheticConfig(users=20, products=60)}}
     config = DataConfig(source=source, path="" if source == "synthetic" else str(path), **fields.get(source, {}))
     assert cached(config, written / "cache") == NAMES[source]
+
+
+def test_prepared_data_of_a_version_without_facts(written, tmp_path):
+    config = DataConfig(source="table", path=str(written / "tables"), cache=str(tmp_path))
+    fresh = read_split(config)
+    (file,) = tmp_path.glob("split-*/split.json")
+    saved = json.loads(file.read_text())
+    assert saved.pop("facts") == fresh.facts and saved["notes"].pop() == fresh.notes[-1]
+    file.write_text(json.dumps(saved))
+    again = read_split(config)
+    assert (again.facts, again.notes, again.sha256) == (fresh.facts, fresh.notes, fresh.sha256)
+    for change in ({"ties": "file"}, {"ties": "item"}, {"duplicates": "drop"}):
+        read_split(dataclasses.replace(config, **change))
+    assert len([*tmp_path.glob("split-*")]) == 4
 
 
 @pytest.mark.parametrize("source", ["ml1m", "amazon"])

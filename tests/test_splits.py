@@ -5,6 +5,7 @@ import dataclasses
 import datetime
 import gzip
 import hashlib
+import itertools
 import random
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -71,10 +72,13 @@ def tie_hash(user, item):
     return hashlib.sha256(f"{user}\t{item}".encode()).hexdigest()
 
 
-def slow_split(rows, k_core=0, last_n=0, bounds=None):
+TIE_KEYS = {"hash": lambda row: tie_hash(row[0], row[1]), "file": lambda row: "", "item": lambda row: row[1].encode()}  # sorting is stable
+
+
+def slow_split(rows, k_core=0, last_n=0, bounds=None, ties="hash", duplicates="keep"):
     """[(split, user, item, timestamp)] by user and time, from the text of the protocol, and the items that remain after its filters.
     `bounds` (t1, t2) make it temporal."""
-    rows = list(rows)
+    rows = list(dict.fromkeys(rows)) if duplicates == "drop" else list(rows)
     while True:
         users, items = Counter(u for u, _, _ in rows), Counter(i for _, i, _ in rows)
         kept = [(u, i, t) for u, i, t in rows if users[u] >= k_core and items[i] >= k_core]
@@ -87,7 +91,7 @@ def slow_split(rows, k_core=0, last_n=0, bounds=None):
         histories[u].append((u, i, t))
     out = []
     for user in sorted(histories, key=str.encode):
-        events = sorted(histories[user], key=lambda row: (row[2], tie_hash(row[0], row[1])))[-last_n:]
+        events = sorted(histories[user], key=lambda row: (row[2], TIE_KEYS[ties](row)))[-last_n:]
         for place, row in enumerate(events):
             if bounds:
                 label = "train" if row[2] < bounds[0] else "validation" if row[2] < bounds[1] else "test"
@@ -98,8 +102,11 @@ def slow_split(rows, k_core=0, last_n=0, bounds=None):
     return out, left_items
 
 
-def slow_sha256(labelled):
+def slow_sha256(labelled, ties="hash", duplicates="keep"):
     lines = sorted(f"{label}\t{user}\t{item}\t{text_of(t)}\n".encode() for label, user, item, t in labelled)
+    lines += [b"duplicates\tdrop\n"] if duplicates == "drop" else []
+    lines += [] if ties == "hash" else [f"ties\t{ties}\n".encode()]
+    lines += [f"{item}\n".encode() for _, _, item, _ in labelled] if ties == "file" else []
     return hashlib.sha256(b"".join(lines)).hexdigest()
 
 
@@ -118,20 +125,29 @@ BOUNDS = {
 
 
 @settings(deadline=None, max_examples=150)
-@given(st.data(), st.sampled_from(sorted(TIMES)), st.integers(0, 3), st.integers(0, 4), st.booleans())
-def test_every_filter_and_split_is_the_slow_one(data, kind, k_core, last_n, temporal):
+@given(
+    st.data(),
+    st.sampled_from(sorted(TIMES)),
+    st.integers(0, 3),
+    st.integers(0, 4),
+    st.booleans(),
+    st.sampled_from(sorted(TIE_KEYS)),
+    st.sampled_from(["keep", "drop"]),
+)
+def test_every_filter_and_split_is_the_slow_one(data, kind, k_core, last_n, temporal, ties, duplicates):
     times, t1, t2 = TIMES[kind]
     row = st.tuples(st.sampled_from(USERS), st.sampled_from([i for i in ITEMS if i != "unused"]), st.sampled_from(times))
     rows = data.draw(st.lists(row, min_size=1, max_size=40))
-    config = DataConfig(k_core=k_core, last_n=last_n, split="temporal" if temporal else "leave_one_out", t1=t1, t2=t2)
-    expected, candidates = slow_split(rows, k_core, last_n, BOUNDS[kind] if temporal else None)
+    order = {"ties": ties, "duplicates": duplicates}
+    config = DataConfig(k_core=k_core, last_n=last_n, split="temporal" if temporal else "leave_one_out", t1=t1, t2=t2, **order)
+    expected, candidates = slow_split(rows, k_core, last_n, BOUNDS[kind] if temporal else None, **order)
     if not any(label == "train" for label, *_ in expected):
         with pytest.raises(InputError, match=r"leaves no training event|k_core"):
             split_of(rows, config)
         return
     split = split_of(rows, config)
     assert rows_of(split) == comparable(expected)
-    assert split.sha256 == slow_sha256(expected)
+    assert split.sha256 == slow_sha256(expected, **order)
     assert split.events.item_ids.tolist() == split.items["item"].to_list() == candidates
 
     # Derived fields of Events.
@@ -146,10 +162,65 @@ def test_every_filter_and_split_is_the_slow_one(data, kind, k_core, last_n, temp
     for number, name in enumerate(LABELS):
         wanted = [p for user_places in places.values() for p, label in user_places[1:] if label == name]
         assert events.targets(number).tolist() == wanted
+    before = defaultdict(list)
+    repeated = [item in before[user] or before[user].append(item) or False for _, user, item, _ in expected]
+    assert events.repeated.tolist() == repeated
+    counted = rows if duplicates == "drop" else [row[1:] for row in expected]
+    assert split.facts == slow_facts(counted, expected, places, repeated)
 
+    if ties == "file":
+        return
     again = split_of(data.draw(st.permutations(rows)), config)
     assert rows_of(again) == rows_of(split)
     assert again.sha256 == split.sha256
+
+
+def slow_facts(counted, labelled, places, repeated):
+    """counted: rows whose duplicates are counted. places: {user: [(place, label)]} in `labelled`."""
+
+    def share(found):
+        return sum(found) / len(found) if found else None
+
+    tied = [labelled[a][3] == labelled[b][3] for user in places.values() for (a, _), (b, _) in itertools.pairwise(user)]
+    of = {name: [repeated[p] for user in places.values() for p, label in user[1:] if label == name] for name in ("validation", "test")}
+    shares = {name: share(found) for name, found in of.items()}
+    return {"tied": share(tied), "repeated": shares, "duplicates": len(counted) - len(set(counted))}
+
+
+def test_orders_of_ties_by_hand():
+    """The hashes of 2, 10 and i for user u are 1f…, e2… and 6c…: 2, i, 10. Ids are ordered as bytes: 10 before 2."""
+    rows = [("u", "i", 5), ("u", "2", 5), ("u", "10", 5), ("u", "x|y", 4), ("u", "I", 6)]
+    orders = {ties: [row[2] for row in rows_of(split_of(rows, DataConfig(ties=ties)))] for ties in ("hash", "file", "item")}
+    by_hash = sorted(("i", "2", "10"), key=lambda item: tie_hash("u", item))
+    assert orders == {"hash": ["x|y", *by_hash, "I"], "file": ["x|y", "i", "2", "10", "I"], "item": ["x|y", "10", "2", "i", "I"]}
+    assert len({split_of(rows, DataConfig(ties=ties)).sha256 for ties in orders}) == 3
+    # Another order of the file is another split, even if only training events change their places.
+    other = [rows[1], rows[0], *rows[2:]]
+    labels = [[(row[0], row[2]) for row in rows_of(split_of(order, DataConfig(ties="file")))] for order in (rows, other)]
+    assert sorted(labels[0]) == sorted(labels[1])
+    one, two = (split_of(order, DataConfig(ties="file")).sha256 for order in (rows, other))
+    assert one != two
+    (note,) = (note for note in split_of(rows, DataConfig(ties="item")).notes if "tie in time" in note)
+    assert note == (
+        "50.0% of consecutive events tie in time (order: item), 0 exact duplicates; "
+        "in the history already: 0.0% of validation, 0.0% of test targets"
+    )
+
+
+def test_duplicates_by_hand():
+    rows = [("u", "i", 1), ("u", "2", 2), ("u", "i", 1), ("u", "i", 3), ("u", "i", 1), ("9", "i", 1)]
+    kept, dropped = (split_of(rows, DataConfig(duplicates=duplicates)) for duplicates in ("keep", "drop"))
+    assert [row[2:] for row in rows_of(kept)] == [("i", 1), ("i", 1), ("i", 1), ("i", 1), ("2", 2), ("i", 3)]
+    assert [row[1:] for row in rows_of(dropped)] == [("9", "i", 1), ("u", "i", 1), ("u", "2", 2), ("u", "i", 3)]
+    assert kept.facts == {"tied": 0.5, "repeated": {"validation": 0.0, "test": 1.0}, "duplicates": 2}
+    assert dropped.facts == {"tied": 0.0, "repeated": {"validation": 0.0, "test": 1.0}, "duplicates": 2}
+    assert "data.duplicates = 'drop' removed 2 events that repeat an earlier one (same user, item and time)" in dropped.notes
+    assert any("50.0% of consecutive events tie in time (order: hash), 2 exact duplicates; " in note for note in kept.notes)
+    # The k-core counts what is left: u has three events. Without duplicates, the hash still names the setting.
+    with pytest.raises(InputError, match="k_core = 4 leaves nothing"):
+        split_of(rows, DataConfig(duplicates="drop", k_core=4))
+    unique = [("u", "i", 1), ("u", "2", 2), ("u", "10", 3)]
+    assert split_of(unique, DataConfig(duplicates="drop")).sha256 != split_of(unique).sha256
 
 
 def test_the_order_of_the_file_does_not_leak():
@@ -193,6 +264,8 @@ def test_leave_one_out_by_hand():
     assert split.notes == (
         "read 7 interactions and 7 items",
         "3 users, 7 items, 7 events: 5 train, 1 validation, 1 test",
+        "0.0% of consecutive events tie in time (order: hash), 0 exact duplicates; "
+        "in the history already: 0.0% of validation, 100.0% of test targets",
     )
 
 
@@ -331,6 +404,8 @@ def test_unseen_items_by_hand():
     assert split.notes[1:] == (
         "data.unseen_items = 0.2 removed the 5 training events of 2 items",
         "3 users, 4 items, 10 events: 4 train, 3 validation, 3 test",
+        "0.0% of consecutive events tie in time (order: hash), 0 exact duplicates; "
+        "in the history already: 0.0% of validation, 66.7% of test targets",
         "1 validation events have no history and are left out",
     )
     lines = sorted(f"{label}\t{user}\t{item}\t{time}\n" for label, user, item, time in rows_of(split))

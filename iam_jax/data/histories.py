@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
+from iam_jax.config import DataConfig
 from iam_jax.data.batches import count_up
-from iam_jax.data.splits import Events, codes, order_events
+from iam_jax.data.splits import Events, codes, first_of_duplicates, order_events
 from iam_jax.data.tables import INTERACTIONS, read_table, refuse
 from iam_jax.errors import InputError
 
@@ -62,7 +63,7 @@ class Users:
     """The users to score, sorted by id."""
 
     ids: pl.Series
-    events: Lists  # in order of time, ties by hash (splits.py)
+    events: Lists  # in order of time, ties by data.ties (splits.py)
     candidates: Lists | None  # sorted by catalogue row
 
     def __len__(self) -> int:
@@ -84,17 +85,20 @@ class Users:
         yield self.part(begin, len(self))
 
 
-def read_users(path: str | Path, item_ids: pl.Series, drop: bool) -> tuple[Users, list[str]]:
+def read_users(path: str | Path, item_ids: pl.Series, config: DataConfig) -> tuple[Users, list[str]]:
     """The users of an interactions table and notes to print (`users_of_table`). Also raises the errors of `read_table`."""
-    return users_of_table(read_table(path, INTERACTIONS), str(path), item_ids, drop)
+    return users_of_table(read_table(path, INTERACTIONS), str(path), item_ids, config)
 
 
-def users_of_table(table: pl.DataFrame, name: str, item_ids: pl.Series, drop: bool) -> tuple[Users, list[str]]:
+def users_of_table(table: pl.DataFrame, name: str, item_ids: pl.Series, config: DataConfig) -> tuple[Users, list[str]]:
     """The users of a checked table (`user`, `item`, `timestamp`), and notes on what was left out.
 
-    name: of the table, in errors. drop: events with items that are not in the catalogue are removed and counted, as in the preparation of
-    the training data; otherwise they raise InputError.
+    Events are treated as in the preparation of the training data. If its filters may have removed items, events with items that are not in
+    the catalogue are removed and counted; otherwise they raise InputError.
+
+    name: of the table, in errors.
     """
+    drop = config.untitled == "drop" or config.k_core > 0
     item, notes = codes(table["item"], item_ids), []
     unknown = item < 0
     if unknown.all() or (unknown.any() and not drop):
@@ -109,7 +113,12 @@ def users_of_table(table: pl.DataFrame, name: str, item_ids: pl.Series, drop: bo
     ids = table["user"].unique().sort()
     user, timestamp = codes(table["user"], ids), table["timestamp"]
     timestamp = (timestamp.dt.epoch("us") if timestamp.dtype == pl.Datetime else timestamp).to_numpy()
-    order = order_events(user, item, timestamp, ids, item_ids)
+    if config.duplicates == "drop":
+        first = first_of_duplicates(user, item, timestamp)
+        if not first.all():
+            notes.append(f"left out {np.count_nonzero(~first):,} events that repeat an earlier one (same user, item and time)")
+        user, item, timestamp = user[first], item[first], timestamp[first]
+    order = order_events(user, item, timestamp, ids, item_ids, config.ties)
     return Users(ids, Lists(item[order], _offsets(user, len(ids))), None), notes
 
 
@@ -146,6 +155,16 @@ def with_targets(histories: Lists) -> tuple[Events, np.ndarray]:
     item[np.repeat(offsets[:-1], lengths) + count_up(lengths)] = histories.item
     none = np.zeros(0)
     return Events(none, none, item, offsets, none, none), offsets[1:] - 1
+
+
+def table_of_lists(users: Users, item_ids: pl.Series, item: np.ndarray, score: np.ndarray) -> pl.DataFrame:
+    """Lists as a table with the columns `user`, `item`, `rank` (from 1) and `score`.
+
+    item, score: [n, K], best first; a score of -inf is no item. item_ids: of the catalogue.
+    """
+    user, position = np.nonzero(score > -np.inf)
+    ids = users.ids.gather(user).rename("user"), item_ids.gather(item[user, position]).rename("item")
+    return pl.DataFrame([*ids, pl.Series("rank", position + 1, dtype=pl.Int32), pl.Series("score", score[user, position])])
 
 
 def _offsets(user: np.ndarray, users: int) -> np.ndarray:

@@ -16,14 +16,17 @@ from iam_jax.data import tables as tables_lib
 from iam_jax.data.cache import cache_root, cached_folder
 from iam_jax.data.catalogue import Catalogue, catalogue_texts, has_text, make_catalogue
 from iam_jax.data.sources import SOURCES, Source
-from iam_jax.data.splits import Events, Split, as_strings, make_split, shuffle_training
+from iam_jax.data.splits import Events, Split, as_strings, facts_of, make_split, note_of, shuffle_training
 from iam_jax.data.tokenizer import Vocabulary, load_given
 from iam_jax.data.vectors import TFIDF, Vectors, item_vectors, vector_files
 from iam_jax.errors import InputError
 
 _VERSION = 2  # of the cached files
 _ARRAYS = ("item", "offsets", "timestamp", "label")  # of Events
-_SPLIT_FIELDS = ("untitled", "k_core", "last_n", "split", "t1", "t2", "text", "unseen_items")  # of DataConfig: a split depends on them
+_SPLIT_FIELDS = (  # of DataConfig: a split depends on them
+    "untitled", "k_core", "last_n", "split", "t1", "t2", "text", "unseen_items",
+)  # fmt: skip
+_NEWER_FIELDS = {"ties": "hash", "duplicates": "keep"}  # and their defaults, with which prepared data keep their names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,14 +51,10 @@ def prepare(config: DataConfig, given: Vocabulary | None = None) -> Prepared:
     `given`: the pretrained model's vocabulary, with config.tokenizer = "pretrained". Raises InputError for bad data.
     """
     cache = cache_root(config.cache)
-    if config.path.startswith("~"):
-        config = dataclasses.replace(config, path=str(Path(config.path).expanduser()))
     load_given(config.tokenizer, given)  # a wrong path is found before the data is read and anything is written
     if config.vectors not in ("", TFIDF):
         vector_files(config.vectors)
-    split = _cached_split(config, cache)
-    if config.shuffled_order:
-        split = shuffle_training(split)
+    split = read_split(config)
     catalogue = make_catalogue(split.items, config, cache, given)
     longest = int(catalogue.item_lengths.max(initial=0))
     needed = catalogue.frame_tokens + (config.context_items + 1) * longest
@@ -70,6 +69,14 @@ def prepare(config: DataConfig, given: Vocabulary | None = None) -> Prepared:
         content = item_vectors(config, split.items["item"], texts, split.events.train_counts > 0, cache)
         split = dataclasses.replace(split, notes=(*split.notes, *content.notes))
     return Prepared(split, catalogue, content)
+
+
+def read_split(config: DataConfig) -> Split:
+    """Reads, checks, filters, orders and splits the events. Raises InputError for bad data."""
+    if config.path.startswith("~"):
+        config = dataclasses.replace(config, path=str(Path(config.path).expanduser()))
+    split = _cached_split(config, cache_root(config.cache))
+    return shuffle_training(split) if config.shuffled_order else split
 
 
 def _source(config: DataConfig) -> Source:
@@ -88,7 +95,8 @@ def _load(source: Source, config: DataConfig) -> tables_lib.Tables:
 
 def _cached_split(config: DataConfig, cache: Path) -> Split:
     """The split, cached under its settings and the identity of its source (`Source.identity`)."""
-    settings = [_VERSION, {field: getattr(config, field) for field in _SPLIT_FIELDS}, config.tokenizer == "id"]
+    newer = {field: getattr(config, field) for field, default in _NEWER_FIELDS.items() if getattr(config, field) != default}
+    settings = [_VERSION, {field: getattr(config, field) for field in _SPLIT_FIELDS} | newer, config.tokenizer == "id"]
     source, tables = _source(config), None
     identity = source.identity(config)
     if identity is None:
@@ -105,7 +113,8 @@ def _cached_split(config: DataConfig, cache: Path) -> Split:
             users = pl.Series("user", split.events.user_ids.tolist(), dtype=pl.String)
             users.to_frame().write_parquet(folder / "users.parquet")
             split.items.write_parquet(folder / "items.parquet")
-            (folder / "split.json").write_text(json.dumps({"sha256": split.sha256, "notes": split.notes}), encoding="utf-8")
+            saved = {"sha256": split.sha256, "notes": split.notes, "facts": split.facts}
+            (folder / "split.json").write_text(json.dumps(saved), encoding="utf-8")
 
         return write
 
@@ -114,5 +123,9 @@ def _cached_split(config: DataConfig, cache: Path) -> Split:
     users = pl.read_parquet(folder / "users.parquet")["user"]
     arrays = {name: np.load(folder / f"{name}.npy") for name in _ARRAYS}
     events = Events(user_ids=as_strings(users), item_ids=as_strings(items["item"]), **arrays)
-    facts = json.loads((folder / "split.json").read_text(encoding="utf-8"))
-    return Split(events, items, facts["sha256"], tuple(facts["notes"]))
+    saved = json.loads((folder / "split.json").read_text(encoding="utf-8"))
+    facts, notes = saved.get("facts"), tuple(saved["notes"])
+    if facts is None:  # prepared by a version without them
+        facts = facts_of(events)
+        notes += (note_of(facts, config),)
+    return Split(events, items, saved["sha256"], notes, facts)

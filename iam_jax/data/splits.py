@@ -1,10 +1,11 @@
 """Orders, filters and splits the events that every model is trained and evaluated on.
 
-A user's events are ordered by timestamp, then by the hex SHA-256 of "{user}\\t{item}". The order of the file would leak: in the
-Amazon sets a third to a half of consecutive events tie, and files list ties by item.
+A user's events are ordered by timestamp, and ties by `data.ties`: by the hex SHA-256 of "{user}\\t{item}" (the default), as in the file, or
+by the item's id. The order of the file leaks: in the Amazon sets a third to a half of consecutive events tie, and files list ties by item.
 """
 
 import dataclasses
+import functools
 import hashlib
 import math
 from collections.abc import Callable
@@ -22,7 +23,7 @@ LABELS = ("train", "validation", "test")
 
 @dataclasses.dataclass(frozen=True)
 class Events:
-    """All events, sorted by (user, time, tie hash). A target is the index of an event; its history is the user's events before it."""
+    """All events, sorted by user, time and `data.ties`. A target is the index of an event; its history is the user's events before it."""
 
     user_ids: np.ndarray  # [U] str, sorted
     item_ids: np.ndarray  # [I] str, sorted: the candidates
@@ -47,6 +48,15 @@ class Events:
         """[I] int64, training events of each item."""
         return np.bincount(self.item[self.label == TRAIN], minlength=len(self.item_ids))
 
+    @functools.cached_property
+    def repeated(self) -> np.ndarray:
+        """[E] bool: whether the user has an earlier event with the same item."""
+        pair = self.user * np.int64(len(self.item_ids)) + self.item
+        order = np.argsort(pair, kind="stable")
+        repeated = np.zeros(len(pair), bool)
+        repeated[order[1:]] = pair[order[1:]] == pair[order[:-1]]
+        return repeated
+
     def targets(self, label: int) -> np.ndarray:
         """[n] int64, the events with this label that have a history."""
         has_history = np.ones(len(self.item), bool)
@@ -56,17 +66,30 @@ class Events:
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """The events, the table of the items that passed the filters (in the order of events.item_ids), and notes."""
+    """The events, the table of the items that passed the filters (in the order of events.item_ids), notes, and facts."""
 
     events: Events
     items: pl.DataFrame
     sha256: str
     notes: tuple[str, ...]  # printed lines: what was read, and what each filter removed
+    facts: dict = dataclasses.field(
+        default_factory=dict
+    )  # JSON values, of `facts_of`; with data.duplicates = "drop", "duplicates" were removed
 
 
 def users_of(events: Events, targets: np.ndarray) -> np.ndarray:
     """[n] the user of each event."""
     return np.searchsorted(events.offsets, targets, side="right") - 1
+
+
+def subset_of_users(events: Events, label: int, most: int, seed: int) -> np.ndarray:
+    """[n] int64: the targets with this label, of a fixed random subset of at most `most` users; 0: of all users."""
+    targets = events.targets(label)
+    users = users_of(events, targets)
+    if most and most < len(np.unique(users)):
+        chosen = np.random.default_rng(seed).choice(np.unique(users), most, replace=False)
+        targets = targets[np.isin(users, chosen)]
+    return targets
 
 
 def make_split(tables: Tables, config: DataConfig, has_text: Callable[[pl.DataFrame], np.ndarray]) -> Split:
@@ -102,6 +125,14 @@ def make_split(tables: Tables, config: DataConfig, has_text: Callable[[pl.DataFr
     del interactions, tables
     surviving = titled.copy()
 
+    dropped = {}
+    if config.duplicates == "drop":
+        first = first_of_duplicates(user, item, timestamp)
+        dropped = {"duplicates": int(np.count_nonzero(~first))}
+        what = "events that repeat an earlier one (same user, item and time)"
+        notes.append(f"data.duplicates = 'drop' removed {dropped['duplicates']:,} {what}")
+        user, item, timestamp = user[first], item[first], timestamp[first]
+
     if config.k_core:
         alive = _k_core(user, item, config.k_core, len(user_ids), items.height)
         if not alive.any():
@@ -116,7 +147,7 @@ def make_split(tables: Tables, config: DataConfig, has_text: Callable[[pl.DataFr
     if not len(user):
         raise InputError("no interaction is left after the filters")
 
-    order = order_events(user, item, timestamp, user_ids, items["item"])
+    order = order_events(user, item, timestamp, user_ids, items["item"], config.ties)
     user, item, timestamp = user[order], item[order], timestamp[order]
     del order
     if config.last_n:
@@ -152,13 +183,42 @@ def make_split(tables: Tables, config: DataConfig, has_text: Callable[[pl.DataFr
         f"{len(user_ids):,} users, {items.height:,} items, {len(item):,} events: "
         + ", ".join(f"{np.count_nonzero(label == i):,} {name}" for i, name in enumerate(LABELS))
     )
-    digest = _sha256(user, item, timestamp, label, user_ids, items["item"], time_kind)
+    digest = _sha256(user, item, timestamp, label, user_ids, items["item"], time_kind, config)
     events = Events(as_strings(user_ids), as_strings(items["item"]), item, offsets, timestamp, label)
+    facts = facts_of(events) | dropped
+    notes.append(note_of(facts, config))
     for i in (VALIDATION, TEST):
         left_out = np.count_nonzero(label == i) - len(events.targets(i))
         if left_out:
             notes.append(f"{left_out:,} {LABELS[i]} events have no history and are left out")
-    return Split(events, items, digest, tuple(notes))
+    return Split(events, items, digest, tuple(notes), facts)
+
+
+def facts_of(events: Events) -> dict:
+    """How much the order of ties and repeated items can matter, as JSON values; None where there is no such event.
+
+    tied: the share of consecutive events of a user that have the same time.
+    repeated: {"validation": …, "test": …}, the share of targets whose item the user had before.
+    duplicates: the number of events that repeat an earlier one (same user, item and time).
+    """
+    consecutive = np.diff(events.user) == 0
+
+    def share(part: np.ndarray) -> float | None:
+        return float(part.mean()) if len(part) else None
+
+    repeated = {LABELS[label]: share(events.repeated[events.targets(label)]) for label in (VALIDATION, TEST)}
+    tied = share((events.timestamp[1:] == events.timestamp[:-1])[consecutive])
+    duplicates = int(np.count_nonzero(~first_of_duplicates(events.user, events.item, events.timestamp)))
+    return {"tied": tied, "repeated": repeated, "duplicates": duplicates}
+
+
+def note_of(facts: dict, config: DataConfig) -> str:
+    """The facts as a line to print."""
+    shares = facts["tied"], facts["repeated"]["validation"], facts["repeated"]["test"]
+    tied, validation, test = ("none" if share is None else f"{share:.1%}" for share in shares)
+    kept = f", {facts['duplicates']:,} exact duplicates" if config.duplicates == "keep" else ""
+    repeated = f"in the history already: {validation} of validation, {test} of test targets"
+    return f"{tied} of consecutive events tie in time (order: {config.ties}){kept}; {repeated}"
 
 
 def shuffle_training(split: Split) -> Split:
@@ -207,14 +267,33 @@ def _k_core(user: np.ndarray, item: np.ndarray, k: int, users: int, items: int) 
         alive = still
 
 
-def order_events(user: np.ndarray, item: np.ndarray, timestamp: np.ndarray, user_ids: pl.Series, item_ids: pl.Series) -> np.ndarray:
-    """[n] int64: the indices of the events sorted by user, time and tie hash. user [n] and item [n] index user_ids and item_ids."""
+def first_of_duplicates(user: np.ndarray, item: np.ndarray, timestamp: np.ndarray) -> np.ndarray:
+    """[n] bool: whether no earlier event has the same user, item and time."""
+    events = pl.DataFrame({"user": user, "item": item, "time": timestamp})
+    return events.select(pl.struct(pl.all()).is_first_distinct()).to_series().to_numpy()
+
+
+def order_events(
+    user: np.ndarray, item: np.ndarray, timestamp: np.ndarray, user_ids: pl.Series, item_ids: pl.Series, ties: str = "hash"
+) -> np.ndarray:
+    """[n] int64: the indices of the events sorted by user, time, and `ties`. user [n] and item [n] index user_ids and item_ids.
+
+    ties: the order of a user's events of equal time (`data.ties`): hash | file (as given) | item (by id).
+    """
     events = pl.DataFrame({"user": user, "time": timestamp})
     order = events.select(pl.arg_sort_by("user", "time", maintain_order=True)).to_series().to_numpy()
+    if ties == "file":
+        return order
     sorted_user, sorted_time = user[order], timestamp[order]
     same = (sorted_user[1:] == sorted_user[:-1]) & (sorted_time[1:] == sorted_time[:-1])
     tied = np.flatnonzero(np.append(same, False) | np.append(False, same))  # in blocks of equal (user, time)
     block = np.cumsum(~np.append(False, same))[tied]
+    if ties == "item":
+        by_id = np.empty(len(item_ids), np.int64)
+        by_id[item_ids.arg_sort().to_numpy()] = np.arange(len(item_ids))
+        order = order.copy()
+        order[tied] = order[tied][np.lexsort((by_id[item[order[tied]]], block))]
+        return order
     digest = np.empty((len(tied), 4), np.uint64)
     for start in range(0, len(tied), 1_000_000):  # ids become Python strings: a part at a time bounds the memory
         rows = order[tied[start : start + 1_000_000]]
@@ -249,8 +328,12 @@ def _temporal(timestamp: np.ndarray, time_kind: pl.DataType, config: DataConfig)
     return ((timestamp >= bounds[0]).astype(np.uint8) + (timestamp >= bounds[1])).astype(np.uint8)
 
 
-def _sha256(user, item, timestamp, label, user_ids: pl.Series, item_ids: pl.Series, time_kind: pl.DataType) -> str:
-    """SHA-256 of the lines "split\\tuser\\titem\\ttimestamp\\n", sorted bytewise."""
+def _sha256(user, item, timestamp, label, user_ids: pl.Series, item_ids: pl.Series, time_kind: pl.DataType, config: DataConfig) -> str:
+    """SHA-256 of the lines "split\\tuser\\titem\\ttimestamp\\n", sorted bytewise.
+
+    Other settings than the defaults add lines behind them: "duplicates\\tdrop\\n"; "ties\\titem\\n"; "ties\\tfile\\n" and the items' ids in
+    the order of the events, one a line.
+    """
     digest = hashlib.sha256()
     for name in sorted(LABELS):  # the split's name leads the line, so the parts can be sorted one by one
         part = np.flatnonzero(label == LABELS.index(name))
@@ -260,4 +343,10 @@ def _sha256(user, item, timestamp, label, user_ids: pl.Series, item_ids: pl.Seri
         lines = pl.select(pl.concat_str(pl.lit(name), *columns, separator="\t")).to_series().sort()
         for start in range(0, len(lines), 1_000_000):
             digest.update("".join(lines[start : start + 1_000_000].to_list()).encode())
+    if config.duplicates != "keep":
+        digest.update(f"duplicates\t{config.duplicates}\n".encode())
+    if config.ties != "hash":
+        digest.update(f"ties\t{config.ties}\n".encode())
+    for start in range(0, len(item) if config.ties == "file" else 0, 1_000_000):
+        digest.update("".join(f"{text}\n" for text in item_ids.gather(item[start : start + 1_000_000])).encode())
     return digest.hexdigest()

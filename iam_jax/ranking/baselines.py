@@ -11,15 +11,16 @@ A scorer is a callable `(events, targets [n]) -> scores [n, items]` that returns
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import ClassVar
 
 import numpy as np
 from scipy import sparse
 
 from iam_jax.data.splits import TRAIN, Events, users_of
 
-_BLOCK = 1 << 23  # dense scores that exist at the same time: 64 MiB of float64
+BLOCK = 1 << 23  # dense scores that exist at the same time: 64 MiB of float64
 _CHUNK = 1 << 12  # targets that are ranked at the same time without dense scores
-_ENTRIES = 1 << 22  # pairs of items that item-kNN counts or scores at the same time
+ENTRIES = 1 << 22  # pairs of items that item-kNN counts or scores at the same time
 
 ScoreFunction = Callable[[Events, np.ndarray], np.ndarray]
 Pairs = tuple[np.ndarray, np.ndarray]  # (row [m], item [m])
@@ -48,7 +49,7 @@ def rank_scores(scores: np.ndarray, target: np.ndarray, seen: Pairs | None = Non
     equal = (scores == own[:, None]).sum(1) - 1
     if seen is not None:
         row, item = others(*seen, target, scores.shape[1])
-        above, equal = _count(above, equal, -1, row, scores[row, item], own)
+        above, equal = count_candidates(above, equal, -1, row, scores[row, item], own)
     return above + 1, equal
 
 
@@ -77,7 +78,7 @@ def evaluate(
     targets, items = np.asarray(targets, np.int64), len(events.item_ids)
     rank, ties = np.ones(len(targets), np.int64), np.zeros(len(targets), np.int64)
     ranks = getattr(scorer, "ranks", None)
-    step = _CHUNK if ranks else max(1, _BLOCK // max(1, items))
+    step = _CHUNK if ranks else max(1, BLOCK // max(1, items))
     for start in range(0, len(targets), step):
         chunk = targets[start : start + step]
         if ranks:
@@ -94,7 +95,7 @@ def evaluate(
 def histories(events: Events, targets: np.ndarray) -> Pairs:
     """The (row, item) pairs of the targets' histories: row by row in time order, with repeats."""
     begin = events.offsets[users_of(events, targets)]
-    row, position = _expand(begin, targets - begin)
+    row, position = expand(begin, targets - begin)
     return row, events.item[position].astype(np.int64)
 
 
@@ -110,6 +111,7 @@ class Counts:
     offsets: np.ndarray  # [items + 1]: item[offsets[a]:offsets[a + 1]] have other scores if a is the last item
     item: np.ndarray  # [m] int64, sorted within each last item
     score: np.ndarray  # [m] int64, the scores of `item`
+    unit: ClassVar[float] = 1.0
 
     def __call__(self, events: Events, targets: np.ndarray) -> np.ndarray:
         """Scores [n, items] int64."""
@@ -124,11 +126,11 @@ class Counts:
         left, right = np.searchsorted(ordered, own, "left"), np.searchsorted(ordered, own, "right")
         above, equal = len(ordered) - right, right - left  # as if all items had their base scores
         row, entry = self._entries(last)
-        above, equal = _count(above, equal, -1, row, self.base[self.item[entry]], own)
-        above, equal = _count(above, equal, +1, row, self.score[entry], own)
+        above, equal = count_candidates(above, equal, -1, row, self.base[self.item[entry]], own)
+        above, equal = count_candidates(above, equal, +1, row, self.score[entry], own)
         if filter_seen:
             row, item = others(*histories(events, targets), target, len(self.base))
-            above, equal = _count(above, equal, -1, row, self._lookup(last[row], item), own)
+            above, equal = count_candidates(above, equal, -1, row, self._lookup(last[row], item), own)
         return above + 1, equal - 1  # the target itself is among the equal scores
 
     @functools.cached_property
@@ -144,7 +146,7 @@ class Counts:
     def _entries(self, last: np.ndarray) -> Pairs:
         """(row, index into `item` and `score`) of every item that does not have its base score."""
         begin = np.where(last < 0, 0, self.offsets[last])
-        return _expand(begin, np.where(last < 0, 0, self.offsets[last + 1] - begin))
+        return expand(begin, np.where(last < 0, 0, self.offsets[last + 1] - begin))
 
     def _lookup(self, last: np.ndarray, item: np.ndarray) -> np.ndarray:
         """[n] the score of `item` after `last`."""
@@ -170,6 +172,7 @@ class Neighbours:
     similarity: np.ndarray  # [m] float64, in (0, 1]
     decay: float  # weight of an item relative to the next item
     last: int  # number of items of the history that count
+    unit: ClassVar[float] = 2.0**-40  # a score is this times its integer
 
     def __call__(self, events: Events, targets: np.ndarray) -> np.ndarray:
         """Scores [n, items] int64."""
@@ -179,7 +182,7 @@ class Neighbours:
         return scores
 
     def ranks(self, events: Events, targets: np.ndarray, filter_seen: bool) -> Pairs:
-        step = max(1, _ENTRIES // max(1, self.last * int(np.diff(self.offsets).max(initial=0))))
+        step = max(1, ENTRIES // max(1, self.last * int(np.diff(self.offsets).max(initial=0))))
         parts = [self._ranks(events, targets[at : at + step], filter_seen) for at in range(0, len(targets), step)]
         rank, ties = zip(*parts, strict=True)
         return np.concatenate(rank), np.concatenate(ties)
@@ -198,11 +201,11 @@ class Neighbours:
 
         own = lookup(np.arange(len(target)), target)
         left, right = np.searchsorted(self._ordered, own, "left"), np.searchsorted(self._ordered, own, "right")
-        above, equal = _count(items - right, right - left, -1, row, self.base[item], own)
-        above, equal = _count(above, equal, +1, row, score, own)
+        above, equal = count_candidates(items - right, right - left, -1, row, self.base[item], own)
+        above, equal = count_candidates(above, equal, +1, row, score, own)
         if filter_seen:
             row, item = others(*histories(events, targets), target, items)
-            above, equal = _count(above, equal, -1, row, lookup(row, item), own)
+            above, equal = count_candidates(above, equal, -1, row, lookup(row, item), own)
         return above + 1, equal - 1  # the target itself is among the equal scores
 
     @functools.cached_property
@@ -212,11 +215,11 @@ class Neighbours:
     def _scores(self, events: Events, targets: np.ndarray) -> Pairs:
         """(row * items + item, score) of every candidate with a positive score, ascending."""
         begin = np.maximum(events.offsets[users_of(events, targets)], targets - self.last)
-        row, position = _expand(begin, targets - begin)
+        row, position = expand(begin, targets - begin)
         weight, item = self.decay ** (targets[row] - 1.0 - position), events.item[position]
-        source, entry = _expand(self.offsets[item], self.offsets[item + 1] - self.offsets[item])
+        source, entry = expand(self.offsets[item], self.offsets[item + 1] - self.offsets[item])
         score = np.rint(weight[source] * self.similarity[entry] * 2.0**40)  # sums of integers below 2^53 are exact in float64
-        key, total = _sums_by_key(row[source] * len(self.base) + self.item[entry], len(targets) * len(self.base), score)
+        key, total = sums_by_key(row[source] * len(self.base) + self.item[entry], len(targets) * len(self.base), score)
         total = total.astype(np.int64)
         return key[total > 0], total[total > 0]
 
@@ -266,7 +269,7 @@ def item_knn(events: Events, k: int = 100, decay: float = 0.8, last: int = 50) -
     count, items = popularity(events).base, len(events.item_ids)
     ends = events.train_ends
     begin = np.maximum(events.offsets[:-1], ends - last)
-    user, position = _expand(begin, ends - begin)
+    user, position = expand(begin, ends - begin)
     user, item = np.divmod(np.unique(user * items + events.item[position]), items)  # each item once per user
     having = np.bincount(item, minlength=items)
     start = np.searchsorted(user, np.arange(len(ends) + 1))  # user u's items are item[start[u] : start[u + 1]]
@@ -276,7 +279,7 @@ def item_knn(events: Events, k: int = 100, decay: float = 0.8, last: int = 50) -
     offsets, blocks = [np.zeros(1, np.int64)], []
     first = 0
     while first < items:
-        stop = max(first + 1, int(np.searchsorted(pairs, (pairs[first - 1] if first else 0) + _ENTRIES, "right")))
+        stop = max(first + 1, int(np.searchsorted(pairs, (pairs[first - 1] if first else 0) + ENTRIES, "right")))
         counts = has_IU[first:stop] @ has_UI
         counts.sort_indices()  # among equal similarities, the first of the catalogue come first
         row, other = (index.astype(np.int64) for index in counts.tocoo().coords)  # row: of the block
@@ -293,7 +296,7 @@ def item_knn(events: Events, k: int = 100, decay: float = 0.8, last: int = 50) -
     return Neighbours(count - 1 - count.max(initial=0), np.concatenate(offsets), neighbour, similarity, decay, last)
 
 
-def _sums_by_key(key: np.ndarray, size: int, weight: np.ndarray) -> Pairs:
+def sums_by_key(key: np.ndarray, size: int, weight: np.ndarray) -> Pairs:
     """The distinct keys in ascending order, and the sum of the weights of each. All keys are below `size`."""
     if size <= 2 * len(key):
         distinct = np.flatnonzero(np.bincount(key, minlength=size))
@@ -309,7 +312,7 @@ def _last(events: Events, targets: np.ndarray) -> np.ndarray:
     return np.where(first, -1, events.item[targets - 1]).astype(np.int64)
 
 
-def _expand(begin: np.ndarray, length: np.ndarray) -> Pairs:
+def expand(begin: np.ndarray, length: np.ndarray) -> Pairs:
     """(row, position) of the concatenated ranges begin[r] : begin[r] + length[r]."""
     row = np.repeat(np.arange(len(begin)), length)
     return row, np.arange(len(row)) + np.repeat(begin - (np.cumsum(length) - length), length)
@@ -322,7 +325,7 @@ def others(row: np.ndarray, item: np.ndarray, target: np.ndarray, items: int) ->
     return row[different], item[different]
 
 
-def _count(above: np.ndarray, equal: np.ndarray, sign: int, row: np.ndarray, score: np.ndarray, own: np.ndarray) -> Pairs:
+def count_candidates(above: np.ndarray, equal: np.ndarray, sign: int, row: np.ndarray, score: np.ndarray, own: np.ndarray) -> Pairs:
     """Adds candidates with the given rows and scores to the counts of each row (sign +1), or subtracts them (sign −1)."""
     own_score, rows = own[row], len(own)
     return (

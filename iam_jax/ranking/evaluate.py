@@ -25,12 +25,13 @@ from iam_jax.data.batches import Rows, evaluation_batches, evaluation_rows
 from iam_jax.data.histories import Lists
 from iam_jax.data.item_rows import without_items
 from iam_jax.data.prepare import Prepared
-from iam_jax.data.splits import LABELS, TEST, VALIDATION, Events, users_of
+from iam_jax.data.splits import LABELS, TEST, VALIDATION, Events, subset_of_users, users_of
 from iam_jax.devices.mesh import shard_batch
 from iam_jax.model import Model, Params
 from iam_jax.model.items import Items
 from iam_jax.model.softmax import label_log_probs
 from iam_jax.ranking import baselines, metrics
+from iam_jax.ranking.choice import BASELINES, choose_or_read, describe, write_records
 from iam_jax.ranking.core import Ranker, Report, item_states_gib
 from iam_jax.storage.files import write_atomically
 
@@ -169,12 +170,7 @@ def seen_lists(events: Events, targets: np.ndarray) -> Lists:
 
 def validation_subset(events: Events, config: Config) -> np.ndarray:
     """The validation targets that select the best step: all of them, or those of a fixed random subset of users."""
-    targets = events.targets(VALIDATION)
-    users = users_of(events, targets)
-    if config.eval.validation_users and config.eval.validation_users < len(np.unique(users)):
-        chosen = np.random.default_rng(config.eval.seed).choice(np.unique(users), config.eval.validation_users, replace=False)
-        targets = targets[np.isin(users, chosen)]
-    return targets
+    return subset_of_users(events, VALIDATION, config.eval.validation_users, config.eval.seed)
 
 
 def summarize(prepared: Prepared, config: Config, targets: np.ndarray, ranks: Ranks) -> dict:
@@ -182,7 +178,8 @@ def summarize(prepared: Prepared, config: Config, targets: np.ndarray, ranks: Ra
     events = prepared.events
     cold = events.train_counts[events.item[targets]] == 0
     users = users_of(events, targets)
-    return metrics.summarize(users, *ranks, cold, config.eval.ks, config.eval.resamples, config.eval.seed)
+    settings = config.eval.ks, config.eval.resamples, config.eval.seed
+    return metrics.summarize(users, *ranks, cold, *settings, repeated=events.repeated[targets])
 
 
 def protocol(prepared: Prepared, config: Config) -> dict:
@@ -192,6 +189,8 @@ def protocol(prepared: Prepared, config: Config) -> dict:
         "filter_seen": config.eval.filter_seen,
         "candidates": len(prepared.events.item_ids),
         "k_core": config.data.k_core,
+        "ties": config.data.ties,
+        "duplicates": config.data.duplicates,
         "ks": list(config.eval.ks),
         "context_items": config.data.context_items,
         "ranking": config.metric_prefix.strip() or "item",
@@ -207,7 +206,8 @@ def evaluate_all(
     poll: Callable[[], None] = no_poll,
 ) -> dict:
     """Ranks the validation events, and with eval.test the test events, by the model and the baselines. The first process prints the table
-    and writes `evaluation.json`, `ranks.parquet` and, with the same order of events, `baselines.parquet`.
+    and writes `evaluation.json`, `ranks.parquet` and, with the same order of events, `baselines.parquet`; the settings of the baselines and
+    how they were chosen to `baselines.json` (choice.py).
 
     Args:
       evaluator: of the run.
@@ -226,9 +226,12 @@ def evaluate_all(
     prepared, config = evaluator.prepared, evaluator.config
     events = prepared.events
     scorers: dict[str, baselines.ScoreFunction] = {}
-    if config.eval.baselines:
-        scorers = {"popularity": baselines.popularity(events), "last_item": baselines.last_item_transitions(events)}
-        scorers["item_knn"] = baselines.item_knn(events)
+    records: dict[str, dict] = {}
+    for name, baseline in BASELINES.items() if config.eval.baselines else ():
+        records[name] = choose_or_read(baseline, prepared.split, config, workdir, poll)
+        scorers[name] = baseline.make(events)(**records[name]["settings"])
+        if baseline.grid and not jax.process_index():
+            print(describe(name, records[name]), flush=True)
     if oracle is not None:
         scorers["oracle"] = oracle
     results: dict[str, dict] = {"model": {}} | {name: {} for name in scorers}
@@ -248,6 +251,8 @@ def evaluate_all(
     evaluation = {
         "split_sha256": prepared.split.sha256,
         "protocol": protocol(prepared, config),
+        "data": prepared.split.facts,
+        "baselines": {name: {"settings": record["settings"], "validation": record["value"]} for name, record in records.items()},
         "bootstrap": {"resamples": config.eval.resamples, "seed": config.eval.seed},
         "step": step,
         "results": results,
@@ -260,6 +265,8 @@ def evaluate_all(
         write_atomically(workdir / "baselines.parquet", pl.concat(itertools.chain(*baseline_frames.values())).write_parquet)
     else:
         (workdir / "baselines.parquet").unlink(missing_ok=True)  # of an earlier evaluation
+    if records:
+        write_records(records, prepared.split, workdir)
     text = json.dumps(evaluation, indent=2) + "\n"
     write_atomically(workdir / "evaluation.json", lambda path: path.write_text(text, encoding="utf-8"))
     print(format_results(evaluation), flush=True)
@@ -293,5 +300,6 @@ def _frame(events: Events, label: int, targets: np.ndarray, ranks: Ranks) -> pl.
             "rank": ranks[0],
             "ties": ranks[1],
             "cold": cold,
+            "repeated": events.repeated[targets],
         }
     )

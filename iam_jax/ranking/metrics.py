@@ -62,6 +62,7 @@ def summarize(
     ks: Sequence[int] = KS,
     resamples: int = 1000,
     seed: int = 0,
+    repeated: np.ndarray | None = None,
 ) -> dict:
     """Computes means over events with 95 % intervals over users (percentile bootstrap), as JSON values.
 
@@ -72,22 +73,30 @@ def summarize(
       ks: the cut-offs K.
       resamples: number of bootstrap resamples of the users; 0 gives no intervals (None).
       seed: seed of the resamples. They depend only on it and on the number of users, so models with the same users share them.
+      repeated: [n] bool, True if the target is in the history already; None: not reported.
 
     Returns:
       {"users": …, "events": …, "hr@10": mean, "hr@10_ci": [lo, hi], …, "tie_rate": share of events with ties,
-      "cold": {"events": …, "hr@10": mean, …}}. The keys do not depend on the data. Without events, means and intervals are None.
+      "cold": {"events": …, "hr@10": mean, …}}. With `repeated`, "new" and "repeated" are like "cold". The keys do not depend on the data.
+      Without events, means and intervals are None.
 
     Raises:
       ValueError: if the arrays differ in length, and as `ranking_metrics`.
     """
     values, ties = ranking_metrics(rank, ties, ks), np.asarray(ties)
-    cold = np.asarray(cold, bool)
-    if len(cold) != len(ties):
-        raise ValueError(f"cold has {len(cold)} entries, rank {len(ties)}")
+    parts = {"cold": np.asarray(cold, bool)}
+    if repeated is not None:
+        parts |= {"new": ~np.asarray(repeated, bool), "repeated": np.asarray(repeated, bool)}
+    for part, of_part in parts.items():
+        if len(of_part) != len(ties):
+            raise ValueError(f"{part} has {len(of_part)} entries, rank {len(ties)}")
     return {
         **_means_and_intervals(user, values, len(ties), resamples, seed),
         "tie_rate": _mean(ties > 0),
-        "cold": {"events": int(cold.sum()), **{name: _mean(value[cold]) for name, value in values.items()}},
+        **{
+            part: {"events": int(of_part.sum()), **{name: _mean(value[of_part]) for name, value in values.items()}}
+            for part, of_part in parts.items()
+        },
     }
 
 

@@ -44,7 +44,8 @@ class Finished:
     @property
     def identity(self) -> dict:
         """What two runs must have in common (the candidates only if both have stored them)."""
-        protocol = {f"protocol.{name}": value for name, value in self.evaluation["protocol"].items()}
+        protocol = {"ties": "hash", "duplicates": "keep"} | self.evaluation["protocol"]  # of runs of a version without these settings
+        protocol = {f"protocol.{name}": value for name, value in protocol.items()}
         return {"split_sha256": self.evaluation["split_sha256"], "items_sha256": self.items_sha256} | protocol
 
     @property
@@ -200,8 +201,10 @@ def table(comparison: dict) -> list[list[str]]:
         rows.append([f"  minus {first}", *(_cell(difference.get(name, {}), metric, "{:+.4f}") for name in columns)])
     rows.append(["ties", *(_value(results.get(name, {}).get("tie_rate"), "{:.2%}") for name in columns)])
     for metric in [f"{name}@{k}" for name in ("ndcg", "hr") for k in ks if k in (10, ks[-1])]:
-        cold = (results.get(name, {}).get("cold", {}) for name in columns)
-        rows.append([f"{metric.upper()}, cold items", *(_value(summary.get(metric), "{:.4f}") for summary in cold)])
+        for part, what in (("cold", "cold items"), ("new", "new targets"), ("repeated", "repeated targets")):
+            summaries = [results.get(name, {}).get(part, {}) for name in columns]
+            if part == "cold" or any(results.get(name, {}).get("repeated", {}).get("events") for name in columns):
+                rows.append([f"{metric.upper()}, {what}", *(_value(summary.get(metric), "{:.4f}") for summary in summaries)])
     for loss in _LOSSES:
         of = [comparison["results"].get("validation", {}).get(name, {}).get(loss) for name in columns]
         if any(value is not None for value in of):

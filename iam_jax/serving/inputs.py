@@ -96,9 +96,7 @@ class Reader:
         history."""
         if kind := table_kind(given):
             table = table_of(_to_polars(given, INTERACTIONS, "histories"), INTERACTIONS, "histories")
-            data = self._config.data
-            drops = data.untitled == "drop" or data.k_core > 0
-            users, notes = users_of_table(table, "histories", self._stored.item_ids, drops)
+            users, notes = users_of_table(table, "histories", self._stored.item_ids, self._config.data)
             return Histories(users, self._stored.catalogue, kind, tuple(notes))
         rows, texts, names = [], [], []
         items = self._stored.catalogue.items

@@ -18,7 +18,7 @@ import polars as pl
 from iam_jax.config import Config, get_config, override, resolve
 from iam_jax.data.batches import evaluation_rows
 from iam_jax.data.catalogue import Catalogue
-from iam_jax.data.histories import Lists, Users, with_targets
+from iam_jax.data.histories import Lists, Users, table_of_lists, with_targets
 from iam_jax.data.stored import Stored, decoded_texts, read_stored
 from iam_jax.devices.mesh import batch_shards
 from iam_jax.errors import InputError
@@ -353,9 +353,7 @@ class Recommender:
 
     def table(self, users: Users, item: np.ndarray, score: np.ndarray) -> pl.DataFrame:
         """The result of `top` or `score_candidates` as a table with the columns `user`, `item`, `rank` and `score`."""
-        user, position = np.nonzero(score > -np.inf)
-        ids = users.ids.gather(user).rename("user"), self.item_ids.gather(item[user, position]).rename("item")
-        return pl.DataFrame([*ids, pl.Series("rank", position + 1, dtype=pl.Int32), pl.Series("score", score[user, position])])
+        return table_of_lists(users, self.item_ids, item, score)
 
     # ----
 

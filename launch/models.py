@@ -88,7 +88,7 @@ DATASETS = {
     "grocery": DataSet("amazon_grocery.py", 2),
     "cellphones": DataSet("amazon_cellphones.py", 2),
     "ml1m": DataSet("ml1m.py", 2, 256, LONG, {"model.dropout": 0.2}),  # the published dropout of SASRec on ML-1M
-    "demo": DataSet("demo.py", 1),
+    "demo": DataSet("demo.py", 1, item_level={"data.vector_size": 32}),  # its titles have few words
 }
 # Fields that SASRec and the tower take from the config of a data set: the protocol and the sizes of evaluation.
 SHARED = (

@@ -26,6 +26,7 @@ COST = {  # name in the table -> format
     "minutes measured": ".1f",
     "s per step": ".3f",
 }
+ORACLE = "oracle"  # the best possible score of the synthetic shop, which is not a baseline
 MARK = "†"  # of rows with another number of trials, seeds or steps than the budget says
 
 Runs = Mapping[int, compare.Finished]  # by seed
@@ -197,7 +198,7 @@ def best_baseline(source: compare.Finished | None) -> str | None:
     values = {
         name: result["validation"][METRIC]
         for name, result in results.items()
-        if name != "model" and METRIC in result.get("validation", {}) and source and source.baseline(name)
+        if name not in ("model", ORACLE) and METRIC in result.get("validation", {}) and source and source.baseline(name)
     }
     return max(values, key=values.__getitem__) if values else None
 
@@ -250,7 +251,7 @@ def _comparison(rows: dict, best: str | None) -> list[str]:
     for name, row in rows.items():
         title = MODELS[name].title if name in MODELS else name
         if row and row.get("unequal"):
-            notes.append(f"{MARK} {title}: {'; '.join(row['unequal'])}.")
+            notes.append(f"{title}: {'; '.join(row['unequal'])}.")
             title = f"{title} {MARK}"
         lines.append("| " + " | ".join([title, *_cells(row, others)]) + " |")
     if notes:

@@ -15,14 +15,14 @@ def get_config():
     config.data.path = "amazon2018-scientific"
     config.data.text = "{text}"
     config.data.item_tokens = 24
-    config.data.row_tokens = 512
+    config.data.row_tokens = 320
     config.data.context_items = 10
     config.model.schedule = "intra inter"
     config.model.width = 64
     config.model.heads = 4
     config.model.dropout = 0.1
     config.objective.vectors = "both"
-    config.objective.negatives = 512
+    config.objective.negatives = 256
     config.optimizer.learning_rate = 2e-3
     config.optimizer.warmup_steps = 50
     config.optimizer.decay_steps = 800

@@ -54,9 +54,9 @@ def calibrations(plan: Plan, data: str, model: str, setting: dict[str, Any]) -> 
     file, changes = models.config_of(plan, data, model)
     own = models.own_setting(plan, data, model)
     structure = {name: value for name, value in setting.items() if name in STRUCTURE}
-    fields = changes | own | structure | schedule(CALIBRATION) | {"train.seed": SEED, "log.every": LINE}
-    fields |= {"train.eval_every": CALIBRATION, "train.save_every": CALIBRATION}  # the validations are not used
-    flags = [*FEW, *plan.rest, *overrides(fields)]
+    # After the user's flags, so that every command has them but a calibration keeps its length. Its validations are not used.
+    last = schedule(CALIBRATION) | {"train.eval_every": CALIBRATION, "train.save_every": CALIBRATION, "train.seed": SEED, "log.every": LINE}
+    flags = [*overrides(changes | own | structure), *FEW, *plan.rest, *overrides(last)]
     different = [str(value).replace("*", "x") for name, value in structure.items() if value != own[name]]
     folders = [plan.folder / data / model / "-".join([f"calibration{number}", *different]) for number in range(plan.calibrations)]
     return [(folder, commands.command(folder, file, flags)) for folder in folders]
@@ -90,9 +90,10 @@ def steps_of(budget: Budget, found: Measured) -> int:
 
 
 def is_equal(budget: Budget, steps: int, found: Measured) -> bool:
-    """Whether this many steps are the budget, up to what rounding changes."""
+    """Whether this many steps are the budget, up to what rounding changes. A run of few steps may differ by a tenth."""
     amount = budget.amount * found.epoch if budget.unit == UNITS[0] else budget.amount * 60 / found.seconds
-    return abs(steps - amount) <= ROUNDING / 2 + (0.05 * amount if budget.unit != UNITS[0] else 1e-6)
+    digits = 0.0 if budget.unit == UNITS[0] else 0.05 * amount
+    return abs(steps - amount) <= min(ROUNDING / 2, amount / 10) + digits + 1e-6
 
 
 def read_metrics(workdir: Path) -> list[dict]:

@@ -42,6 +42,7 @@ setup(
         "tpu": ["jax[tpu]>=0.10,<0.14"],
         "gcs": ["gcsfs>=2026.4"],  # working folders at gs://
         "s3": ["s3fs>=2026.4"],  # working folders at s3://
+        "tune": ["optuna>=5,<6"],  # proposes, prunes and stores the trials of launch/reproduce.py
         # tests/test_storage.py only: servers on this machine that stand for S3 and Google Cloud Storage, and the clients. aiobotocore,
         # which s3fs needs, takes few versions of botocore: named here, it is settled before moto's boto3, else pip may search for hours.
         "emulators": ["iam_jax[gcs,s3]", "aiobotocore>=3.9,<4", "moto[server]>=5,<6", "gcp-storage-emulator>=2026.7"],
@@ -61,6 +62,7 @@ setup(
             "pm-implicit>=0.7.3,<0.8",
         ],
         "test": [
+            "iam_jax[tune]",  # tests/test_reproduce.py
             "pytest>=8,<10",
             "pytest-xdist>=3.6,<4",
             "hypothesis>=6.100,<7",

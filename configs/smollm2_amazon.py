@@ -26,6 +26,7 @@ def get_config():
     config.model.pretrained = "SmolLM2-135M"
     config.model.schedule = "intra*30 | inter*2"
     config.model.item_input = "table"
+    config.model.content_input = "vector"
     config.model.item_width = 64
     config.model.item_heads = 1
     config.model.dropout = 0.0
@@ -33,7 +34,7 @@ def get_config():
     config.train.frozen = "."
     config.objective.vectors = "both"
     config.objective.chunk = 128
-    config.optimizer.learning_rate = 2e-3
+    config.optimizer.learning_rate = 3e-3
     config.optimizer.decay_steps = 0
     config.optimizer.weight_decay = 0.3
     config.train.steps = 3000

@@ -68,7 +68,7 @@ CONTEXT_ITEMS = 10
 # The base of the item-level models, on top of the config of the data set.
 ITEM_LEVEL = {
     "data.vocabulary": 512, "data.row_items": 64, "model.width": 64, "model.heads": 1, "model.dropout": 0.5, "objective.chunk": 128,
-    "objective.text_layers": "leading", "optimizer.learning_rate": 2e-3, "optimizer.weight_decay": 0.3, "train.batch_rows": 16,
+    "objective.text_layers": "leading", "optimizer.learning_rate": 3e-3, "optimizer.weight_decay": 0.3, "train.batch_rows": 16,
 }  # fmt: skip
 LONG = {"data.row_items": 256, "train.batch_rows": 8, "model.dropout": 0.2, "optimizer.weight_decay": 0.1}  # for long histories
 
@@ -150,7 +150,7 @@ class Model(NamedTuple):
 
 
 TFIDF = {"data.vectors": "tfidf"}
-BOTH = {"objective.vectors": "both", "model.item_input": "table"}
+BOTH = {"objective.vectors": "both", "model.item_input": "table", "model.content_input": "vector"}
 # A row is compared with ordinary attention (the first), the best baseline, and SASRec.
 MODELS = {
     "ordinary": Model("ordinary attention", "token", TOKEN_SPACE, lambda n: f"full*{2 * n}"),
@@ -168,14 +168,10 @@ MODELS = {
     "content": Model(
         "content only (tf-idf)", "item", ITEM_SPACE, "| inter*2", {**TFIDF, "objective.vectors": "text", "model.content_input": "vector"}
     ),
-    "hybrid": Model("hybrid (tf-idf)", "item", ITEM_SPACE, "| inter*2", {**TFIDF, **BOTH, "model.content_input": "vector"}),
-    "hybrid_full": Model(
-        "hybrid (tf-idf), ordinary attention", "item", ITEM_SPACE, "| full*2", {**TFIDF, **BOTH, "model.content_input": "vector"}
-    ),
+    "hybrid": Model("hybrid (tf-idf)", "item", ITEM_SPACE, "| inter*2", {**TFIDF, **BOTH}),
+    "hybrid_full": Model("hybrid (tf-idf), ordinary attention", "item", ITEM_SPACE, "| full*2", {**TFIDF, **BOTH}),
     "hybrid_text": Model("hybrid (text from scratch)", "item", ITEM_SPACE, "intra*2 | inter*2", BOTH),
-    "hybrid_minilm": Model(
-        "hybrid (MiniLM)", "item", VECTOR_SPACE, "| inter*2", {**BOTH, "model.content_input": "vector"}, needs="vectors"
-    ),
+    "hybrid_minilm": Model("hybrid (MiniLM)", "item", VECTOR_SPACE, "| inter*2", BOTH, needs="vectors"),
     "hybrid_smollm": Model("hybrid (SmolLM2)", "tower", TOWER_SPACE, needs="pretrained"),
 }
 BASE, SASREC = "ordinary", "sasrec"  # every row is compared with these two

@@ -36,7 +36,7 @@ def get_config():
     config.model.dropout = 0.4
     config.model.tie_items = True
     config.objective.chunk = 128  # logits that stay in a CPU's cache: over a quarter less time a step than 2,048
-    config.optimizer.learning_rate = 1e-3
+    config.optimizer.learning_rate = 3e-3
     config.optimizer.warmup_steps = 100
     config.optimizer.decay_steps = 0
     config.optimizer.weight_decay = 0.0

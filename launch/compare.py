@@ -1,7 +1,7 @@
 """Trains the variants of one comparison, one after another, and prints a table (iam_jax/runs/compare.py).
 
     python launch/compare.py demo                     # item-aware attention, without inter layers, with shuffled titles
-    python launch/compare.py toys --path=DIR          # item-aware attention, ordinary attention, SASRec on Amazon Toys
+    python launch/compare.py toys --path=DIR          # item-aware attention, the hybrid, ordinary attention, SASRec on Toys
     python launch/compare.py stories --path=DIR --pretrained=MODEL    # an existing LLaMA: ordinary attention, three ways to IAM, untrained
 
 After an interruption, run the same command again: it keeps finished variants and continues the others. Flags after `--` are passed to
@@ -25,7 +25,8 @@ COMPARISONS = {
         "shuffled titles": ("demo.py", "--config.data.shuffled_titles=true"),
     },
     "toys": {
-        "intra-inter": ("amazon_toys.py",),
+        "intra-inter": ("amazon_toys.py:iam",),
+        "hybrid": ("amazon_toys.py:hybrid",),
         "ordinary attention": ("amazon_toys.py:full",),
         "SASRec": ("amazon_toys_sasrec.py", "--config.data.context_items=5"),  # as for the others, since it is part of the protocol
     },

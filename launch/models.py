@@ -82,7 +82,7 @@ class DataSet(NamedTuple):
 
 
 DATASETS = {
-    "toys": DataSet("amazon_toys.py", 1),
+    "toys": DataSet("amazon_toys.py:iam", 1),
     "scientific": DataSet("amazon_scientific.py", 1),
     "arts": DataSet("amazon_arts.py", 2),
     "grocery": DataSet("amazon_grocery.py", 2),
@@ -224,7 +224,8 @@ def _config_of(plan: Plan, data: str, model: str) -> tuple[str, dict[str, Any], 
 
 @functools.cache
 def load(file: str) -> dict[str, Any]:
-    """Returns all fields of a config file, by dotted names."""
+    """Returns all fields of a config file, optionally with ":variant", by dotted names."""
     namespace: dict = {}
-    exec(compile((commands.CONFIGS / file).read_text(encoding="utf-8"), file, "exec"), namespace)
-    return flatten(namespace["get_config"]().to_dict())
+    name, _, variant = file.partition(":")
+    exec(compile((commands.CONFIGS / name).read_text(encoding="utf-8"), name, "exec"), namespace)
+    return flatten(namespace["get_config"](*filter(None, [variant])).to_dict())

@@ -257,13 +257,16 @@ def test_every_models_config_resolves_and_shares_the_protocol(launch, tmp_path):
     toys = configs_of("amazon_toys.py")
     for variant, model in {"iam": "iam", "full": "ordinary", "no_intra": "no_intra", "no_inter": "no_inter", "hatllm": "hatllm"}.items():
         assert resolve(toys(variant)).schedule.relations == parse_schedule(models.MODELS[model].schedule(1)).relations
-    assert toys() == toys("iam")
-    with pytest.raises(InputError, match=r"amazon_toys\.py:half: the variants are iam, full"):
+    for variant in ("hybrid", "hybrid_full"):
+        assert resolve(toys(variant)).schedule.relations == parse_schedule(models.MODELS[variant].schedule).relations
+    assert toys() == toys("hybrid")
+    with pytest.raises(InputError, match=r"amazon_toys\.py:half: the variants are hybrid, hybrid_full, iam, full"):
         toys("half")
 
 
 def made_config(file, flags):
-    config = configs_of(file)()
+    file, _, variant = file.partition(":")
+    config = configs_of(file)(*filter(None, [variant]))
     for name, value in (flag.removeprefix("--config.").split("=", 1) for flag in flags):
         section, last = name.split(".")
         config[section][last] = type(config[section][last])(value)

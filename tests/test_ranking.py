@@ -110,7 +110,7 @@ def test_ranks_depend_on_no_chunk_and_no_device(expected, request, shape):
 @pytest.mark.parametrize("devices", JOBS)
 def test_ranks_depend_on_no_process(expected, tmp_path, devices):
     """Both processes return all ranks and raise the same error."""
-    two_processes([sys.executable, __file__, str(devices), str(tmp_path)], devices)
+    two_processes([__file__, str(devices), str(tmp_path)], devices)
     for process in (0, 1):
         check(json.loads((tmp_path / f"{process}.json").read_text()), expected, [-(-ITEMS // (2 * devices))] * devices, ENDS)
 

@@ -74,7 +74,7 @@ def python() -> str:
     path, address = f"{folder.name}/python", f"{folder.name}/socket"
     command = [sys.executable, "-IS", f"{folder.name}/client.py", address]
     Path(command[2]).write_text(CLIENT)
-    Path(path).write_text(f'#!/bin/sh\nexec {shlex.join(command)} "$@"\n')
+    Path(path).write_text(f'#!/bin/sh\nexport FORKS_PYTHON={shlex.quote(path)}\nexec {shlex.join(command)} "$@"\n')
     Path(path).chmod(0o755)
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS.parent), *filter(None, [os.environ.get("PYTHONPATH")])])}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
@@ -148,11 +148,12 @@ def every_process_writes_to_the_cache_of_compiled_programs():
 
 
 def execute(words, folder, env):
-    """Runs `python *words` in this process, and ends it."""
+    """Runs `python *words` in this process, and ends it. Commands that it starts with sys.executable are forked, too."""
     signal.alarm(SECONDS)
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(env)
+    sys.executable = env["FORKS_PYTHON"]
     sys.dont_write_bytecode |= bool(env.get("PYTHONDONTWRITEBYTECODE"))
     if kill := json.loads(env.get("FORKS_KILL", "null")):
         kind, *how = kill

@@ -6,13 +6,13 @@ import os
 import shlex
 import signal
 import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from forks import python
 from test_compare import write_run
 
 from iam_jax.config import flatten, resolve
@@ -257,7 +257,7 @@ def configs_of(file):
 def test_end_to_end(tmp_path, tiny):
     fields = {"train.steps": 2, "eval.resamples": 5, "log.progress": False, "log.tensorboard": False}
     fields |= {name: value for name, value in tiny.items() if name.startswith("data.synthetic.")}
-    command = [sys.executable, ROOT / "launch" / "reproduce.py", "demo", "--models", "sasrec", "--seeds", "0", "--trials=1", "--minutes=1"]
+    command = [python(), ROOT / "launch" / "reproduce.py", "demo", "--models", "sasrec", "--seeds", "0", "--trials=1", "--minutes=1"]
     command += [f"--folder={tmp_path / 'runs'}", "--", *(f"--config.{name}={value}" for name, value in fields.items())]
     process = subprocess.run(command, cwd=ROOT, env=None, capture_output=True, text=True, timeout=180)
     assert process.returncode == 0, process.stderr

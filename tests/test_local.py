@@ -18,13 +18,13 @@ from iam_jax.config import default_config, resolve
 from iam_jax.data.batches import training_rows
 from iam_jax.data.prepare import prepare
 
-STEPS, ROWS = 28, 12  # four epochs of 21 rows
+STEPS, ROWS = 14, 28  # an epoch has 21 rows: one ends with every third step
 
 
 @pytest.fixture(scope="module")
 def settings(tiny):
     """Each distinct item once in two micro-batches, so that a process needs facts about the rows of the others."""
-    steps = {"train.steps": STEPS, "train.batch_rows": ROWS, "train.eval_every": STEPS // 2, "train.save_every": 4, "log.every": 1}
+    steps = {"train.steps": STEPS, "train.batch_rows": ROWS, "train.eval_every": STEPS // 2, "train.save_every": 2, "log.every": 1}
     return tiny | steps | {"model.dropout": 0.0, "model.item_states": "on", "optimizer.accumulate": 2}
 
 
@@ -121,7 +121,7 @@ def test_killed_stopped_and_continued(folder, two_processes):
     flags = "--config=tiny.py", "--workdir=again", "--config.mesh.heartbeat_seconds=10"
     saved = folder / "again" / "checkpoints"
     job = start_job(folder, 2, *flags)
-    wait_for(job, (saved / "8").exists)
+    wait_for(job, (saved / "4").exists)
     os.kill(process_of(job, 1), signal.SIGKILL)
     output, _ = job.communicate(timeout=120)  # the documented time limit
     assert job.returncode == 128 + signal.SIGKILL and "process 1 was ended by SIGKILL" in output
@@ -129,12 +129,12 @@ def test_killed_stopped_and_continued(folder, two_processes):
     assert "killed" not in output
 
     job = start_job(folder, 2, *flags)
-    wait_for(job, (saved / "16").exists)
+    wait_for(job, (saved / "6").exists)
     job.send_signal(signal.SIGTERM)
     output, _ = job.communicate(timeout=400)
     assert job.returncode == 75 and output.count("stopped; run the same command again to continue") == 1
     last = max(int(path.name) for path in saved.iterdir() if path.name.isdecimal())
-    assert 16 <= last < STEPS and lines(folder / "again")[-1]["step"] <= last
+    assert 6 <= last < STEPS and lines(folder / "again")[-1]["step"] <= last
 
     assert f"continuing from step {last}" in run_job(folder, 2, *flags)
     for step in (STEPS // 2, STEPS):

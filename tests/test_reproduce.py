@@ -5,7 +5,7 @@ import json
 import os
 import shlex
 import signal
-import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -254,13 +254,15 @@ def configs_of(file):
     return space["get_config"]
 
 
-def test_end_to_end(tmp_path, tiny):
+def test_end_to_end(reproduce, tmp_path, tiny, monkeypatch):
+    """Commands that are not recorded, but run: one calibration, a trial, the run itself."""
     fields = {"train.steps": 2, "eval.resamples": 5, "log.progress": False, "log.tensorboard": False}
     fields |= {name: value for name, value in tiny.items() if name.startswith("data.synthetic.")}
-    command = [python(), ROOT / "launch" / "reproduce.py", "demo", "--models", "sasrec", "--seeds", "0", "--trials=1", "--minutes=1"]
-    command += [f"--folder={tmp_path / 'runs'}", "--", *(f"--config.{name}={value}" for name, value in fields.items())]
-    process = subprocess.run(command, cwd=ROOT, env=None, capture_output=True, text=True, timeout=180)
-    assert process.returncode == 0, process.stderr
+    monkeypatch.setattr(reproduce, "CALIBRATIONS", 1)
+    monkeypatch.setattr(sys, "executable", python())
+    monkeypatch.chdir(ROOT)
+    command = ["demo", "--models", "sasrec", "--seeds", "0", "--trials=1", "--minutes=1", f"--folder={tmp_path / 'runs'}"]
+    assert reproduce.main([*command, "--", *(f"--config.{name}={value}" for name, value in fields.items())]) == 0
     folders = sorted((tmp_path / "runs" / "demo" / "sasrec").glob("*min-rate0.001-seed0"))
     read = [json.loads((folder / "evaluation.json").read_text())["results"]["model"] for folder in folders]
     assert [(folder.name.split("-")[0], list(results)) for folder, results in zip(folders, read, strict=True)] == [

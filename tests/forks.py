@@ -1,8 +1,9 @@
 """A Python whose processes are forked from one that has imported the libraries: it saves the imports, which take longer than most commands.
 
 `python()` returns its path. It is used as sys.executable is: a process has arguments, environment, working directory, output and an exit
-code of its own, and gets the signals that are sent to it. Two things differ from a fresh process. What libraries read from the environment
-when they are imported is what it was before. And the process that was started is not the one that computes, which dies with it.
+code of its own, and gets the signals that are sent to it. Two things differ from a fresh process. Libraries that read the environment when
+they are imported have read it before. And the process that is started only passes on signals and the exit code; the one that computes ends
+with it.
 
 Run as a program with an address, this file is the process that forks.
 """
@@ -44,8 +45,9 @@ for number in forwarded:
     signal.signal(number, lambda number, _: os.kill(process, number))
 signal.pthread_sigmask(signal.SIG_UNBLOCK, forwarded)
 code = int(stream.readline())
-if code < 0:
-    signal.signal(-code, signal.SIG_DFL) if code != -signal.SIGKILL else None
+if code < 0:  # a signal ended it
+    if code != -signal.SIGKILL:
+        signal.signal(-code, signal.SIG_DFL)
     os.kill(os.getpid(), -code)
 os._exit(code)
 """

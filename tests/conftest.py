@@ -34,9 +34,10 @@ flags.FLAGS.mark_as_parsed()  # grain reads absl flags
 # With --dist=loadfile a file stays in one worker, as its fixtures and compiled programs do. The longest come first, so that no worker is
 # left with one at the end.
 LONGEST = (
-    "test_local", "test_faults", "test_offline", "test_sharding", "test_range_attention", "test_train", "test_finetune", "test_lora",
-    "test_decoder", "test_processes", "test_main", "test_item_rows", "test_docs", "test_reproduce", "test_benchmarks", "test_ranking",
-    "test_artefact", "test_relations", "test_beam", "test_recommender",
+    "test_range_attention", "test_local", "test_faults", "test_step", "test_sharding", "test_offline", "test_processes", "test_lora",
+    "test_decoder", "test_main", "test_train", "test_finetune", "test_item_level", "test_docs", "test_benchmarks", "test_ranking",
+    "test_item_rows", "test_artefact", "test_beam", "test_relations", "test_reproduce", "test_recommender", "test_candidates",
+    "test_kernels", "test_storage", "test_objectives", "test_api",
 )  # fmt: skip
 
 

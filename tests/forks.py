@@ -1,47 +1,91 @@
-"""Commands of the program as `python -m iam_jax.main` runs them, each in a process forked from one that has imported the libraries.
+"""A Python whose processes are forked from one that has imported the libraries: it saves the imports, which take longer than most commands.
 
-`run` is for tests; run as a program, this file is the process that forks. A job is a line of JSON on stdin: {"folder": working directory,
-"arguments": [...], "env": {...}, "kill": ...}, answered by a line with its exit code (-9: killed), stdout and stderr. kill: null;
-["batch", n, seconds]: so long after batch n was asked for; ["save", n, moment]: in a save, "before" or "after" the n-th folder takes its
-name, or while the n-th older checkpoint is "deleted".
+`python()` returns its path. It is used as sys.executable is: a process has arguments, environment, working directory, output and an exit
+code of its own, and gets the signals that are sent to it. Two things differ from a fresh process. Libraries that read the environment when
+they are imported have read it before. And the process that is started only passes on signals and the exit code; the one that computes ends
+with it.
+
+Run as a program with an address, this file is the process that forks.
 """
 
 import atexit
+import contextlib
 import functools
+import gc
 import json
 import os
 import runpy
+import select
+import shlex
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+import traceback
+import types
 from pathlib import Path
+from unittest import mock
 
 TESTS = Path(__file__).parent
-SECONDS = 300  # a job that takes longer is ended by SIGALRM
+SECONDS = 300  # a process that takes longer is ended by SIGALRM
+CLIENT = """
+import json, os, signal, socket, sys
+
+channel = socket.socket(socket.AF_UNIX)
+channel.connect(sys.argv[1])
+signal.pthread_sigmask(signal.SIG_BLOCK, forwarded := (signal.SIGINT, signal.SIGTERM))
+socket.send_fds(channel, [b"x"], [0, 1, 2])
+stream = channel.makefile("rw")
+print(json.dumps([sys.argv[2:], os.getcwd(), dict(os.environ)]), file=stream, flush=True)
+process = int(stream.readline())
+for number in forwarded:
+    signal.signal(number, lambda number, _: os.kill(process, number))
+signal.pthread_sigmask(signal.SIG_UNBLOCK, forwarded)
+code = int(stream.readline())
+if code < 0:  # a signal ended it
+    if code != -signal.SIGKILL:
+        signal.signal(-code, signal.SIG_DFL)
+    os.kill(os.getpid(), -code)
+os._exit(code)
+"""
 
 
 def run(folder, *arguments, code=0, kill=None, **env):
-    """stdout and stderr of a command in a folder. kill: see above; then the command may be done before. env: what the libraries do not
-    read when they are imported."""
-    process = _server()
-    process.stdin.write(json.dumps({"folder": str(folder), "arguments": arguments, "env": env, "kill": kill}) + "\n")
-    process.stdin.flush()
-    status, out, err = json.loads(process.stdout.readline())
-    assert status in ((-signal.SIGKILL, 0) if kill else (code,)), (status, out, err)
+    """stdout and stderr of a command of the program in a folder. kill: ["batch", n, seconds]: so long after batch n was asked for; ["save",
+    n, moment]: in a save, "before" or "after" the n-th folder takes its name, or while the n-th older checkpoint is "deleted". With it, the
+    command may be done before."""
+    process = start(folder, *arguments, **env, **({"FORKS_KILL": json.dumps(kill)} if kill else {}))
+    out, err = process.communicate()
+    assert process.returncode in ((-signal.SIGKILL, 0) if kill else (code,)), (process.returncode, out, err)
     return out, err
 
 
+def start(folder, *arguments, **env):
+    """Starts a command of the program in a folder."""
+    command = [python(), "-m", "iam_jax.main", *arguments]
+    return subprocess.Popen(command, cwd=folder, env=os.environ | env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
 @functools.cache
-def _server() -> subprocess.Popen:
+def python() -> str:
+    """The path of the Python that forks, until this process ends."""
+    folder = tempfile.TemporaryDirectory(prefix="forks-")
+    path, address = f"{folder.name}/python", f"{folder.name}/socket"
+    command = [sys.executable, "-IS", f"{folder.name}/client.py", address]
+    Path(command[2]).write_text(CLIENT)
+    Path(path).write_text(f'#!/bin/sh\nexport FORKS_PYTHON={shlex.quote(path)}\nexec {shlex.join(command)} "$@"\n')
+    Path(path).chmod(0o755)
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS.parent), *filter(None, [os.environ.get("PYTHONPATH")])])}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
-    process = subprocess.Popen([sys.executable, __file__], env=env, **pipes)
+    process = subprocess.Popen([sys.executable, __file__, address], env=env, **pipes)
+    assert process.stdout.readline() == "ready\n"
+    atexit.register(folder.cleanup)
     atexit.register(process.wait)
     atexit.register(process.stdin.close)  # first
-    return process
+    return path
 
 
 # ---- the process that forks
@@ -92,52 +136,119 @@ def die_in_save(number, moment):
     setattr(owner, name, delete if deleting else finalize)
 
 
-def child(job, out, err):
+def every_process_writes_to_the_cache_of_compiled_programs():
+    """On CPUs the programs of a job differ by process, and JAX keeps those of the first one only."""
+    from jax._src import compiler, distributed
+
+    write = compiler._cache_write
+
+    def write_as_the_first(*arguments):
+        with mock.patch.object(distributed.global_state, "process_id", 0):
+            write(*arguments)
+
+    compiler._cache_write = write_as_the_first
+
+
+def execute(words, folder, env):
+    """Runs `python *words` in this process, and ends it. Commands that it starts with sys.executable are forked, too."""
     signal.alarm(SECONDS)
-    os.dup2(out.fileno(), 1)
-    os.dup2(err.fileno(), 2)
-    os.chdir(job["folder"])
-    sys.path.insert(0, job["folder"])
-    os.environ.update(job["env"])
-    sys.dont_write_bytecode |= bool(job["env"].get("PYTHONDONTWRITEBYTECODE"))
-    if job["kill"]:
-        kind, *how = job["kill"]
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(env)
+    sys.executable = env["FORKS_PYTHON"]
+    sys.dont_write_bytecode |= bool(env.get("PYTHONDONTWRITEBYTECODE"))
+    if kill := json.loads(env.get("FORKS_KILL", "null")):
+        kind, *how = kill
         {"batch": die_at_batch, "save": die_in_save}[kind](*how)
-    sys.argv[1:] = job["arguments"]
+    every_process_writes_to_the_cache_of_compiled_programs()
+    first, *rest = words
+    own = {"-m": os.getcwd(), "-c": ""}.get(first, os.path.dirname(os.path.abspath(first)))
+    sys.path[:0] = [own, *(path for path in env.get("PYTHONPATH", "").split(os.pathsep) if path and path not in sys.path)]
+    sys.argv[:] = ["-c", *rest[1:]] if first == "-c" else rest if first == "-m" else words
     code = 0
     try:
-        runpy.run_module("iam_jax.main", run_name="__main__", alter_sys=True)
+        if first == "-m":
+            runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
+        elif first == "-c":
+            module = sys.modules["__main__"] = types.ModuleType("__main__")
+            exec(compile(rest[0], "<string>", "exec"), module.__dict__)
+        else:
+            runpy.run_path(first, run_name="__main__")
     except SystemExit as end:
         code = end.code or 0
+        if not isinstance(code, int):
+            print(code, file=sys.stderr)
+            code = 1
     except BaseException:
-        sys.excepthook(*sys.exc_info())
+        traceback.print_exc()
         code = 1
-    finally:
+    finally:  # what Python does at its end, without the time to take everything apart
+        threading._shutdown()
+        atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
 
 
-def serve():
+def answer(channel):
+    """Runs the command that a connection asks for."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    _, files, _, _ = socket.recv_fds(channel, 1, 3)
+    stream = channel.makefile("rw")
+    command = json.loads(stream.readline())
+    if (process := os.fork()) == 0:
+        for number, file in enumerate(files):
+            os.dup2(file, number)
+        os.closerange(3, 256)
+        execute(*command)
+    for file in files:
+        os.close(file)
+
+    def end_with_its_client():
+        if not channel.recv(1):
+            os.kill(process, signal.SIGKILL)
+
+    print(process, file=stream, flush=True)
+    threading.Thread(target=end_with_its_client, daemon=True).start()
+    print(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), file=stream, flush=True)
+
+
+def reap(*_):
+    """Waits for the processes that have answered, so that their times are counted."""
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+
+
+def serve(address):
     sys.path.remove(str(TESTS))
+    import absl.app
+    import ml_collections.config_flags
+    import pytest
     import tensorboardX
 
     import iam_jax.api
     import iam_jax.runs.compare
     import iam_jax.serving.offline
-    import iam_jax.training.loop  # noqa: F401
+    import iam_jax.training.loop
 
-    assert tensorboardX
-
-    for line in sys.stdin:
-        with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
-            if (process := os.fork()) == 0:
-                child(json.loads(line), out, err)
-            status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
-            out.seek(0)
-            err.seek(0)
-            print(json.dumps([status, out.read(), err.read()]), flush=True)
+    assert absl.app and ml_collections.config_flags and pytest and tensorboardX and iam_jax.training.loop
+    gc.disable()  # the processes are short
+    signal.signal(signal.SIGCHLD, reap)
+    listening = socket.socket(socket.AF_UNIX)
+    listening.bind(address)
+    listening.listen()
+    print("ready", flush=True)
+    while sys.stdin not in select.select([listening, sys.stdin], [], [])[0]:  # it is closed when the tests are done
+        channel, _ = listening.accept()
+        if os.fork() == 0:
+            listening.close()
+            try:
+                answer(channel)
+            finally:
+                os._exit(0)
+        channel.close()
 
 
 if __name__ == "__main__":
-    serve()
+    serve(sys.argv[1])

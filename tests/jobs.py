@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forks
+
 from iam_jax.config import MeshConfig
 from iam_jax.devices import distributed
 from iam_jax.devices.signals import Signals
@@ -25,15 +27,25 @@ def load_launcher():
         sys.path.remove(str(LAUNCHER.parent))
 
 
-def start_job(folder: Path, processes: int, *flags: str, devices: int = 1) -> subprocess.Popen:
-    """Starts the launcher in `folder`."""
-    command = [sys.executable, str(LAUNCHER), f"--processes={processes}", f"--devices={devices}", "--", *flags]
+FORKING = """
+import runpy, sys
+sys.executable = sys.argv.pop(1)
+del sys.argv[0]
+sys.path.insert(0, sys.argv[0].rpartition("/")[0])
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def start_job(folder: Path, processes: int, *flags: str, devices: int = 1, fresh: bool = False) -> subprocess.Popen:
+    """Starts the launcher in `folder`. fresh: its processes import the libraries themselves; otherwise they are forked (forks.py)."""
+    launcher = [sys.executable] if fresh else [sys.executable, "-c", FORKING, forks.python()]
+    command = [*launcher, str(LAUNCHER), f"--processes={processes}", f"--devices={devices}", "--", *flags]
     return subprocess.Popen(command, cwd=folder, env=_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def run_job(folder: Path, processes: int, *flags: str, devices: int = 1, code: int = 0, timeout: float = 900) -> str:
+def run_job(folder: Path, processes: int, *flags: str, devices: int = 1, fresh: bool = False, code: int = 0, timeout: float = 900) -> str:
     """Runs a job to its end and returns its output."""
-    job = start_job(folder, processes, *flags, devices=devices)
+    job = start_job(folder, processes, *flags, devices=devices, fresh=fresh)
     try:
         output, _ = job.communicate(timeout=timeout)
     finally:
@@ -51,9 +63,10 @@ def join_job(flags: list[str]) -> int:
 
 
 def two_processes(command: list[str], devices: int = 1, cwd: Path | None = None, code: int = 0) -> list[str]:
-    """Runs any program as two processes and returns the output of each. The flags of the process are appended to its arguments."""
+    """Runs a program, as after `python`, as two processes and returns the output of each. The flags of the process are appended to its
+    arguments."""
     options = {"cwd": cwd, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    commands = load_launcher().job(command, 2, devices, {"JAX_PLATFORMS": "cpu"})
+    commands = load_launcher().job([forks.python(), *command], 2, devices, {"JAX_PLATFORMS": "cpu"})
     running = [subprocess.Popen(process_command, env=_environment() | additions, **options) for additions, process_command in commands]
     try:
         outputs = [process.communicate(timeout=900)[0] for process in running]

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 import polars as pl
 import pytest
+from forks import python
 from helpers import make_config, on_devices, optimized_jit, random_params
 from test_evaluate import POLL, history_of
 from test_main import config_text, run
@@ -212,7 +213,7 @@ def test_what_cannot_be_exported_is_said_in_one_line(trained):
 def test_what_is_exported_on_a_mesh_runs_on_one_device():
     env = os.environ | on_devices(8)
     env["PYTHONPATH"] = os.pathsep.join([*map(str, (Path(__file__).parents[1], Path(__file__).parent)), env.get("PYTHONPATH", "")])
-    done = subprocess.run([sys.executable, "-c", ON_EIGHT], capture_output=True, text=True, env=env, timeout=200)
+    done = subprocess.run([python(), "-c", ON_EIGHT], capture_output=True, text=True, env=env, timeout=200)
     assert done.stdout == "1\n", done.stderr[-3000:]
 
 

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from forks import python
 
 from iam_jax.devices import topology
 from iam_jax.planning import plan
@@ -29,7 +30,8 @@ REFUSALS = (  # of libtpu
 
 
 def run(name: str, output: Path, *flags: str) -> tuple[subprocess.CompletedProcess, dict | None]:
-    command = [sys.executable, FOLDER / f"{name}.py", f"--output={output}", *flags]
+    forked = name not in ("import_memory", "ranking")  # they measure the memory of processes
+    command = [python() if forked else sys.executable, FOLDER / f"{name}.py", f"--output={output}", *flags]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ, timeout=300)
     return done, json.loads(output.read_text()) if output.exists() else None
 

@@ -3,12 +3,12 @@
 import importlib.util
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 import pytest
+from forks import python
 
 from iam_jax.config import flatten
 from iam_jax.errors import InputError
@@ -223,7 +223,7 @@ def test_names_of_runs_are_distinct(tmp_path):
 
 def test_the_command(two_runs, tmp_path):
     def main(*arguments):
-        command = [sys.executable, "-m", "iam_jax.main", "--mode=compare", *arguments]
+        command = [python(), "-m", "iam_jax.main", "--mode=compare", *arguments]
         process = subprocess.run(command, cwd=tmp_path, env=None, capture_output=True, text=True, timeout=60)
         return process.returncode, process.stdout, process.stderr
 

@@ -1,7 +1,6 @@
 """Several processes as one job: agreement, and reports of differences and failures. test_local.py uses real processes."""
 
 import os
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -136,7 +135,7 @@ app.run(main._main, flags_parser=main._parse)
 
 def test_processes_with_other_data_are_refused(tmp_path, tiny):
     (tmp_path / "tiny.py").write_text(config_text(tiny))
-    outputs = two_processes([sys.executable, "-c", OTHER, "--config=tiny.py", "--workdir=run"], cwd=tmp_path, code=2)
+    outputs = two_processes(["-c", OTHER, "--config=tiny.py", "--workdir=run"], cwd=tmp_path, code=2)
     for out in outputs:
         assert "error: the processes differ: config.data.synthetic.seed is 0 in process 0, 1 in process 1" in out
     assert not (tmp_path / "run").exists()

@@ -29,6 +29,7 @@ STEPS = 12
 def folder(tmp_path_factory, tiny):
     folder = tmp_path_factory.mktemp("faults")
     settings = tiny | {"train.steps": STEPS, "train.save_every": 1, "eval.baselines": False, "objective.token": 0.1}
+    settings["model.schedule"] = "full"  # one layer
     (folder / "tiny.py").write_text(config_text(settings))
     return folder
 

@@ -18,13 +18,13 @@ from iam_jax.config import default_config, resolve
 from iam_jax.data.batches import training_rows
 from iam_jax.data.prepare import prepare
 
-STEPS = 84
+STEPS, ROWS = 14, 28  # an epoch has 21 rows: one ends with every third step
 
 
 @pytest.fixture(scope="module")
 def settings(tiny):
     """Each distinct item once in two micro-batches, so that a process needs facts about the rows of the others."""
-    steps = {"train.steps": STEPS, "train.eval_every": 42, "train.save_every": 12, "log.every": 3}
+    steps = {"train.steps": STEPS, "train.batch_rows": ROWS, "train.eval_every": STEPS // 2, "train.save_every": 2, "log.every": 1}
     return tiny | steps | {"model.dropout": 0.0, "model.item_states": "on", "optimizer.accumulate": 2}
 
 
@@ -38,7 +38,7 @@ def folder(tmp_path_factory, settings):
 @pytest.fixture(scope="module")
 def single_process(folder):
     """One process, in two commands. Its state between them is in the folder `changed`."""
-    run(folder, "--config=tiny.py", "--workdir=one", "--config.train.steps=42", "--config.eval.test=false")
+    run(folder, "--config=tiny.py", "--workdir=one", f"--config.train.steps={STEPS // 2}", "--config.eval.test=false")
     shutil.copytree(folder / "one", folder / "changed")
     run(folder, "--config=tiny.py", "--workdir=one")
     return folder / "one"
@@ -46,9 +46,16 @@ def single_process(folder):
 
 @pytest.fixture(scope="module")
 def two_processes(folder):
-    """An uninterrupted run of two processes."""
-    output = run_job(folder, 2, "--config=tiny.py", "--workdir=two")
-    for message in ("split ", "data ready ", "12,608 parameters; ", "step 42: validation ", "test: 60 users", "wrote two/evaluation.json"):
+    """An uninterrupted run of two processes, as a user starts it. (The other jobs' processes are forked.)"""
+    output = run_job(folder, 2, "--config=tiny.py", "--workdir=two", fresh=True)
+    for message in (
+        "split ",
+        "data ready ",
+        "12,608 parameters; ",
+        f"step {STEPS // 2}: validation ",
+        "test: 60 users",
+        "wrote two/evaluation.json",
+    ):
         assert output.count(f"[0] {message}") == 1 and f"[1] {message}" not in output  # only the first process prints
     return folder / "two"
 
@@ -83,7 +90,7 @@ def test_every_row_once_an_epoch(two_processes, settings):
     config = resolve(fields)
     prepared = prepare(config.data)
     rows = training_rows(prepared.events, prepared.catalogue, 64, 2, whole_text=False, seed=0)
-    seen = {line["step"] * 4: line["tokens_seen"] for line in lines(two_processes) if "tokens_seen" in line}
+    seen = {line["step"] * ROWS: line["tokens_seen"] for line in lines(two_processes) if "tokens_seen" in line}
     ends = [count for count in seen if count % len(rows) == 0]
     assert len(ends) >= 4
     assert all(seen[count] == count // len(rows) * rows.sizes.sum() for count in ends)
@@ -91,7 +98,7 @@ def test_every_row_once_an_epoch(two_processes, settings):
 
 def test_continued_by_another_number_of_processes(folder, single_process):
     """The losses and tokens of one process: no row is repeated or skipped."""
-    assert "continuing from step 42" in run_job(folder, 2, "--config=tiny.py", "--workdir=changed")
+    assert f"continuing from step {STEPS // 2}" in run_job(folder, 2, "--config=tiny.py", "--workdir=changed")
     assert_alike(single_process, folder / "changed")
 
 
@@ -114,7 +121,7 @@ def test_killed_stopped_and_continued(folder, two_processes):
     flags = "--config=tiny.py", "--workdir=again", "--config.mesh.heartbeat_seconds=10"
     saved = folder / "again" / "checkpoints"
     job = start_job(folder, 2, *flags)
-    wait_for(job, (saved / "24").exists)
+    wait_for(job, (saved / "4").exists)
     os.kill(process_of(job, 1), signal.SIGKILL)
     output, _ = job.communicate(timeout=120)  # the documented time limit
     assert job.returncode == 128 + signal.SIGKILL and "process 1 was ended by SIGKILL" in output
@@ -122,12 +129,12 @@ def test_killed_stopped_and_continued(folder, two_processes):
     assert "killed" not in output
 
     job = start_job(folder, 2, *flags)
-    wait_for(job, (saved / "48").exists)
+    wait_for(job, (saved / "6").exists)
     job.send_signal(signal.SIGTERM)
     output, _ = job.communicate(timeout=400)
     assert job.returncode == 75 and output.count("stopped; run the same command again to continue") == 1
     last = max(int(path.name) for path in saved.iterdir() if path.name.isdecimal())
-    assert 48 <= last < STEPS and lines(folder / "again")[-1]["step"] <= last
+    assert 6 <= last < STEPS and lines(folder / "again")[-1]["step"] <= last
 
     assert f"continuing from step {last}" in run_job(folder, 2, *flags)
     for step in (STEPS // 2, STEPS):

@@ -36,10 +36,11 @@ def batch_of(token):
 
 @cache
 def start_of(config, seed=0):
-    """Parameters at the start. Their type does not depend on that of the states."""
+    """Parameters at the start. Their type does not depend on that of the states. Drawn one by one, since configs share their shapes: each
+    would have a program of its own."""
     if config.model.dtype != "float32":
         return start_of(dataclasses.replace(config, model=dataclasses.replace(config.model, dtype="float32")), seed)
-    return jax.jit(model_of(config).init)(jax.random.key(seed))
+    return model_of(config).init(jax.random.key(seed))
 
 
 @cache

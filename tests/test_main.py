@@ -1,4 +1,4 @@
-"""Whole commands as a user types them, each in its own process."""
+"""Whole commands as a user types them, each in its own process: a fresh one, or a forked one (forks.py)."""
 
 import json
 import os
@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import forks
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
@@ -45,6 +46,7 @@ def folder(tmp_path_factory, steps):
 
 
 def start(folder, *arguments, **env):
+    """`forks.start` in a fresh process."""
     command = [sys.executable, "-m", "iam_jax.main", *arguments]
     return subprocess.Popen(command, cwd=folder, env=os.environ | env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -189,7 +191,7 @@ def test_a_signal_before_training_leaves_nothing(tmp_path, tiny, number, moment)
         wait = "    def slow(*_, **__):\n" + wait.replace("    ", "        ")
         wait += "    from iam_jax.data.sources import synthetic\n    synthetic.generate = slow\n"
     (tmp_path / "tiny.py").write_text(config_text(tiny, wait))
-    process = start(tmp_path, "--config=tiny.py", XDG_CACHE_HOME=str(tmp_path / "cache"))
+    process = forks.start(tmp_path, "--config=tiny.py", XDG_CACHE_HOME=str(tmp_path / "cache"))
     wait_for(process, (tmp_path / "here").exists)
     process.send_signal(number)
     out, err = process.communicate(timeout=30)

@@ -13,8 +13,9 @@ import numpy as np
 import polars as pl
 import pytest
 from conftest import SHOP_RUN as FIELDS
+from forks import python, start
 from jobs import run_job
-from test_main import config_text, contents, run, start, wait_for
+from test_main import config_text, contents, run, wait_for
 from tqdm import tqdm
 
 import iam_jax
@@ -316,6 +317,7 @@ def test_the_benchmark_tells_whether_a_kill_shows(folder, tmp_path, monkeypatch,
     spec = importlib.util.spec_from_file_location("offline_scoring", script)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "COMMAND", [python(), *module.COMMAND[1:]])
     flags = ["--workdir=run", "--path=moved", "--users=70", "--part_users=8", "--parts=1", "--top_k=5", f"--output={tmp_path / 'o.json'}"]
     assert module.main(flags) == 0
     results, printed = json.loads((tmp_path / "o.json").read_text())["results"], capsys.readouterr().out.splitlines()

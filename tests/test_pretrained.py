@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from forks import python
 from helpers import on_devices
 from pretrained_models import (
     LLAMA3,
@@ -198,7 +199,7 @@ def import_on(mesh_shape: tuple[int, int, int], folder: str) -> dict:
 def test_import_on_many_devices_equals_one(folders):
     """Bitwise, on a (2, 2, 2) mesh, where every device holds its part."""
     env = os.environ | on_devices(8)
-    command = [sys.executable, __file__, folders["gpt2"], folders["llama3"]]
+    command = [python(), __file__, folders["gpt2"], folders["llama3"]]
     done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=Path(__file__).parents[1], timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     for one, many in json.loads(done.stdout):

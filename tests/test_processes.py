@@ -6,7 +6,6 @@ Rounding may move a target only past items whose scores are within 1e-5 of its s
 import functools
 import re
 import shutil
-import sys
 
 import jax
 import numpy as np
@@ -92,7 +91,7 @@ def test_ranks_of_a_trained_model(trained, tmp_path, kind, processes, devices, m
     if processes == 1:
         run(tmp_path, *flags, **on_devices(devices))
     else:
-        outputs = two_processes([sys.executable, "-c", MAIN, *flags], devices, tmp_path)
+        outputs = two_processes(["-c", MAIN, *flags], devices, tmp_path)
         assert "wrote run/evaluation.json" in outputs[0] and not GLOO.sub("", outputs[1])
     before, after = (
         pl.read_parquet(folder / "ranks.parquet").with_columns(last=pl.col("rank") + pl.col("ties"))

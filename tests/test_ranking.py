@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from forks import python
 from helpers import on_devices, optimized_jit, tiny_data
 from jobs import join_job, two_processes
 from test_evaluate import history_of, integers, make_evaluator, recent, tokens_of
@@ -88,7 +89,7 @@ def expected():
 @pytest.fixture(scope="module")
 def eight():
     env = os.environ | on_devices(8)
-    done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, env=env, cwd=Path(__file__).parents[1], timeout=400)
+    done = subprocess.run([python(), __file__], capture_output=True, text=True, env=env, cwd=Path(__file__).parents[1], timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
     return dict(zip(MESHES[1:], json.loads(done.stdout), strict=True))
 
@@ -110,7 +111,7 @@ def test_ranks_depend_on_no_chunk_and_no_device(expected, request, shape):
 @pytest.mark.parametrize("devices", JOBS)
 def test_ranks_depend_on_no_process(expected, tmp_path, devices):
     """Both processes return all ranks and raise the same error."""
-    two_processes([sys.executable, __file__, str(devices), str(tmp_path)], devices)
+    two_processes([__file__, str(devices), str(tmp_path)], devices)
     for process in (0, 1):
         check(json.loads((tmp_path / f"{process}.json").read_text()), expected, [-(-ITEMS // (2 * devices))] * devices, ENDS)
 

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import polars as pl
 import pytest
+from forks import python
 from helpers import on_devices
 
 import iam_jax
@@ -314,7 +315,7 @@ def on_a_mesh(folder: str) -> dict:
 
 def test_item_vectors_are_spread_over_eight_devices(rec, shop_run):
     """Each device holds about an eighth of the item vectors; lists and ranks are those of one device."""
-    command = [sys.executable, __file__, str(shop_run / "run")]
+    command = [python(), __file__, str(shop_run / "run")]
     done = subprocess.run(command, env=os.environ | on_devices(8), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     found, expected = json.loads(done.stdout.splitlines()[-1]), on_a_mesh(str(shop_run / "run"))

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from forks import python
 from test_compare import write_run
 
 from iam_jax.config import flatten, resolve
@@ -564,7 +565,7 @@ def test_a_watched_command_is_stopped(launch, tmp_path, monkeypatch):
 def test_end_to_end(tmp_path, tiny):
     fields = {"train.batch_rows": 2, "eval.resamples": 5, "log.progress": False, "log.tensorboard": False}
     fields |= {name: value for name, value in tiny.items() if name.startswith("data.synthetic.")}
-    command = [sys.executable, ROOT / "launch" / "reproduce.py", "demo", "--models", "sasrec", "--seeds", "0", "--trials=1"]
+    command = [python(), ROOT / "launch" / "reproduce.py", "demo", "--models", "sasrec", "--seeds", "0", "--trials=1"]
     command += ["--epochs=5", "--trial_epochs=5", f"--folder={tmp_path / 'runs'}"]
     command += ["--", *(f"--config.{name}={value}" for name, value in fields.items())]
     process = subprocess.run(command, cwd=ROOT, env=None, capture_output=True, text=True, timeout=300)
@@ -578,7 +579,7 @@ def test_end_to_end(tmp_path, tiny):
     assert list(read["trial"]) == ["validation"] and list(read["run"]) == ["validation", "test"]
     rows, found = table(tmp_path, "epochs"), saved(tmp_path)
     cells = rows["SASRec"]
-    assert cells[0].startswith("learning rate 0.001, dropout 0.4") and cells[1] == "0" and float(cells[2]) > 0
+    assert cells[0].startswith("learning rate 0.003, dropout 0.4") and cells[1] == "0" and float(cells[2]) > 0
     assert cells[8] == "8" and float(cells[10]) == 5.3 and float(cells[12]) >= 0
     assert rows["item_knn"][2] and rows["last_item"][2] and rows["ordinary attention"] == [""] * 14
     trial = found["searches"]["5epochs"]["sasrec"][0]

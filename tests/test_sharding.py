@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from forks import python
 from helpers import make_config, on_devices, random_params, stack, tiny_data
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
@@ -151,12 +152,14 @@ def train_on(mesh_shape: tuple[int, int, int], once: bool = False, softmax: str 
         lambda event, _, fun_name="", **__: compiled.append(fun_name) if event.endswith("backend_compile_duration") else None
     )
     mesh = mesh_of(mesh_shape)
+    model = make_model(config, catalogue.vocabulary, DATA["items"])
+    zeros = dataclasses.replace(model, init=lambda key: jax.tree.map(jnp.zeros_like, model.shapes()))  # others are given below
     finish = DistinctItems(rows, 8, multiple=mesh_shape[0] * mesh_shape[1]) if once else without_items
     run = Run(
         config,
         prepared,
         mesh,
-        make_model(config, catalogue.vocabulary, DATA["items"]),
+        zeros,
         rows,
         make_training_items(catalogue, prepared.events, rows.segments, config),
     )
@@ -209,7 +212,7 @@ def finetune_on(mesh_shape: tuple[int, int, int], folder: Path) -> dict:
     from iam_jax.training.step import init_state, make_train_step
 
     lora = LoraConfig(rank=2)
-    config = config_of(folder, "(full +intra +inter)*2", row_tokens=24, lora=lora, frozen_dtype="bfloat16")
+    config = config_of(folder, "(full +intra)*2", row_tokens=24, lora=lora, frozen_dtype="bfloat16")
     config = pretrained.configure(dataclasses.replace(config, data=dataclasses.replace(config.data, context_items=1)))
     config = dataclasses.replace(config, objective=dataclasses.replace(config.objective, token=0.5, chunk=64))
     prepared = tiny_data(users=40, items=10, vocabulary=pretrained.vocabulary(config).size + 1)
@@ -230,7 +233,7 @@ def finetune_on(mesh_shape: tuple[int, int, int], folder: Path) -> dict:
 @pytest.fixture(scope="module")
 def results():
     env, root = os.environ | on_devices(8), Path(__file__).parents[1]
-    done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, env=env, cwd=root, timeout=900)
+    done = subprocess.run([python(), __file__], capture_output=True, text=True, env=env, cwd=root, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     training, *others = json.loads(done.stdout)
     names = "once", *MICRO, "attention", "parts", "constraints", "finetuning"

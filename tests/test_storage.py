@@ -16,6 +16,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import polars as pl
 import pytest
+from forks import python
 from fsspec.implementations.memory import MemoryFileSystem
 from helpers import make_config, metrics_lines, tiny_data
 
@@ -237,7 +238,7 @@ def clients():
 
 
 def start(folder, env, *arguments):
-    command = [sys.executable, "-m", "iam_jax.main", *arguments]
+    command = [python(), "-m", "iam_jax.main", *arguments]
     return subprocess.Popen(command, cwd=folder, env=os.environ | env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 

@@ -2,7 +2,6 @@
 
 import json
 import mmap
-import sys
 from collections import Counter
 from types import SimpleNamespace
 
@@ -99,7 +98,7 @@ print(json.dumps(meter.take()), file=sys.stderr)
 
 
 def test_figures_of_every_process():
-    outputs = two_processes([sys.executable, "-c", TWO])
+    outputs = two_processes(["-c", TWO])
     first, second = (json.loads(next(line for line in out.splitlines() if line.startswith("{"))) for out in outputs)
     shared = {
         "step_seconds_by_process": [1, 4],

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -29,7 +30,8 @@ def init_state(run: Run) -> dict:
 
     def place(make: Callable, *args) -> dict:
         # On a CPU, XLA's default level takes many seconds to compile the random generators, and they run no faster.
-        options = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None
+        chosen = "xla_backend_optimization_level" in os.environ.get("XLA_FLAGS", "")
+        options = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" and not chosen else None
         return jax.jit(make, out_shardings=param_sharding(run.mesh, jax.eval_shape(make, *args)), compiler_options=options)(*args)
 
     trained = place(fresh, jax.random.key(config.train.seed))

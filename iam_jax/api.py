@@ -161,6 +161,10 @@ def export_run(
     """
     from iam_jax.model.pretrained import check_output
 
+    if config.eval.fusion:
+        raise InputError(
+            f"--mode=export exports the model alone, without counts: config.eval.fusion = {config.eval.fusion!r} must be empty"
+        )
     if form != "stablehlo" and not config.model.pretrained:
         raise InputError("--format=huggingface exports pretrained models only: config.model.pretrained is empty")
     check_output(output)

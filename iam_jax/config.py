@@ -195,6 +195,7 @@ class EvalConfig:
     validation_users: int = 0  # random subset of users, for validations in training and to choose baselines; 0: all (baselines: 4,000)
     test: bool = True  # rank the test events too; switch off in trials that only choose a setting
     baselines: bool = True  # evaluate the baselines, too (docs/protocol.md)
+    fusion: str = ""  # baseline whose score is added to the model's, with a weight chosen on validation: transitions; "": none
     resamples: int = 1000  # bootstrap resamples over users
     seed: int = 0  # seed of the bootstrap and of the random subset of users
 

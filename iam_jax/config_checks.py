@@ -218,6 +218,8 @@ def check(config: "Config") -> None:
     require(cut_offs and len(set(evaluation.ks)) == len(evaluation.ks), "eval.ks", "must be distinct cut-offs of 1 or more")
     names = [f"{name}@{k}" for name in ("hr", "precision", "ndcg", "mrr") for k in evaluation.ks]
     choice("eval.metric", evaluation.metric, *names)
+    choice("eval.fusion", evaluation.fusion, "", "transitions")
+    require(by_item or not evaluation.fusion, "eval.fusion", "must be empty with eval.ranking = 'likelihood'")
     for field in ("batch_rows", "chunk_items", "resamples"):
         require(getattr(evaluation, field) >= 1, f"eval.{field}", "must be 1 or more")
     for field in ("validation_users", "seed", "item_states_gib"):

@@ -198,7 +198,7 @@ def best_baseline(source: compare.Finished | None) -> str | None:
     values = {
         name: result["validation"][METRIC]
         for name, result in results.items()
-        if name not in ("model", ORACLE) and METRIC in result.get("validation", {}) and source and source.baseline(name)
+        if name not in ("model", "fusion", ORACLE) and METRIC in result.get("validation", {}) and source and source.baseline(name)
     }
     return max(values, key=values.__getitem__) if values else None
 

@@ -75,6 +75,7 @@ SMOKE = {
     "ranking/beam.py": "test_beam.py::test_trie_by_hand",
     "ranking/core.py": "test_ranking.py::test_a_targets_score_is_one_of_the_catalogues",
     "ranking/evaluate.py": "test_evaluate.py::test_a_constant_scorer_gets_what_a_random_one_expects",
+    "ranking/fusion.py": "test_fusion.py::test_the_grid_grows_where_the_best_weight_is",
     "ranking/likelihood.py": "test_candidates.py::test_log_likelihoods_are_refused_where_the_text_is_seen",
     "ranking/choice.py": "test_choice.py::test_the_search_goes_from_coarse_to_fine",
     "ranking/metrics.py": "test_metrics.py::test_values_by_hand",

@@ -31,6 +31,7 @@ from iam_jax.model.pretrained.importing import read_pretrained
 from iam_jax.planning import hlo
 from iam_jax.ranking.core import Ranker, keeps_item_states, padded, power_of_two
 from iam_jax.ranking.evaluate import seen_lists
+from iam_jax.ranking.scores import bonus_sharding
 from iam_jax.training import flops
 from iam_jax.training.run import Run, make_run
 from iam_jax.training.step import abstract_state, make_train_step
@@ -240,11 +241,13 @@ def evaluation(run: Run, capacity: int | None = None) -> list[Program]:
     if vector_programs is None:
         return []
     ranker, targets, vectors, programs = vector_programs
-    events, X = run.prepared.events, ranker.at_once
+    events, fused = run.prepared.events, bool(config.eval.fusion)
+    X = ranker.at_once_with_bonus if fused else ranker.at_once
     seen = padded(seen_lists(events, targets[:X]), X) if config.eval.filter_seen else np.full((X, 1), -1, np.int32)
     h, target, seen = whole(run, (np.zeros((X, vectors.shape[1]), np.float32), np.zeros(X, np.int32), seen))
-    held = resident | {"batch and items": [vectors, h, target, seen]}
-    ranking = _compiled("ranking", ranker.ranks, (h, vectors, target, seen), held, run, capacity)
+    arrays = h, vectors, target, seen, *_bonus(run, X, vectors)
+    held = resident | {"batch and items": list(arrays)}
+    ranking = _compiled("ranking", ranker.ranks_with_bonus if fused else ranker.ranks, arrays, held, run, capacity)
     # Every chunk is computed twice if all chunks contain a target.
     ranking.flops = Flops({"float32 highest": 2 * 2 * X * vectors.shape[0] * vectors.shape[1]})
     return [*programs, ranking]
@@ -257,12 +260,20 @@ def scoring(run: Run, capacity: int | None = None, top_k: int = 100) -> list[Pro
     if vector_programs is None:
         return []
     ranker, targets, vectors, programs = vector_programs
-    X = min(power_of_two(config.score.part_users), ranker.at_once)
+    fused = bool(config.eval.fusion)
+    X = min(power_of_two(config.score.part_users), ranker.at_once_with_bonus if fused else ranker.at_once)
     seen = padded(seen_lists(run.prepared.events, targets[:X]), X)
     h, seen = whole(run, (np.zeros((X, vectors.shape[1]), np.float32), seen))
-    top = ranker.top_program(min(top_k, ranker.catalogue.items))
-    held = resident | {"item vectors": vectors, "batch and items": [h, seen]}
-    return [*programs, _compiled("top items", top, (h, vectors, seen), held, run, capacity)]
+    top, bonus = ranker.top_program(min(top_k, ranker.catalogue.items), bonus=fused), _bonus(run, X, vectors)
+    held = resident | {"item vectors": vectors, "batch and items": [h, seen, *bonus]}
+    return [*programs, _compiled("top items", top, (h, vectors, seen, *bonus), held, run, capacity)]
+
+
+def _bonus(run: Run, rows: int, vectors: jax.ShapeDtypeStruct) -> list[jax.ShapeDtypeStruct]:
+    """The shape of the scores that are added with `eval.fusion`, [rows, items]. Without it, an empty list."""
+    if not run.config.eval.fusion:
+        return []
+    return [jax.ShapeDtypeStruct((rows, vectors.shape[0]), np.float32, sharding=bonus_sharding(run.mesh))]
 
 
 def _vector_programs(run: Run, capacity: int | None, resident: dict, batch_rows: int):

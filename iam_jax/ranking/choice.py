@@ -132,8 +132,8 @@ def choose(baseline: Baseline, events: Events, config: Config, poll: Callable[[]
 
     poll: is called after each chunk of targets.
     """
-    record = {"conditions": _conditions(config), "grid": {name: list(values) for name, values in baseline.grid.items()}, "trials": []}
-    targets = subset_of_users(events, VALIDATION, config.eval.validation_users or _USERS, config.eval.seed)
+    record = {"conditions": conditions(config), "grid": {name: list(values) for name, values in baseline.grid.items()}, "trials": []}
+    targets = targets_of_choice(events, config)
     if not baseline.grid or not len(targets):
         return record | {"settings": dict(baseline.start), "value": None}
     make = baseline.make(events)
@@ -152,7 +152,7 @@ def choose_or_read(baseline: Baseline, split: Split, config: Config, workdir: Pa
     """`choose`, or its record of an earlier evaluation in the working folder, if that depends on the same split, conditions and grid."""
     record = read_records(split, workdir).get(baseline.name)
     grid = {name: list(values) for name, values in baseline.grid.items()}
-    if isinstance(record, dict) and record.get("conditions") == _conditions(config) and record.get("grid") == grid:
+    if isinstance(record, dict) and record.get("conditions") == conditions(config) and record.get("grid") == grid:
         return record
     return choose(baseline, split.events, config, poll)
 
@@ -181,7 +181,13 @@ def describe(name: str, record: dict) -> str:
     return f"{name}: {settings} ({metric}, the best of {len(record['trials'])} points)"
 
 
-def _conditions(config: Config) -> dict:
+def targets_of_choice(events: Events, config: Config) -> np.ndarray:
+    """The validation targets on which settings are chosen."""
+    return subset_of_users(events, VALIDATION, config.eval.validation_users or _USERS, config.eval.seed)
+
+
+def conditions(config: Config) -> dict:
+    """What a choice on validation depends on, apart from the events (`choose`)."""
     evaluation = config.eval
     names = ("metric", "filter_seen", "validation_users", "seed")
     return {name: getattr(evaluation, name) for name in names}

@@ -6,6 +6,8 @@ processes must call the same methods with the same arguments.
 
 Axes: n histories, X histories ranked at the same time, C items of a chunk or given candidates, I items, E item vectors, S seen items,
 K items of a list, D model.
+
+A bonus (`Bonus`) is an additional score of all items for each history, which is added to the model's (fusion.py).
 """
 
 import functools
@@ -28,12 +30,14 @@ from iam_jax.model import Model, Params
 from iam_jax.model.items import Items, item_vectors, make_items
 from iam_jax.ranking.beam import beam_search, history_rows, make_trie
 from iam_jax.ranking.likelihood import log_likelihoods
-from iam_jax.ranking.scores import over_items, pair_scores, ranking_program, top_program
+from iam_jax.ranking.scores import bonus_sharding, over_items, pair_scores, ranking_program, top_program
 
 _SCORES = 1 << 21  # scores that exist at the same time: 8 MiB, which fit partly into a CPU's cache
 _PAIR_NUMBERS = 1 << 23  # numbers in the vectors of given candidates that exist at the same time: 32 MiB
+_BONUS = 1 << 23  # scores of a bonus that exist at the same time: 32 MiB, and twice as much in float64
 
 ItemsAndScores = tuple[np.ndarray, np.ndarray]  # items [n, K] int32, best first, and scores [n, K] float32, -inf for none
+Bonus = Callable[[np.ndarray], np.ndarray]  # maps indices [m] of histories to finite scores [m, I] float32
 Report = Callable[[int], None]  # is called after each batch with its number of histories
 
 
@@ -119,12 +123,13 @@ class Ranker:
         self.entry_inputs = whole(self._entry_inputs)
         self.all_states = whole(lambda params, rows: model.bind(params).leading_states(rows, 1))
         self.ranks = ranking_program(mesh, chunk, count)
+        self.ranks_with_bonus = ranking_program(mesh, chunk, count, bonus=True)
         self.pairs = over_items(mesh, pair_scores, arrays=3)
         size, normalize = config.objective.chunk, config.eval.length_normalized
         self.log_likelihoods = whole(
             lambda params, batch, count: log_likelihoods(model.bind(params), batch, count, size, normalize=normalize), static_argnums=2
         )
-        self._top: dict[tuple[int, bool], Callable] = {}
+        self._top: dict[tuple[int, bool, bool], Callable] = {}
 
     # ---- item states and vectors
 
@@ -220,6 +225,16 @@ class Ranker:
         """The number of histories that are ranked at the same time."""
         return max(8, min(1024, _SCORES // min(self.config.eval.chunk_items, self.catalogue.items)))
 
+    @property
+    def at_once_with_bonus(self) -> int:
+        """The same with a bonus, which bounds the memory of its scores."""
+        return min(self.at_once, max(8, _BONUS // self.catalogue.items))
+
+    def _spread_bonus(self, bonus_nI: np.ndarray, rows: int, v_IE: jax.Array) -> jax.Array:
+        """A bonus with rows and columns of zeros behind it, sharded over the mesh as v_IE is. rows: the number of rows."""
+        bonus_XI = np.pad(bonus_nI, ((0, rows - bonus_nI.shape[0]), (0, v_IE.shape[0] - bonus_nI.shape[1])))
+        return jax.make_array_from_callback(bonus_XI.shape, bonus_sharding(self.mesh), lambda at: bonus_XI[at])
+
     def rank(
         self,
         h_nE: np.ndarray,
@@ -227,6 +242,7 @@ class Ranker:
         target_n: np.ndarray,
         seen: Callable[[np.ndarray], Lists] | None,
         report: Report = no_report,
+        bonus: Bonus | None = None,
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The exact rank of one target per history among the whole catalogue.
 
@@ -236,11 +252,13 @@ class Ranker:
           target_n: rows of the targets.
           seen: maps indices [m] of histories to their items that are no candidates (distinct, without the target); None: there are none.
           report: is called after each batch.
+          bonus: is added to the scores; None: there is none.
 
         Returns:
           rank [n] int64, ties [n] int64, and finite [n] bool, whether all scores of the history are finite.
         """
-        n, X = len(target_n), self.at_once
+        n, X = len(target_n), self.at_once if bonus is None else self.at_once_with_bonus
+        program = self.ranks if bonus is None else self.ranks_with_bonus
         rank, ties, finite = np.zeros(n, np.int64), np.zeros(n, np.int64), np.zeros(n, bool)
         # Sorted by item, so that the targets of a batch are in few chunks, and few chunks are computed twice.
         order = np.argsort(target_n, kind="stable")
@@ -248,18 +266,23 @@ class Ranker:
             at = order[start : start + X]
             missing = X - len(at)
             seen_XS = padded(seen(at), X) if seen else np.full((X, 1), -1, np.int32)
-            results = self.ranks(np.pad(h_nE[at], ((0, missing), (0, 0))), v_IE, np.pad(target_n[at], (0, missing), mode="edge"), seen_XS)
+            more = [] if bonus is None else [self._spread_bonus(bonus(at), X, v_IE)]
+            target_X = np.pad(target_n[at], (0, missing), mode="edge")
+            results = program(np.pad(h_nE[at], ((0, missing), (0, 0))), v_IE, target_X, seen_XS, *more)
             rank[at], ties[at], finite[at] = (np.asarray(result)[: len(at)] for result in results)
             report(len(at))
         return rank, ties, finite
 
-    def top_program(self, k: int, filter_seen: bool = True) -> Callable:
+    def top_program(self, k: int, filter_seen: bool = True, bonus: bool = False) -> Callable:
         """`scores.top_program` for this catalogue. Each one is made once."""
-        if (k, filter_seen) not in self._top:
-            self._top[k, filter_seen] = top_program(self.mesh, k, self.config.eval.chunk_items, self.catalogue.items, filter_seen)
-        return self._top[k, filter_seen]
+        key = k, filter_seen, bonus
+        if key not in self._top:
+            self._top[key] = top_program(self.mesh, k, self.config.eval.chunk_items, self.catalogue.items, filter_seen, bonus)
+        return self._top[key]
 
-    def top(self, h_nE: np.ndarray, v_IE: jax.Array, seen: Lists | None, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def top(
+        self, h_nE: np.ndarray, v_IE: jax.Array, seen: Lists | None, k: int, bonus: Bonus | None = None
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The k best items of each history, without the seen items.
 
         Args:
@@ -267,24 +290,26 @@ class Ranker:
           v_IE: from `item_vectors`.
           seen: for each history, the items that are no candidates; None: there are none.
           k: length of a list, at most the number of items.
+          bonus: is added to the scores; None: there is none.
 
         Returns:
           items [n, k] int32, best first; scores [n, k] float32; -1 and -inf where no candidate is left; finite [n] bool, whether all scores
           of the history are finite.
         """
         n = len(h_nE)
-        X = min(power_of_two(n), self.at_once)
+        X = min(power_of_two(n), self.at_once if bonus is None else self.at_once_with_bonus)
         item, score, finite = np.full((n, k), -1, np.int32), np.full((n, k), -np.inf, np.float32), np.ones(n, bool)
-        program = self.top_program(k, seen is not None)
+        program = self.top_program(k, seen is not None, bonus is not None)
         for begin in range(0, n, X):
             at = slice(begin, min(begin + X, n))
             h_XE = np.pad(h_nE[at], ((0, X - (at.stop - begin)), (0, 0)))
-            results = program(h_XE, v_IE, *([] if seen is None else [padded(seen[at], X)]))
+            more = [] if bonus is None else [self._spread_bonus(bonus(np.arange(at.start, at.stop)), X, v_IE)]
+            results = program(h_XE, v_IE, *([] if seen is None else [padded(seen[at], X)]), *more)
             item[at], score[at], finite[at] = (np.asarray(x)[: at.stop - begin] for x in results)
         return item, score, finite
 
-    def scores(self, h_nE: np.ndarray, v_IE: jax.Array, item_nC: np.ndarray) -> np.ndarray:
-        """[n, C] float32: the scores of given items, -inf where item_nC is -1."""
+    def scores(self, h_nE: np.ndarray, v_IE: jax.Array, item_nC: np.ndarray, bonus: Bonus | None = None) -> np.ndarray:
+        """[n, C] float32: the scores of given items, -inf where item_nC is -1. bonus: is added to the scores; None: there is none."""
         n, C = item_nC.shape
         X = min(power_of_two(n), max(1, _PAIR_NUMBERS // (C * h_nE.shape[1])))
         score = np.zeros((n, C), np.float32)
@@ -293,6 +318,10 @@ class Ranker:
             padding = (0, X - len(h)), (0, 0)
             h_XE, item_XC = np.pad(h, padding), np.pad(item, padding, constant_values=-1)
             score[begin : begin + X] = np.asarray(self.pairs(h_XE, v_IE, item_XC))[: len(h)]
+        if bonus is not None:
+            for begin in range(0, n, self.at_once_with_bonus):
+                at = np.arange(begin, min(begin + self.at_once_with_bonus, n))
+                score[at] += np.take_along_axis(bonus(at), np.maximum(item_nC[at], 0), axis=1)
         return score
 
     # ---- text generators

@@ -26,13 +26,15 @@ from iam_jax.data.histories import Lists
 from iam_jax.data.item_rows import without_items
 from iam_jax.data.prepare import Prepared
 from iam_jax.data.splits import LABELS, TEST, VALIDATION, Events, subset_of_users, users_of
+from iam_jax.devices import distributed
 from iam_jax.devices.mesh import shard_batch
 from iam_jax.model import Model, Params
 from iam_jax.model.items import Items
 from iam_jax.model.softmax import label_log_probs
-from iam_jax.ranking import baselines, metrics
-from iam_jax.ranking.choice import BASELINES, choose_or_read, describe, write_records
-from iam_jax.ranking.core import Ranker, Report, item_states_gib
+from iam_jax.ranking import baselines, fusion, metrics
+from iam_jax.ranking.choice import BASELINES, choose_or_read, describe, read_records, targets_of_choice, write_records
+from iam_jax.ranking.core import Bonus, Ranker, Report, item_states_gib
+from iam_jax.ranking.transitions import HistorySums
 from iam_jax.storage.files import write_atomically
 
 Ranks = tuple[np.ndarray, np.ndarray]
@@ -107,17 +109,33 @@ class Evaluator:
 
         label: is shown with the progress bars.
         """
-        events, ranker = self.prepared.events, self.ranker
-        filter_seen = self.config.eval.filter_seen
         if self.config.eval.ranking == "likelihood":
+            events, filter_seen = self.prepared.events, self.config.eval.filter_seen
             with self._progress(len(targets), f"{label}: ranking by likelihood", poll) as report:
                 return baselines.evaluate(functools.partial(self._likelihoods, params, poll), events, targets, filter_seen, report)
+        return self.rank_vectors(*self.all_vectors(params, targets, poll, label), targets, None, poll, label)
+
+    def all_vectors(
+        self, params: Params, targets: np.ndarray, poll: Callable[[], None] = no_poll, label: str = "evaluation"
+    ) -> tuple[np.ndarray, jax.Array]:
+        """h_nE of `history_vectors` and v_IE of `item_vectors`."""
         leading_XD = self.leading_states(params, self.rows(targets))
-        h_nE = self.history_vectors(params, targets, leading_XD, poll, label)
-        v_IE = self.item_vectors(params, leading_XD)
-        seen = (lambda at: seen_lists(events, targets[at])) if filter_seen else None
+        return self.history_vectors(params, targets, leading_XD, poll, label), self.item_vectors(params, leading_XD)
+
+    def rank_vectors(
+        self,
+        h_nE: np.ndarray,
+        v_IE: jax.Array,
+        targets: np.ndarray,
+        bonus: Bonus | None = None,
+        poll: Callable[[], None] = no_poll,
+        label: str = "evaluation",
+    ) -> Ranks:
+        """As `rank`, from the vectors of `all_vectors`. bonus: is added to the scores; None: there is none."""
+        events = self.prepared.events
+        seen = (lambda at: seen_lists(events, targets[at])) if self.config.eval.filter_seen else None
         with self._progress(len(targets), f"{label}: ranking", poll) as report:
-            rank, ties, finite = ranker.rank(h_nE, v_IE, events.item[targets], seen, report)
+            rank, ties, finite = self.ranker.rank(h_nE, v_IE, events.item[targets], seen, report, bonus)
         if not finite.all():
             user = events.user_ids[users_of(events, targets[~finite].min())]
             raise FloatingPointError(f"a score of user {user!r} is not finite")
@@ -207,7 +225,8 @@ def evaluate_all(
 ) -> dict:
     """Ranks the validation events, and with eval.test the test events, by the model and the baselines. The first process prints the table
     and writes `evaluation.json`, `ranks.parquet` and, with the same order of events, `baselines.parquet`; the settings of the baselines and
-    how they were chosen to `baselines.json` (choice.py).
+    how they were chosen to `baselines.json` (choice.py). With eval.fusion, the fusion of the model with a baseline is ranked, too, as one
+    more baseline named `fusion`; the choice of its weight is written to `fusion.json` (fusion.py).
 
     Args:
       evaluator: of the run.
@@ -227,25 +246,46 @@ def evaluate_all(
     events = prepared.events
     scorers: dict[str, baselines.ScoreFunction] = {}
     records: dict[str, dict] = {}
-    for name, baseline in BASELINES.items() if config.eval.baselines else ():
+    for name, baseline in BASELINES.items():
+        if not config.eval.baselines and name != config.eval.fusion:
+            continue
         records[name] = choose_or_read(baseline, prepared.split, config, workdir, poll)
         scorers[name] = baseline.make(events)(**records[name]["settings"])
         if baseline.grid and not jax.process_index():
             print(describe(name, records[name]), flush=True)
+    fused = weight = None
+    if config.eval.fusion:
+        sums = scorers[config.eval.fusion]
+        assert isinstance(sums, HistorySums)
+        weight = choose_weight(evaluator, params, step, workdir, sums, records[config.eval.fusion]["settings"], poll)
+        fused = fusion.Fusion(sums, weight["weight"])
+        if not jax.process_index():
+            print(fusion.describe(weight), flush=True)
     if oracle is not None:
         scorers["oracle"] = oracle
-    results: dict[str, dict] = {"model": {}} | {name: {} for name in scorers}
-    frames, baseline_frames = [], {name: [] for name in scorers}
+    results: dict[str, dict] = {name: {} for name in ("model", *["fusion"] * bool(fused), *scorers)}
+    frames, baseline_frames = [], {name: [] for name in results if name != "model"}
     for label in (VALIDATION, TEST) if config.eval.test else (VALIDATION,):
         targets = events.targets(label)
         if not len(targets):
             continue
-        ranks = evaluator.rank(params, targets, poll, LABELS[label])
+        other_ranks: dict[str, Callable[[], Ranks]] = {}
+        if fused is None:
+            ranks = evaluator.rank(params, targets, poll, LABELS[label])
+        else:
+            vectors = evaluator.all_vectors(params, targets, poll, LABELS[label])
+            ranks = evaluator.rank_vectors(*vectors, targets, None, poll, LABELS[label])
+            bonus = fused.bonus(events, targets, len(events.item_ids))
+            other_ranks["fusion"] = functools.partial(evaluator.rank_vectors, *vectors, targets, bonus, poll, f"{LABELS[label]}: fusion")
         losses = evaluator.losses(params, targets, poll, LABELS[label])
         results["model"][LABELS[label]] = summarize(prepared, config, targets, ranks) | losses
         frames.append(_frame(events, label, targets, ranks))
         for name, scorer in scorers.items():
-            ranks = baselines.evaluate(scorer, events, targets, config.eval.filter_seen, progress=lambda _: poll())
+            other_ranks[name] = functools.partial(
+                baselines.evaluate, scorer, events, targets, config.eval.filter_seen, progress=lambda _: poll()
+            )
+        for name, rank in other_ranks.items():
+            ranks = rank()
             results[name][LABELS[label]] = summarize(prepared, config, targets, ranks)
             baseline_frames[name].append(_frame(events, label, targets, ranks).select(pl.lit(name).alias("name"), "split", "rank", "ties"))
     evaluation = {
@@ -257,20 +297,61 @@ def evaluate_all(
         "step": step,
         "results": results,
     }
+    if weight:
+        evaluation["fusion"] = {"baseline": weight["baseline"], "weight": weight["weight"], "validation": weight["value"]}
     if jax.process_index():
         return evaluation
     if frames:
         write_atomically(workdir / "ranks.parquet", pl.concat(frames).write_parquet)
-    if frames and scorers:
+    if frames and baseline_frames:
         write_atomically(workdir / "baselines.parquet", pl.concat(itertools.chain(*baseline_frames.values())).write_parquet)
     else:
         (workdir / "baselines.parquet").unlink(missing_ok=True)  # of an earlier evaluation
     if records:
-        write_records(records, prepared.split, workdir)
+        write_records(read_records(prepared.split, workdir) | records, prepared.split, workdir)
+    if weight:
+        fusion.write_record(weight, prepared.split, workdir)
     text = json.dumps(evaluation, indent=2) + "\n"
     write_atomically(workdir / "evaluation.json", lambda path: path.write_text(text, encoding="utf-8"))
     print(format_results(evaluation), flush=True)
     return evaluation
+
+
+def choose_weight(
+    evaluator: Evaluator,
+    params: Params,
+    step: int,
+    workdir: Path,
+    sums: HistorySums,
+    settings: dict,
+    poll: Callable[[], None] = no_poll,
+) -> dict:
+    """Chooses the weight of the fusion on validation. Returns `fusion.identity` and the result of `fusion.choose` as one record.
+
+    An earlier evaluation's record in the working folder is returned instead, if it has the same identity. All processes of a job use the
+    record that the first one reads.
+
+    Args:
+      evaluator, params, step, workdir, poll: as in `evaluate_all`.
+      sums: the baseline.
+      settings: of the baseline.
+    """
+    config, events, split = evaluator.config, evaluator.prepared.events, evaluator.prepared.split
+    identity = fusion.identity(config, step, settings)
+    record = distributed.gather(fusion.read_record(split, workdir))[0]
+    if record and identity.items() <= record.items():
+        return record
+    targets, label = targets_of_choice(events, config), "weight of the fusion"
+    if not len(targets):
+        return identity | fusion.NOT_CHOSEN
+    h_nE, v_IE = evaluator.all_vectors(params, targets, poll, label)
+    name, _, k = config.eval.metric.partition("@")
+
+    def metric(bonus: Bonus | None) -> float:
+        ranks = evaluator.rank_vectors(h_nE, v_IE, targets, bonus, poll, label)
+        return float(np.mean(metrics.ranking_metrics(*ranks, [int(k)])[f"{name}@{k}"]))
+
+    return identity | fusion.choose(sums, evaluator.ranker, h_nE, v_IE, events, targets, metric, config.eval.seed)
 
 
 def format_results(evaluation: dict) -> str:

@@ -1,8 +1,8 @@
 """Scores of a whole catalogue as pure functions of arrays: exact ranks, the best K items, and the scores of given pairs.
 
-A score is the inner product of a history vector and an item vector, in float32 at the highest precision. At most X times `chunk` scores
-exist at the same time. Inside a `jax.shard_map` over the mesh axes `axes`, `v_IE` is the device's shard of the catalogue, and the results
-are those of all shards together. `over_items` makes such a function.
+A score is the inner product of a history vector and an item vector, in float32 at the highest precision, plus a given bonus if there is one
+(`Bonus` in core.py). At most X times `chunk` scores exist at the same time. Inside a `jax.shard_map` over the mesh axes `axes`, `v_IE` is
+the device's shard of the catalogue, and the results are those of all shards together. `over_items` makes such a function.
 
 Axes: X histories, C items of a chunk (or given candidates), J chunks, I items, E item vectors, S seen items, K items of a list.
 """
@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 CHUNK = 8192  # items of one matrix product
 
@@ -23,6 +23,7 @@ def rank_catalogue(
     v_IE: jax.Array,
     target_X: jax.Array,
     seen_XS: jax.Array | None = None,
+    bonus_XI: jax.Array | None = None,
     *,
     chunk: int = CHUNK,
     items: int = 0,
@@ -36,6 +37,7 @@ def rank_catalogue(
       target_X: int32, row of each target in v_IE.
       seen_XS: int32, for each history the rows of items that are no candidates, -1 for none. They must be distinct, and the target must not
         be among them. None: every item is a candidate.
+      bonus_XI: float32, is added to the scores; its columns are the rows of v_IE (of the same shard). None: there is none.
       chunk: number of items in one matrix product.
       items: number of items, if further rows of v_IE are padding; 0: every row is an item.
       axes: mesh axes over which v_IE is sharded, inside a `shard_map`.
@@ -61,7 +63,7 @@ def rank_catalogue(
         def step(n, carry):
             c = jnp.where(comparing, n, holders_first_J[n])
             start = jnp.minimum(c * C, I - C)
-            scores_XC = jnp.einsum("XE,CE->XC", h_XE, jax.lax.dynamic_slice_in_dim(v_IE, start, C), precision="highest")
+            scores_XC = _chunk_scores(h_XE, v_IE, bonus_XI, start, C)
 
             def scores_of(item_X):  # arbitrary for items of other chunks
                 return jnp.take_along_axis(scores_XC, jnp.clip(item_X - start, 0, C - 1), axis=1)
@@ -95,6 +97,7 @@ def top_items(
     v_IE: jax.Array,
     seen_XS: jax.Array | None,
     k: int,
+    bonus_XI: jax.Array | None = None,
     *,
     chunk: int = CHUNK,
     items: int = 0,
@@ -103,7 +106,7 @@ def top_items(
     """Finds the K items with the highest scores, best first. Among equal scores, the first item of v_IE comes first. Traceable by JAX.
 
     Args:
-      h_XE, v_IE, chunk, items, axes: as in `rank_catalogue`.
+      h_XE, v_IE, bonus_XI, chunk, items, axes: as in `rank_catalogue`.
       seen_XS: int32, for each history the rows of items that are no candidates, -1 for none; they may repeat. None: every item is one.
       k: K, a Python integer.
 
@@ -119,7 +122,7 @@ def top_items(
     def step(best, c):
         item_XK, score_XK, finite_X = best
         start = jnp.minimum(c * C, I - C)
-        scores_XC = jnp.einsum("XE,CE->XC", h_XE, jax.lax.dynamic_slice_in_dim(v_IE, start, C), precision="highest")
+        scores_XC = _chunk_scores(h_XE, v_IE, bonus_XI, start, C)
         i_C = start + jnp.arange(C, dtype=jnp.int32)
         real_C = (i_C >= c * C) & (i_C < stop)  # the last chunk overlaps the one before it
         finite_X &= (jnp.isfinite(scores_XC) | ~real_C).all(1)
@@ -154,33 +157,56 @@ def pair_scores(h_XE: jax.Array, v_IE: jax.Array, item_XC: jax.Array, *, axes: t
     return jnp.where(item_XC >= 0, scores_XC, -jnp.inf)
 
 
-def over_items(mesh: jax.sharding.Mesh, function: Callable, arrays: int) -> Callable:
+def bonus_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
+    """The sharding of a bonus [X, I]: by items, as that of v_IE."""
+    return NamedSharding(mesh, PartitionSpec(None, mesh.axis_names))
+
+
+def over_items(mesh: jax.sharding.Mesh, function: Callable, arrays: int, bonus: bool = False) -> Callable:
     """Jits `function(h_XE, v_IE, *others, axes=…)` for a mesh: v_IE is sharded over all devices (`devices.mesh.spread_rows`), all other
-    arguments and the results are replicated. arrays: number of array arguments."""
+    arguments and the results are replicated.
+
+    Args:
+      mesh: the device mesh.
+      function: traceable by JAX.
+      arrays: number of array arguments.
+      bonus: whether one more array argument is a bonus [X, I] (`bonus_sharding`), the last one.
+    """
     axes = mesh.axis_names if mesh.size > 1 else ()
 
     def call(*args):
         return function(*args, axes=axes)
 
     replicated, sharded = PartitionSpec(), PartitionSpec(axes)
-    specs = {"in_specs": (replicated, sharded, *[replicated] * (arrays - 2)), "out_specs": replicated}
+    bonus_specs = [PartitionSpec(None, axes)] * bonus
+    specs = {"in_specs": (replicated, sharded, *[replicated] * (arrays - 2), *bonus_specs), "out_specs": replicated}
     return jax.jit(jax.shard_map(call, mesh=mesh, check_vma=False, **specs) if axes else call)
 
 
-def ranking_program(mesh: jax.sharding.Mesh, chunk: int, items: int) -> Callable[..., tuple[jax.Array, jax.Array, jax.Array]]:
-    """`rank_catalogue` jitted for a mesh: (h_XE, v_IE, target_X, seen_XS) -> rank, ties, finite."""
-    return over_items(mesh, functools.partial(rank_catalogue, chunk=chunk, items=items), arrays=4)
+def ranking_program(
+    mesh: jax.sharding.Mesh, chunk: int, items: int, bonus: bool = False
+) -> Callable[..., tuple[jax.Array, jax.Array, jax.Array]]:
+    """`rank_catalogue` jitted for a mesh: (h_XE, v_IE, target_X, seen_XS) -> rank, ties, finite. With bonus, bonus_XI follows."""
+    return over_items(mesh, functools.partial(rank_catalogue, chunk=chunk, items=items), arrays=4, bonus=bonus)
 
 
 def top_program(
-    mesh: jax.sharding.Mesh, k: int, chunk: int, items: int, filter_seen: bool = True
+    mesh: jax.sharding.Mesh, k: int, chunk: int, items: int, filter_seen: bool = True, bonus: bool = False
 ) -> Callable[..., tuple[jax.Array, jax.Array, jax.Array]]:
-    """`top_items` jitted for a mesh: (h_XE, v_IE, seen_XS) -> items, scores, finite. Without filter_seen there is no argument seen_XS."""
+    """`top_items` jitted for a mesh: (h_XE, v_IE, seen_XS) -> items, scores, finite. Without filter_seen there is no argument seen_XS. With
+    bonus, bonus_XI follows."""
 
-    def top(h_XE, v_IE, seen_XS=None, *, axes):
-        return top_items(h_XE, v_IE, seen_XS, k, chunk=chunk, items=items, axes=axes)
+    def top(h_XE, v_IE, *others, axes):
+        seen_XS, bonus_XI = others[0] if filter_seen else None, others[-1] if bonus else None
+        return top_items(h_XE, v_IE, seen_XS, k, bonus_XI, chunk=chunk, items=items, axes=axes)
 
-    return over_items(mesh, top, arrays=2 + filter_seen)
+    return over_items(mesh, top, arrays=2 + filter_seen, bonus=bonus)
+
+
+def _chunk_scores(h_XE: jax.Array, v_IE: jax.Array, bonus_XI: jax.Array | None, start: jax.Array, count: int) -> jax.Array:
+    """[X, C] float32: the scores of `count` items from `start`."""
+    scores_XC = jnp.einsum("XE,CE->XC", h_XE, jax.lax.dynamic_slice_in_dim(v_IE, start, count), precision="highest")
+    return scores_XC if bonus_XI is None else scores_XC + jax.lax.dynamic_slice_in_dim(bonus_XI, start, count, axis=1)
 
 
 def _best(k: int, *parts: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -56,6 +56,18 @@ class HistorySums:
         """Scores [n, items] int64."""
         return (self._history(events, targets) @ self.matrix).toarray().astype(np.int64) + self.base
 
+    def dense(self, events: Events, targets: np.ndarray) -> np.ndarray:
+        """The same integers as float64 [n, items], by the faster of two ways. Items of histories from `items` on have no counts."""
+        history = self._history(events, targets)
+        if self._dense is None:
+            scores = (history @ self.matrix).toarray()
+        else:
+            scores = np.empty((len(targets), len(self.base)))
+            for number, columns in enumerate(self._dense):
+                scores[:, number * _COLUMNS : (number + 1) * _COLUMNS] = history @ columns
+        scores += self.base
+        return scores
+
     def ranks(self, events: Events, targets: np.ndarray, filter_seen: bool) -> Pairs:
         targets = np.asarray(targets)
         if self._dense is not None:
@@ -73,11 +85,7 @@ class HistorySums:
         return np.concatenate(rank), np.concatenate(ties)
 
     def _dense_ranks(self, events: Events, targets: np.ndarray, filter_seen: bool) -> Pairs:
-        at, target = np.arange(len(targets)), events.item[targets]
-        history, scores = self._history(events, targets), np.empty((len(targets), len(self.base)))
-        for number, columns in enumerate(self._dense or ()):
-            scores[:, number * _COLUMNS : (number + 1) * _COLUMNS] = history @ columns
-        scores += self.base
+        at, target, scores = np.arange(len(targets)), events.item[targets], self.dense(events, targets)
         own = scores[at, target]
         if filter_seen:
             scores[histories(events, targets)] = -np.inf
@@ -127,7 +135,7 @@ class HistorySums:
         begin = np.maximum(events.offsets[users_of(events, targets)], targets - last)
         row, position = expand(begin, targets - begin)
         weight = self.weights[(targets - begin)[row], targets[row] - 1 - position]
-        counts = weight > 0
+        counts = (weight > 0) & (events.item[position] < len(self.base))
         indptr = np.concatenate([[0], np.cumsum(np.bincount(row[counts], minlength=len(targets)))])
         return sparse.csr_array((weight[counts], events.item[position[counts]], indptr), (len(targets), len(self.base)))
 

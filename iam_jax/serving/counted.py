@@ -8,13 +8,12 @@ import polars as pl
 
 from iam_jax.config import Config
 from iam_jax.data.histories import Lists, Users, table_of_lists, with_targets
-from iam_jax.data.prepare import read_split
 from iam_jax.data.stored import Stored
 from iam_jax.errors import InputError
 from iam_jax.ranking import baselines
 from iam_jax.ranking.choice import BASELINES, choose_or_read, describe
 from iam_jax.ranking.core import ItemsAndScores, Report, no_report
-from iam_jax.serving.loading import data_facts
+from iam_jax.serving.loading import run_split
 
 
 class CountedLists:
@@ -32,10 +31,7 @@ class CountedLists:
         """
         if name not in BASELINES:
             raise InputError(f"--baseline={name}: must be one of {', '.join(BASELINES)}")
-        split = read_split(config.data)
-        expected = data_facts(workdir).get("split_sha256")
-        if split.sha256 != expected or not stored.item_ids.equals(split.items["item"]):
-            raise InputError(f"{workdir} was made from other data: its split_sha256 is {expected}, not {split.sha256}")
+        split = run_split(workdir, config, stored.item_ids)
         self._name, self._last_n, self._item_ids = name, config.data.last_n, stored.item_ids
         self.record = choose_or_read(BASELINES[name], split, config, workdir)
         self._scorer = BASELINES[name].make(split.events)(**self.record["settings"])

@@ -6,16 +6,22 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import polars as pl
 from jax.sharding import AxisType
 
 from iam_jax.config import Config, check_same_run
 from iam_jax.data.cache import cache_root
+from iam_jax.data.prepare import read_split
+from iam_jax.data.splits import Split
 from iam_jax.data.stored import Stored
 from iam_jax.devices.mesh import make_mesh
 from iam_jax.errors import InputError
 from iam_jax.model import Model, Params, make_model, pretrained
 from iam_jax.model.parameters import abstract, frozen_names, join, load_frozen, select
+from iam_jax.ranking.choice import BASELINES
+from iam_jax.ranking.fusion import Fusion, read_record
 from iam_jax.ranking.tower import tower_states
+from iam_jax.ranking.transitions import HistorySums
 from iam_jax.runs.checkpoint import Checkpoints
 
 
@@ -89,6 +95,38 @@ def tower_of(workdir: Path, config: Config, stored: Stored, model: Model, params
     fingerprint, cache = str(data_facts(workdir).get("pretrained_sha256")), cache_root(config.data.cache)
     frozen = functools.partial(select, params, lambda name: name in names)
     return tower_states(config, stored.catalogue, model, mesh, frozen, fingerprint, cache)
+
+
+def run_split(workdir: Path, config: Config, item_ids: pl.Series) -> Split:
+    """Reads the data of a run again (`data.path`).
+
+    item_ids: of the working folder, perhaps with added items behind them.
+
+    Raises InputError if the data are not the run's.
+    """
+    split = read_split(config.data)
+    expected = data_facts(workdir).get("split_sha256")
+    if split.sha256 != expected or not item_ids[: len(split.items)].equals(split.items["item"]):
+        raise InputError(f"{workdir} was made from other data: its split_sha256 is {expected}, not {split.sha256}")
+    return split
+
+
+def fusion_of(workdir: Path, config: Config, stored: Stored, step: int) -> Fusion | None:
+    """The fusion of `eval.fusion` with the weight of the last evaluation of this step; None without `eval.fusion`.
+
+    Raises InputError if there is no such evaluation, or if the data are not the run's.
+    """
+    name = config.eval.fusion
+    if not name:
+        return None
+    split = run_split(workdir, config, stored.item_ids)
+    record = read_record(split, workdir)
+    if record is None or (record["step"], record["baseline"]) != (step, name):
+        missing = f"{workdir} has no weight for step {step:,}; evaluate that step first (--mode=evaluate --config.eval.fusion={name})"
+        raise InputError(f"config.eval.fusion = {name!r}: {missing}")
+    sums = BASELINES[name].make(split.events)(**record["settings"])
+    assert isinstance(sums, HistorySums)
+    return Fusion(sums, record["weight"])
 
 
 def _reads_model_folder(config: Config) -> bool:

@@ -28,7 +28,7 @@ from iam_jax.errors import InputError
 from iam_jax.ranking.core import Report
 from iam_jax.runs.checkpoint import Checkpoints
 from iam_jax.serving.counted import CountedLists
-from iam_jax.serving.loading import data_facts, model_of, restore, serving_mesh, shape_from_folder, tower_of
+from iam_jax.serving.loading import data_facts, fusion_of, model_of, restore, serving_mesh, shape_from_folder, tower_of
 from iam_jax.serving.recommender import Recommender
 from iam_jax.storage.files import check_writable, make_folder, to_path, write_atomically
 from iam_jax.storage.remote import is_remote
@@ -213,12 +213,17 @@ def _model(workdir: Path, config: Config, request: ScoreRequest, stored: Stored)
     with jax.set_mesh(mesh):  # first, because another checkpoint replaces a damaged one, and the request depends on it
         step, params = restore(checkpoints, request.step, config, model, mesh)
 
+    fusion, identity, state, name = fusion_of(workdir, config, stored, step), {"step": step}, checkpoints.progress(step), f"step {step:,}"
+    if fusion:
+        record = {"baseline": config.eval.fusion, "weight": fusion.weight}
+        identity, state, name = identity | {"fusion": record}, state | {"fusion": record}, f"{name} with fusion"
+
     def load() -> Recommender:
         with jax.set_mesh(mesh):
             tower_XD = tower_of(workdir, config, stored, model, params, mesh)
-        return Recommender(config, stored, model, params, mesh, step, tower_XD)
+        return Recommender(config, stored, model, params, mesh, step, tower_XD, fusion)
 
-    return _Scorer(f"step {step:,}", {"step": step}, checkpoints.progress(step), load)
+    return _Scorer(name, identity, state, load)
 
 
 def _baseline(workdir: Path, config: Config, request: ScoreRequest, stored: Stored) -> _Scorer:

@@ -24,7 +24,8 @@ from iam_jax.devices.mesh import batch_shards
 from iam_jax.errors import InputError
 from iam_jax.model import Model, Params
 from iam_jax.ranking.baselines import rank_scores
-from iam_jax.ranking.core import ItemsAndScores, Ranker, Report, keeps_item_states, no_report, power_of_two
+from iam_jax.ranking.core import Bonus, ItemsAndScores, Ranker, Report, keeps_item_states, no_report, power_of_two
+from iam_jax.ranking.fusion import Fusion
 from iam_jax.runs.checkpoint import Checkpoints
 from iam_jax.serving import loading
 from iam_jax.serving.inputs import Histories, Reader, convert_table, is_list, to_lists
@@ -50,11 +51,13 @@ def load(workdir: str | Path, step: str | int = "best", overrides: Mapping[str, 
       workdir: the working folder of a trained run: a local path, gs:// or s3://.
       step: "best" (by validation), "last", or a step number.
       overrides: values of single fields by dotted name: `{"mesh.data": 1}`, `{"model.pretrained": "…"}` if the pretrained model has moved,
-        `{"eval.ranking": "likelihood"}` for a model with both objectives. Fields that change the model or the data cannot be overridden.
+        `{"eval.ranking": "likelihood"}` for a model with both objectives, `{"eval.fusion": "transitions"}` for scores that are fused with a
+        baseline (which needs the run's data, and an evaluation of this step with the same override). Fields that change the model or the
+        data cannot be overridden.
 
     Raises:
-      InputError: if the folder has no run or no such checkpoint, if its files are damaged or do not belong together, or if an override is
-        not allowed.
+      InputError: if the folder has no run or no such checkpoint, if its files are damaged or do not belong together, if an override is
+        not allowed, or if the weight of a fusion is missing.
     """
     folder = to_path(str(workdir))
     config = resolve(override(get_config(str(folder)), overrides))
@@ -66,7 +69,8 @@ def load(workdir: str | Path, step: str | int = "best", overrides: Mapping[str, 
         number, params = loading.restore(checkpoints, str(step), config, model, mesh)
         tower_XD = loading.tower_of(folder, config, stored, model, params, mesh)
     checkpoints.close()
-    return Recommender(config, stored, model, params, mesh, number, tower_XD)
+    fusion = loading.fusion_of(folder, config, stored, number)
+    return Recommender(config, stored, model, params, mesh, number, tower_XD, fusion)
 
 
 class Recommender:
@@ -87,9 +91,10 @@ class Recommender:
         mesh: jax.sharding.Mesh,
         step: int,
         tower_XD: np.ndarray | None = None,
+        fusion: Fusion | None = None,
     ):
         self.config, self.params, self.step = config, params, step
-        self._stored, self._model, self._mesh = stored, model, mesh
+        self._stored, self._model, self._mesh, self._fusion = stored, model, mesh, fusion
         self.ranker = Ranker(config, stored.catalogue, stored.trained, model, mesh, config.score.batch_rows, stored.vectors, tower_XD)
 
     # ---- the Python API
@@ -191,7 +196,7 @@ class Recommender:
         h_nE = self._history_vectors(users, catalogue=read.catalogue, new_vectors=read.new_vectors)
         excluded = None if seen is None else (lambda at: _without_targets(seen.of(at), target[at]))
         with jax.set_mesh(self._mesh):
-            rank, ties, finite = self.ranker.rank(h_nE, self._item_vectors, target, excluded)
+            rank, ties, finite = self.ranker.rank(h_nE, self._item_vectors, target, excluded, bonus=self._bonus(users))
         self._check_finite(finite, users.ids)
         return rank, ties
 
@@ -229,7 +234,8 @@ class Recommender:
         """Returns the vectors of all items.
 
         Returns:
-          [I, E] float32, in the order of `items`. The score of an item is the inner product of its vector and the history's vector.
+          [I, E] float32, in the order of `items`. The score of an item is the inner product of its vector and the history's vector (plus
+          the score of the baseline, if the model is fused with one).
 
         Raises:
           InputError: if the model has no item vectors (`eval.ranking` = "likelihood").
@@ -318,7 +324,7 @@ class Recommender:
                 return self.ranker.likeliest(self.params, self._last(users), excluded, k, report, catalogue)
         h_nE = self._history_vectors(users, history_tokens, report, catalogue, new_vectors)
         with jax.set_mesh(self._mesh):
-            item, score, finite = self.ranker.top(h_nE, self._item_vectors, seen, k)
+            item, score, finite = self.ranker.top(h_nE, self._item_vectors, seen, k, self._bonus(users))
         self._check_finite(finite, users.ids)
         return item, score
 
@@ -346,7 +352,7 @@ class Recommender:
         else:
             h_nE = self._history_vectors(users, history_tokens, report, catalogue, new_vectors)
             with jax.set_mesh(self._mesh):
-                score = self.ranker.scores(h_nE, self._item_vectors, item)
+                score = self.ranker.scores(h_nE, self._item_vectors, item, self._bonus(users))
         self._check_finite(np.isfinite(score).all(1, where=item >= 0), users.ids)
         order = np.argsort(-score, axis=1, kind="stable")[:, :k]
         return np.take_along_axis(item, order, axis=1), np.take_along_axis(score, order, axis=1)
@@ -392,6 +398,12 @@ class Recommender:
                 assert self._leading_states is not None
                 leading_XD = ranker.with_items(self.params, self._leading_states, catalogue)
             return ranker.history_vectors(self.params, rows, leading_XD, batch_rows, report, items)
+
+    def _bonus(self, users: Users) -> Bonus | None:
+        """What is added to the model's scores of these users; None: nothing."""
+        if self._fusion is None:
+            return None
+        return self._fusion.bonus(*with_targets(users.events.last(self.config.data.last_n)), len(self.item_ids))
 
     def _last(self, users: Users) -> list[np.ndarray]:
         return users.events.last(self.config.data.last_n).split()

@@ -151,7 +151,7 @@ def test_equal_minutes(launch, runner, tmp_path):
         assert {name: int(values[f"config.{name}"]) for name in expected} == expected
         assert values["config.train.max_minutes"] == "0.0" and values["config.train.patience"] == "0"
     rates = [float(values["config.optimizer.learning_rate"]) for _, values in ran]
-    assert rates[0] == 0.003 and rates[2] == 0.001  # the first trial is the setting of the config
+    assert rates[0] == 0.003 and rates[2] == 0.003  # the first trial is the setting of the config
     assert rates[4:] == [max(rates[:2]), min(rates[2:4])] * 2
 
     rows = table(tmp_path)
@@ -178,9 +178,12 @@ def test_equal_minutes(launch, runner, tmp_path):
 
     trials = saved(tmp_path)["searches"]["2minutes"]["sasrec"]
     assert [trial["setting"]["optimizer.learning_rate"] for trial in trials] == rates[2:4]
-    assert trials[0]["validations"] == pytest.approx([0.1 * k / 8 for k in range(1, 9)]) and trials[0]["validation_ndcg@10"] == 0.1
+    best = 1e-4 / rates[2]
+    assert trials[0]["validations"] == pytest.approx([best * k / 8 for k in range(1, 9)])
+    assert trials[0]["validation_ndcg@10"] == pytest.approx(best)
     cells = sections(tmp_path)["Trials of 2 minutes"]["SASRec", "0"]
-    assert cells[2].split()[0] == "0.0125" and cells[3:] == ["0.1000", "finished" + ", chosen" * (rates[3] > 0.001), "240", "12.00", "2.00"]
+    state = "finished" + ", chosen" * (rates[3] > rates[2])
+    assert cells[2].split()[0] == f"{best / 8:.4f}" and cells[3:] == [f"{best:.4f}", state, "240", "12.00", "2.00"]
     assert "†" not in (tmp_path / "runs" / "reproduction.md").read_text()
 
 

@@ -38,6 +38,7 @@ class Fusion:
 
     sums: HistorySums
     weight: float  # w
+    settings: dict = dataclasses.field(default_factory=dict)  # of the baseline
 
     def bonus(self, events: Events, targets: np.ndarray, items: int) -> Bonus | None:
         """w · S for the histories of the targets, as `Ranker` adds it; None if w is 0, so that the ranks are the model's.

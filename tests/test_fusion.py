@@ -172,12 +172,11 @@ def test_a_constant_model_and_constant_counts():
     h_nE, v_IE = evaluator.all_vectors(params, targets)
     constant = dataclasses.replace(sums_of(events), base=np.zeros(61, np.int64), matrix=sums_of(events).matrix * 0)
     arguments = evaluator.ranker, h_nE, v_IE, events, targets, 0
-    assert fusion.deviation_ratio(constant, *arguments) is None
-    assert fusion.deviation_ratio(sums_of(events), evaluator.ranker, h_nE * 0, *arguments[2:]) == 1.0
-    ratio = fusion.deviation_ratio(sums_of(events), *arguments)
     sums = sums_of(events)
-    dense = (h_nE @ np.asarray(v_IE).T).std(axis=1).mean() / (sums(events, targets) * sums.unit).std(axis=1).mean()
-    assert ratio == pytest.approx(dense)
+    assert fusion.range_ratio(constant, *arguments) is None
+    assert fusion.range_ratio(sums, evaluator.ranker, h_nE * 0, *arguments[2:]) == 1.0
+    own, other = (x.max(1) - x.mean(1) for x in (h_nE @ np.asarray(v_IE).T, sums(events, targets) * sums.unit))
+    assert fusion.range_ratio(sums, *arguments) == pytest.approx(own.sum() / other.sum(), rel=1e-5)
 
 
 def test_evaluation_scoring_and_the_api_agree(shop_run, tmp_path):

@@ -4,8 +4,8 @@ s is the score of the item objective, and S that of the baseline (`eval.fusion`)
 (choice.py). The weight w is chosen on validation after training. S is a dense block of scores of a few histories (`core.Bonus`), so
 evaluation, scoring and the Python API rank fused scores by the same programs, with one more argument.
 
-The weights of the grid are 0 and the powers of two around the ratio of the standard deviations of s and S. While the best weight is at an
-end of the grid, the grid grows there. Only validation events are read. The record of the choice is `fusion.json` in the working folder.
+The weights of the grid are 0 and the powers of two around the ratio of the ranges of s and S (`range_ratio`). While the best weight is at
+an end of the grid, the grid grows there. Only validation events are read. The record of the choice is `fusion.json` in the working folder.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ from iam_jax.storage.files import write_atomically
 FILE = "fusion.json"
 _AROUND = 3  # powers of two on each side of the ratio, in the first grid
 _MORE = 8  # weights by which the grid can grow
-_SAMPLE = 256, 1024  # histories, and items of each, for the standard deviations
+_SAMPLE = 256, 1024  # histories, and items of each, for the ranges
 
 NOT_CHOSEN = {"ratio": None, "grid": [0.0], "trials": [], "weight": 0.0, "value": None}  # without a validation event
 
@@ -38,6 +38,7 @@ class Fusion:
 
     sums: HistorySums
     weight: float  # w
+    settings: dict = dataclasses.field(default_factory=dict)  # of the baseline
 
     def bonus(self, events: Events, targets: np.ndarray, items: int) -> Bonus | None:
         """w · S for the histories of the targets, as `Ranker` adds it; None if w is 0, so that the ranks are the model's.
@@ -69,8 +70,8 @@ def choose(
     metric: Callable[[Bonus | None], float],
     seed: int,
 ) -> dict:
-    """Chooses the weight, and returns {"ratio", "grid", "trials", "weight", "value"} as JSON values: the ratio of the standard deviations,
-    the weights of the grid in ascending order, [{"weight", "value"}] in the order of the trials, and the best trial (among equal values,
+    """Chooses the weight, and returns {"ratio", "grid", "trials", "weight", "value"} as JSON values: `range_ratio`, the
+    weights of the grid in ascending order, [{"weight", "value"}] in the order of the trials, and the best trial (among equal values,
     the smallest weight).
 
     Args:
@@ -80,9 +81,9 @@ def choose(
       events: all events.
       targets: [n] indices of validation events, at least one.
       metric: the metric of the targets' ranks with a bonus.
-      seed: of the sample for the standard deviations.
+      seed: of the sample for the ranges.
     """
-    ratio = deviation_ratio(sums, ranker, h_nE, v_IE, events, targets, seed)
+    ratio = range_ratio(sums, ranker, h_nE, v_IE, events, targets, seed)
     items = ranker.catalogue.items
     trials = search(ratio, lambda weight: metric(Fusion(sums, weight).bonus(events, targets, items)))
     weight = best(trials)
@@ -118,26 +119,26 @@ def best(trials: dict[float, float]) -> float:
     return max(trials, key=lambda weight: (trials[weight], -weight))
 
 
-def deviation_ratio(
+def range_ratio(
     sums: HistorySums, ranker: Ranker, h_nE: np.ndarray, v_IE: jax.Array, events: Events, targets: np.ndarray, seed: int
 ) -> float | None:
-    """The standard deviation of s over that of S, each within a history, over a sample. 1 if s is constant; None if S is.
+    """The range of s over that of S, each the mean over a sample of histories. 1 if s is constant; None if S is.
 
-    Arguments: as in `choose`.
+    The range is the difference between the best and the mean score of the catalogue. (A standard deviation would depend on how many items
+    have a count.) The mean of s is that of a sample of items. Arguments: as in `choose`.
     """
     items, rng = ranker.catalogue.items, np.random.default_rng(seed)
     at = np.sort(rng.permutation(len(targets))[: _SAMPLE[0]])
-    item = np.sort(rng.permutation(items)[: _SAMPLE[1]])
+    item = np.sort(rng.permutation(items)[: _SAMPLE[1]]).astype(np.int32)
     bonus = Fusion(sums, 1.0).bonus(events, targets, items)
     assert bonus is not None
-    step, counted = ranker.at_once_with_bonus, []
+    step, other = ranker.at_once_with_bonus, 0.0
     for begin in range(0, len(at), step):
-        counted.append(bonus(at[begin : begin + step]).std(axis=1, dtype=np.float64))
-    own = ranker.scores(h_nE[at], v_IE, np.tile(item.astype(np.int32), (len(at), 1))).std(axis=1, dtype=np.float64).mean()
-    other = np.concatenate(counted).mean()
-    if not other:
-        return None
-    return float(own / other) or 1.0
+        scores = bonus(at[begin : begin + step])
+        other += float((scores.max(axis=1) - scores.mean(axis=1, dtype=np.float64)).sum())
+    own = ranker.top(h_nE[at], v_IE, None, 1)[1][:, 0] - ranker.scores(h_nE[at], v_IE, np.tile(item, (len(at), 1))).mean(axis=1)
+    ratio = float(own.sum(dtype=np.float64)) / other if other > 0 else None
+    return 1.0 if ratio is not None and ratio <= 0 else ratio
 
 
 # ---- the record in the working folder

@@ -126,7 +126,7 @@ def fusion_of(workdir: Path, config: Config, stored: Stored, step: int) -> Fusio
         raise InputError(f"config.eval.fusion = {name!r}: {missing}")
     sums = BASELINES[name].make(split.events)(**record["settings"])
     assert isinstance(sums, HistorySums)
-    return Fusion(sums, record["weight"])
+    return Fusion(sums, record["weight"], record["settings"])
 
 
 def _reads_model_folder(config: Config) -> bool:

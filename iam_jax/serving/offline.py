@@ -216,7 +216,8 @@ def _model(workdir: Path, config: Config, request: ScoreRequest, stored: Stored)
     fusion, identity, state, name = fusion_of(workdir, config, stored, step), {"step": step}, checkpoints.progress(step), f"step {step:,}"
     if fusion:
         record = {"baseline": config.eval.fusion, "weight": fusion.weight}
-        identity, state, name = identity | {"fusion": record}, state | {"fusion": record}, f"{name} with fusion"
+        identity, name = identity | {"fusion": record}, f"{name} with fusion"
+        state = state | {"fusion": fusion.settings}
 
     def load() -> Recommender:
         with jax.set_mesh(mesh):

@@ -11,7 +11,10 @@ vectors; `hybrid_full`, the same with ordinary attention.
 Variants over tokens, as in the paper: `iam`; `full`, ordinary attention; `no_intra` and `no_inter`, the ablations, in which ordinary layers
 replace those of one kind; `hatllm`, HatLLM's order (arXiv 2510.10955), which has three layers because two cannot hold its three kinds.
 
-COST
+Cost: 12 epochs of the hybrid are five minutes of training on one CPU core; the variants over tokens train for 12 minutes on two
+(train.max_minutes). Result, test NDCG@10 over all 11,758 items, mean of three seeds (2026-11-30): the hybrid 0.0545; SASRec 0.0493 in 34
+epochs, smoothed transitions 0.0504, item-kNN 0.0452. Over tokens, with 8 minutes on one core (2026-11-26): `iam` 0.0362, `full` 0.0321.
+docs/results.md has both tables with their commands.
 Measured on tables of the same data (split 56384689…) through --config.data.path, not on a download.
 """
 
@@ -37,7 +40,6 @@ def get_config(variant: str = "hybrid"):
     config.data.context_items = 5
     config.model.width = 64
     config.objective.vectors = "both"
-    config.optimizer.warmup_steps = 100
     config.train.batch_rows = 16
     config.eval.validation_users = 4000
     if variant in ITEM_LEVEL:
@@ -51,11 +53,12 @@ def get_config(variant: str = "hybrid"):
         config.model.dropout = 0.5
         config.objective.chunk = 128  # logits that stay in a CPU's cache
         config.optimizer.learning_rate = 3e-3
-        config.optimizer.decay_steps = 1400
+        config.optimizer.warmup_steps = 128
+        config.optimizer.decay_steps = 1280
         config.optimizer.weight_decay = 0.3
-        config.train.steps = 1400
-        config.train.eval_every = 200
-        config.train.save_every = 200
+        config.train.steps = 1280  # 12 epochs
+        config.train.eval_every = 160
+        config.train.save_every = 160
         return config
     config.model.schedule = SCHEDULES[variant]
     config.model.heads = 4
@@ -63,6 +66,7 @@ def get_config(variant: str = "hybrid"):
     config.objective.text_layers = "leading" if parse_schedule(SCHEDULES[variant]).leading_intra else "all"
     config.objective.negatives = 512
     config.optimizer.learning_rate = 2e-3
+    config.optimizer.warmup_steps = 100
     config.optimizer.decay_steps = 2400
     config.train.steps = 2400
     config.train.eval_every = 300

@@ -85,7 +85,6 @@ class ModelConfig:
     norm_epsilon: float = 1e-6  # added to the mean square (rms) or the variance (layer)
     norm_offset: float = 0.0  # added to the scale of a norm
     positions: str = "rotary"  # rotary | learned
-    token_embeddings: str = "random"  # their start: random | svd (of the catalogue's tf-idf over tokens) | svd_frozen (not trained)
     max_positions: int = 0  # number of learned positions; 0: data.row_tokens
     rope_theta: float = 10000.0  # base of the rotary frequencies
     rope_scaling: str = "none"  # scaling of the rotary frequencies: none | linear | llama3
@@ -99,6 +98,7 @@ class ModelConfig:
     qk_norm: bool = False  # norm of queries and keys, per head
     scale_embedding: bool = True  # multiply token embeddings by sqrt(width), as in the original Transformer
     tie_tokens: bool = True  # the token objective's output embedding is the input embedding
+    token_embeddings: str = "random"  # start of token embeddings: random | svd (of the catalogue's tf-idf) | svd_frozen (not trained)
     item_input: str = "none"  # identity at the input, behind the leading intra layers: none | table (the item table's row) | own (a table)
     content_input: str = "state"  # content at the input of item-level layers: state (of the boundary token) | vector (as in item vectors)
     item_width: int = 0  # width of the item-level layers and of item vectors; 0: width

@@ -13,7 +13,7 @@ import numpy as np
 
 from iam_jax.devices.mesh import current_batch_shards, split_rows
 
-_ONE_PASS = 1 << 26  # numbers in a gradient that is kept from the forward pass to the backward pass: 256 MiB of float32
+_ONE_PASS = 1 << 22  # numbers in a gradient that is kept from the forward pass to the backward pass: 16 MiB of float32
 
 
 def cross_entropy(

@@ -109,7 +109,7 @@ class LogUniform(NamedTuple):
 
 # field -> LogUniform, or the list of its values. Several fields in one name get the same value. The first trial of every model is the
 # setting of its config, so it must be in the space.
-RATE = LogUniform(5e-4, 1e-2)
+RATE, DROPOUT = LogUniform(5e-4, 1e-2), (0.2, 0.3, 0.4, 0.5, 0.6)
 TOKEN_SPACE = {
     "optimizer.learning_rate": RATE,
     "model.dropout": (0.0, 0.1, 0.2, 0.3, 0.4),
@@ -117,18 +117,14 @@ TOKEN_SPACE = {
 }
 ITEM_SPACE = {
     "optimizer.learning_rate": RATE,
-    "model.dropout": (0.2, 0.3, 0.4, 0.5, 0.6),
+    "model.dropout": DROPOUT,
     "optimizer.weight_decay": (0.01, 0.03, 0.1, 0.3, 1.0),
 }
 VECTOR_SPACE = {**ITEM_SPACE, "data.vector_transform": ("none", "whiten")}
-TOWER_SPACE = {
-    "optimizer.learning_rate": RATE,
-    "model.item_dropout": (0.2, 0.3, 0.4, 0.5, 0.6),
-    "optimizer.weight_decay": (0.01, 0.03, 0.1, 0.3, 1.0),
-}
+TOWER_SPACE = {name.replace("model.dropout", "model.item_dropout"): values for name, values in ITEM_SPACE.items()}
 SASREC_SPACE = {
     "optimizer.learning_rate": RATE,
-    "model.dropout": (0.2, 0.3, 0.4, 0.5, 0.6),
+    "model.dropout": DROPOUT,
     "optimizer.weight_decay": (0.0, 0.01, 0.1, 0.3),
     "model.schedule": ("full*1", "full*2"),
     "model.width model.mlp_width": (64, 128),

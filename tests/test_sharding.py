@@ -212,7 +212,7 @@ def finetune_on(mesh_shape: tuple[int, int, int], folder: Path) -> dict:
     from iam_jax.training.step import init_state, make_train_step
 
     lora = LoraConfig(rank=2)
-    config = config_of(folder, "(full +intra)*2", row_tokens=24, lora=lora, frozen_dtype="bfloat16")
+    config = config_of(folder, "(full +intra +inter)*2", row_tokens=24, lora=lora, frozen_dtype="bfloat16")
     config = pretrained.configure(dataclasses.replace(config, data=dataclasses.replace(config.data, context_items=1)))
     config = dataclasses.replace(config, objective=dataclasses.replace(config.objective, token=0.5, chunk=64))
     prepared = tiny_data(users=40, items=10, vocabulary=pretrained.vocabulary(config).size + 1)

@@ -44,15 +44,14 @@ def test_a_training_step_compiles(benchmark, chip, mesh_shape):
 
 def test_temporaries_grow_like_the_length(benchmark):
     """With eight times the length, the kernel needs about eight times the memory (the compiler keeps parts of a short row on the chip).
-    The reference needs far more, already at four times the length: 11.9 times (15 before the softmax computed its gradient with its value,
-    which saves 2 of 12.4 GB at the greater length)."""
+    The reference needs far more, already at four times the length."""
 
     def temporaries(implementation, length):
         return benchmark.temporaries(benchmark.compile_step("v5p", (1, 1, 1), length, 2, attention=implementation))
 
     kernel = [temporaries("tpu", length) for length in (2048, 4096, 16384)]
     assert 3.5 < kernel[2] / kernel[1] < 4.6 and kernel[2] / kernel[0] < 10
-    assert temporaries("reference", 8192) / temporaries("reference", 2048) > 10
+    assert temporaries("reference", 8192) / temporaries("reference", 2048) > 12
 
 
 def test_adapters_of_a_pretrained_model(tmp_path):

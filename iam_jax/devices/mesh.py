@@ -81,6 +81,12 @@ def current_batch_shards() -> int:
     return 1 if mesh.empty or not set(BATCH_AXES) <= set(mesh.axis_names) else batch_shards(mesh)
 
 
+def current_platform() -> str:
+    """For use inside jit: the platform of the current mesh's devices, which need not be here; without a mesh, JAX's default."""
+    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    return getattr(device, "platform", None) or jax.default_backend()
+
+
 def split_rows(tree, axis: int):
     """For use inside jit: shards the rows along `axis` over the data and fsdp axes of the current mesh, if they are divisible.
 

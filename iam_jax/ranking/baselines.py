@@ -49,7 +49,7 @@ def rank_scores(scores: np.ndarray, target: np.ndarray, seen: Pairs | None = Non
     equal = (scores == own[:, None]).sum(1) - 1
     if seen is not None:
         row, item = others(*seen, target, scores.shape[1])
-        above, equal = count_candidates(above, equal, -1, row, scores[row, item], own)
+        above, equal = _count(above, equal, -1, row, scores[row, item], own)
     return above + 1, equal
 
 
@@ -126,11 +126,11 @@ class Counts:
         left, right = np.searchsorted(ordered, own, "left"), np.searchsorted(ordered, own, "right")
         above, equal = len(ordered) - right, right - left  # as if all items had their base scores
         row, entry = self._entries(last)
-        above, equal = count_candidates(above, equal, -1, row, self.base[self.item[entry]], own)
-        above, equal = count_candidates(above, equal, +1, row, self.score[entry], own)
+        above, equal = _count(above, equal, -1, row, self.base[self.item[entry]], own)
+        above, equal = _count(above, equal, +1, row, self.score[entry], own)
         if filter_seen:
             row, item = others(*histories(events, targets), target, len(self.base))
-            above, equal = count_candidates(above, equal, -1, row, self._lookup(last[row], item), own)
+            above, equal = _count(above, equal, -1, row, self._lookup(last[row], item), own)
         return above + 1, equal - 1  # the target itself is among the equal scores
 
     @functools.cached_property
@@ -188,25 +188,7 @@ class Neighbours:
         return np.concatenate(rank), np.concatenate(ties)
 
     def _ranks(self, events: Events, targets: np.ndarray, filter_seen: bool) -> Pairs:
-        target, items = events.item[targets].astype(np.int64), len(self.base)
-        key, score = self._scores(events, targets)
-        row, item = np.divmod(key, items)
-
-        def lookup(row: np.ndarray, item: np.ndarray) -> np.ndarray:
-            if not len(key):
-                return self.base[item]
-            wanted = row * items + item
-            place = np.minimum(np.searchsorted(key, wanted), len(key) - 1)
-            return np.where(key[place] == wanted, score[place], self.base[item])
-
-        own = lookup(np.arange(len(target)), target)
-        left, right = np.searchsorted(self._ordered, own, "left"), np.searchsorted(self._ordered, own, "right")
-        above, equal = count_candidates(items - right, right - left, -1, row, self.base[item], own)
-        above, equal = count_candidates(above, equal, +1, row, score, own)
-        if filter_seen:
-            row, item = others(*histories(events, targets), target, items)
-            above, equal = count_candidates(above, equal, -1, row, lookup(row, item), own)
-        return above + 1, equal - 1  # the target itself is among the equal scores
+        return ranks_by_entries(events, targets, filter_seen, self.base, self._ordered, *self._scores(events, targets))
 
     @functools.cached_property
     def _ordered(self) -> np.ndarray:
@@ -246,6 +228,40 @@ def last_item_transitions(events: Events) -> Counts:
     keys, count = np.unique(item[:-1][follows] * items + item[1:][follows], return_counts=True)
     last, item = np.divmod(keys, items)
     return Counts(base, np.searchsorted(last, np.arange(items + 1)), item, count * (base.max(initial=0) + 1) + base[item])
+
+
+def ranks_by_entries(
+    events: Events, targets: np.ndarray, filter_seen: bool, base: np.ndarray, ordered: np.ndarray, key: np.ndarray, score: np.ndarray
+) -> Pairs:
+    """Ranks without dense scores: most candidates have their base score, some an entry.
+
+    Args:
+      events, targets, filter_seen: as in `evaluate`.
+      base: [items] int64; ordered: the same, sorted.
+      key: [m] int64, ascending: row * items + item of each entry.
+      score: [m] int64, the scores of the entries.
+
+    Returns:
+      rank [n] and ties [n], int64.
+    """
+    target, items = events.item[targets].astype(np.int64), len(base)
+    row, item = np.divmod(key, items)
+
+    def lookup(row: np.ndarray, item: np.ndarray) -> np.ndarray:
+        if not len(key):
+            return base[item]
+        wanted = row * items + item
+        place = np.minimum(np.searchsorted(key, wanted), len(key) - 1)
+        return np.where(key[place] == wanted, score[place], base[item])
+
+    own = lookup(np.arange(len(target)), target)
+    left, right = np.searchsorted(ordered, own, "left"), np.searchsorted(ordered, own, "right")
+    above, equal = _count(items - right, right - left, -1, row, base[item], own)
+    above, equal = _count(above, equal, +1, row, score, own)
+    if filter_seen:
+        row, item = others(*histories(events, targets), target, items)
+        above, equal = _count(above, equal, -1, row, lookup(row, item), own)
+    return above + 1, equal - 1  # the target itself is among the equal scores
 
 
 def item_knn(events: Events, k: int = 100, decay: float = 0.8, last: int = 50) -> Neighbours:
@@ -325,7 +341,7 @@ def others(row: np.ndarray, item: np.ndarray, target: np.ndarray, items: int) ->
     return row[different], item[different]
 
 
-def count_candidates(above: np.ndarray, equal: np.ndarray, sign: int, row: np.ndarray, score: np.ndarray, own: np.ndarray) -> Pairs:
+def _count(above: np.ndarray, equal: np.ndarray, sign: int, row: np.ndarray, score: np.ndarray, own: np.ndarray) -> Pairs:
     """Adds candidates with the given rows and scores to the counts of each row (sign +1), or subtracts them (sign −1)."""
     own_score, rows = own[row], len(own)
     return (

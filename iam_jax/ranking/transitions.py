@@ -24,7 +24,7 @@ from scipy import sparse
 
 from iam_jax.data.splits import TRAIN, Events, users_of
 from iam_jax.ranking import baselines
-from iam_jax.ranking.baselines import Pairs, count_candidates, expand, histories, others, sums_by_key
+from iam_jax.ranking.baselines import Pairs, expand, histories, ranks_by_entries, sums_by_key
 
 Matrix = Any  # a sparse.csr_array, whose attributes its annotations lack
 
@@ -94,27 +94,11 @@ class HistorySums:
         return above + 1, at_least - above - 1
 
     def _sparse_ranks(self, events: Events, targets: np.ndarray, filter_seen: bool) -> Pairs:
-        target, items = events.item[targets].astype(np.int64), len(self.base)
         sums = self._history(events, targets) @ self.matrix
         sums.sort_indices()
         row, item = np.repeat(np.arange(len(targets)), np.diff(sums.indptr)), sums.indices.astype(np.int64)
-        key, score = row * items + item, self.base[item] + sums.data.astype(np.int64)
-
-        def lookup(row: np.ndarray, item: np.ndarray) -> np.ndarray:
-            if not len(key):
-                return self.base[item]
-            wanted = row * items + item
-            place = np.minimum(np.searchsorted(key, wanted), len(key) - 1)
-            return np.where(key[place] == wanted, score[place], self.base[item])
-
-        own = lookup(np.arange(len(target)), target)
-        left, right = np.searchsorted(self._ordered, own, "left"), np.searchsorted(self._ordered, own, "right")
-        above, equal = count_candidates(items - right, right - left, -1, row, self.base[item], own)
-        above, equal = count_candidates(above, equal, +1, row, score, own)
-        if filter_seen:
-            row, item = others(*histories(events, targets), target, items)
-            above, equal = count_candidates(above, equal, -1, row, lookup(row, item), own)
-        return above + 1, equal - 1  # the target itself is among the equal scores
+        score = self.base[item] + sums.data.astype(np.int64)
+        return ranks_by_entries(events, targets, filter_seen, self.base, self._ordered, row * len(self.base) + item, score)
 
     @functools.cached_property
     def _ordered(self) -> np.ndarray:

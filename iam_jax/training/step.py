@@ -29,7 +29,8 @@ def init_state(run: Run) -> dict:
         return select(run.model.init(key), lambda name: name not in given | run.frozen_names)
 
     def place(make: Callable, *args) -> dict:
-        # On a CPU, XLA's default level takes many seconds to compile the random generators, and they run no faster.
+        # On a CPU, XLA's default level takes many seconds to compile the random generators, and they run no faster. A level in XLA_FLAGS
+        # is the user's choice.
         chosen = "xla_backend_optimization_level" in os.environ.get("XLA_FLAGS", "")
         options = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" and not chosen else None
         return jax.jit(make, out_shardings=param_sharding(run.mesh, jax.eval_shape(make, *args)), compiler_options=options)(*args)

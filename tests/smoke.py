@@ -39,6 +39,7 @@ SMOKE = {
     "devices/__init__.py": "test_sharding.py::test_remaining_devices_go_to_data",
     "devices/chips.py": "test_flops.py::test_chips_by_device_kind",
     "devices/distributed.py": "test_distributed.py::test_facts_that_differ_are_named",
+    "devices/memory.py": "test_memory.py::test_only_where_there_are_only_cpus",
     "devices/mesh.py": "test_sharding.py::test_sizes_that_do_not_divide_are_replicated",
     "devices/signals.py": "test_main.py::test_a_thread_that_never_ends_does_not_block_a_stopped_program",
     "devices/topology.py": "test_plan.py::test_unknown_topologies",

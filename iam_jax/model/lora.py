@@ -5,6 +5,7 @@ one, is query_NH, and its adapter is query_lora_DL and query_lora_LNH (L: the ad
 """
 
 import itertools
+import math
 import re
 from typing import Any
 
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from iam_jax.config import LoraConfig
+from iam_jax.devices.mesh import current_platform
 from iam_jax.errors import InputError
 
 _ADAPTER = re.compile(r"(.+)_lora_([A-Z]+)L$")
@@ -46,10 +48,20 @@ def _maps(name: str) -> tuple[str, str, str, str]:
     return (stem, axes, "D", axes[1:]) if axes[0] == "D" else (stem, axes, axes[:-1], axes[-1])
 
 
+def _product(x: jax.Array, matrix: jax.Array, inputs: int) -> jax.Array:
+    """x [B, T, …] times a matrix, summed over the last `inputs` axes of x and the first ones of the matrix."""
+    if current_platform() != "cpu":
+        return jnp.tensordot(x, matrix, inputs)
+    # For the gradient of a matrix, XLA on CPUs would first transpose an operand with several axes, which takes longer than the product.
+    size = math.prod(matrix.shape[:inputs])
+    y = x.reshape(-1, size) @ matrix.reshape(size, -1)
+    return y.reshape(*x.shape[: x.ndim - inputs], *matrix.shape[inputs:])
+
+
 def linear(module: Any, name: str, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
     """x [B, T, …] times the module's matrix `name`, plus its bias and its adapter if there are any. key: for the adapter's dropout."""
-    stem, axes, inputs, outputs = _maps(name)
-    y = jnp.einsum(f"BT{inputs},{axes}->BT{outputs}", x, getattr(module, name)[...].astype(x.dtype))
+    stem, _, inputs, outputs = _maps(name)
+    y = _product(x, getattr(module, name)[...].astype(x.dtype), len(inputs))
     if (bias := getattr(module, f"{stem}_{outputs}", None)) is not None:
         y = y + bias[...].astype(x.dtype)
     if (down := getattr(module, f"{stem}_lora_{inputs}L", None)) is not None:

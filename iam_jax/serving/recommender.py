@@ -20,6 +20,7 @@ from iam_jax.data.batches import evaluation_rows
 from iam_jax.data.catalogue import Catalogue
 from iam_jax.data.histories import Lists, Users, table_of_lists, with_targets
 from iam_jax.data.stored import Stored, decoded_texts, read_stored
+from iam_jax.devices.memory import keep_freed_memory
 from iam_jax.devices.mesh import batch_shards
 from iam_jax.errors import InputError
 from iam_jax.model import Model, Params
@@ -64,6 +65,7 @@ def load(workdir: str | Path, step: str | int = "best", overrides: Mapping[str, 
     config = loading.shape_from_folder(folder, config, saved=True)
     stored = read_stored(folder, config.data)
     checkpoints = Checkpoints(folder, config.train.keep, config.selection, read_only=True)
+    keep_freed_memory()
     model, mesh = loading.model_of(config, stored), loading.serving_mesh(config)
     with jax.set_mesh(mesh):
         number, params = loading.restore(checkpoints, str(step), config, model, mesh)

@@ -21,11 +21,11 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # the workers of pytest-xdist inher
     os.environ["XDG_CACHE_HOME"] = _FOLDER
     os.environ["JAX_COMPILATION_CACHE_DIR"] = f"{_FOLDER}/compiled"  # commands in subprocesses compile the same functions
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
-    os.environ |= {"MALLOC_ARENA_MAX": "1", "MALLOC_TRIM_THRESHOLD_": f"{2**30}", "MALLOC_MMAP_THRESHOLD_": f"{2**30}"}  # fewer page faults
     # Compiling takes most of the suite's time, and what is compiled runs but a few times. XLA ends a program whose flags it does not know;
     # libtpu reads them too, and is to compile as it does outside the tests.
-    fast = ["--xla_backend_optimization_level=0", "--xla_cpu_use_fusion_emitters=false"] if find_spec("libtpu") is None else []
-    for chosen in (fast, fast[:1], fast[1:]):
+    fast = ["xla_backend_optimization_level=0", "xla_cpu_use_fusion_emitters=false", "xla_cpu_parallel_codegen_split_count=1"]
+    fast = [f"--{flag}" for flag in fast] if find_spec("libtpu") is None else []
+    for chosen in (fast, *([flag for flag in fast if flag != unknown] for unknown in fast)):
         more = {"XLA_FLAGS": " ".join([*filter(None, [os.environ.get("XLA_FLAGS")]), *chosen])}
         if not subprocess.run([sys.executable, "-c", "import jax; jax.devices()"], env=os.environ | more, capture_output=True).returncode:
             os.environ |= more

@@ -18,6 +18,7 @@ import ml_collections
 from iam_jax import config_files
 from iam_jax.config import CONFIG_FILE, Config, flatten, get_config, override, resolve, to_json
 from iam_jax.devices import distributed
+from iam_jax.devices.memory import keep_freed_memory
 from iam_jax.devices.signals import Signals
 from iam_jax.errors import InputError
 from iam_jax.registry import SOURCES
@@ -249,6 +250,7 @@ def opened(
     Raises:
       InputError: if the data, the config or the folder is invalid. Nothing is written then.
     """
+    keep_freed_memory()
     start = time.time() if start is None else start
     if not create and not (workdir / CONFIG_FILE).exists():
         raise InputError(f"{workdir}: no run there")

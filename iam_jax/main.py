@@ -40,6 +40,7 @@ from ml_collections import config_flags  # noqa: E402
 from iam_jax import api, config_files  # noqa: E402
 from iam_jax import config as config_lib  # noqa: E402
 from iam_jax.devices import distributed  # noqa: E402
+from iam_jax.devices.memory import keep_freed_memory  # noqa: E402
 from iam_jax.devices.signals import Signals  # noqa: E402
 from iam_jax.errors import InputError, JobError, NonFiniteError  # noqa: E402
 from iam_jax.storage.files import to_path, write_atomically  # noqa: E402
@@ -301,6 +302,7 @@ def _run_with_permissions(signals: Signals) -> None:
 
 
 def _main(_: list[str]) -> None:
+    keep_freed_memory()
     signals = Signals()
     signals.install()
     try:

@@ -17,7 +17,7 @@ print(keep_freed_memory())
 import jax, jax.numpy as jnp
 call = jax.jit(lambda x: jnp.sort(jnp.sort(jnp.sort(x, axis=0), axis=1), axis=0).sum())
 x = jnp.arange(2**23, dtype=jnp.float32).reshape(2**10, -1)
-for _ in range(2):
+for _ in range(5):  # the heap grows to the size of a call
     call(x).block_until_ready()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(3):

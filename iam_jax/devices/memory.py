@@ -4,9 +4,9 @@ import ctypes
 import importlib.util
 import os
 
-# Parameters of mallopt(3): M_TRIM_THRESHOLD and M_MMAP_THRESHOLD in bytes, above the size of all arrays; M_ARENA_MAX, since the arenas of
-# XLA's threads hold at most 64 MiB.
-_OPTIONS = {-1: 2**30, -3: 2**30, -8: 1}
+# Parameters of mallopt(3): M_TRIM_THRESHOLD, never; M_MMAP_THRESHOLD, the largest number of bytes that there is; M_ARENA_MAX, since the
+# arenas of XLA's threads hold at most 64 MiB.
+_OPTIONS = {-1: -1, -3: 2**31 - 1, -8: 1}
 _VARIABLES = ("GLIBC_TUNABLES", "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_ARENA_MAX")  # of users who set them otherwise
 
 
@@ -14,8 +14,8 @@ def keep_freed_memory() -> bool:
     """Keeps freed memory for the next arrays, if JAX has only CPUs to compute on. Returns whether it does.
 
     XLA allocates the intermediate arrays of a CPU program anew in every call. By default glibc gives large ones back to the system at once,
-    and then each of their pages costs a fault again, which can take a third of a training step. Call it before JAX starts its threads. It
-    changes nothing with another C library, or if the environment sets glibc's options.
+    and then each of their pages costs a fault again, which can take half of a training step. Call it before libraries start threads, since
+    arenas that exist stay in use. It changes nothing with another C library, or if the environment sets one of these options.
     """
     if not _only_cpus() or any(name in os.environ for name in _VARIABLES):
         return False

@@ -23,7 +23,6 @@ from iam_jax.data.catalogue import Catalogue
 from iam_jax.data.histories import Users, read_candidates, read_users
 from iam_jax.data.stored import Stored, add_items, read_stored
 from iam_jax.devices import distributed
-from iam_jax.devices.memory import keep_freed_memory
 from iam_jax.devices.signals import Signals
 from iam_jax.errors import InputError
 from iam_jax.ranking.core import Report
@@ -210,7 +209,6 @@ class _Scorer:
 
 def _model(workdir: Path, config: Config, request: ScoreRequest, stored: Stored) -> _Scorer:
     checkpoints = Checkpoints(workdir, config.train.keep, config.selection, read_only=True)
-    keep_freed_memory()
     model, mesh = model_of(config, stored), serving_mesh(config)
     with jax.set_mesh(mesh):  # first, because another checkpoint replaces a damaged one, and the request depends on it
         step, params = restore(checkpoints, request.step, config, model, mesh)

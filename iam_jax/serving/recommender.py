@@ -60,12 +60,12 @@ def load(workdir: str | Path, step: str | int = "best", overrides: Mapping[str, 
       InputError: if the folder has no run or no such checkpoint, if its files are damaged or do not belong together, if an override is
         not allowed, or if the weight of a fusion is missing.
     """
+    keep_freed_memory()
     folder = to_path(str(workdir))
     config = resolve(override(get_config(str(folder)), overrides))
     config = loading.shape_from_folder(folder, config, saved=True)
     stored = read_stored(folder, config.data)
     checkpoints = Checkpoints(folder, config.train.keep, config.selection, read_only=True)
-    keep_freed_memory()
     model, mesh = loading.model_of(config, stored), loading.serving_mesh(config)
     with jax.set_mesh(mesh):
         number, params = loading.restore(checkpoints, str(step), config, model, mesh)

@@ -178,7 +178,9 @@ def step_flops(run: Run) -> StepFlops:
     calls = [(shape, pairs, batch_rows, layers[leading:], again)]
     if leading:
         item_rows = len(batch["leading"]["user"])
-        calls.append((config.model, visible_pairs(batch["leading"]), item_rows, layers[:leading], again + (parts > 1)))
+        calls.append(
+            (config.model, visible_pairs(batch["leading"]), item_rows, layers[:leading], again + objectives.recomputes_items(parts))
+        )
     count, checkpointed = _texts(config, run.items, batch)
     if count:
         of_text = layers[: config.schedule.leading_intra] if config.objective.text_layers == "leading" else layers

@@ -15,7 +15,6 @@ from iam_jax.config import Config
 from iam_jax.data.batches import Batch, Rows, training_rows
 from iam_jax.data.item_rows import DistinctItems, chunks, entry_slots, without_items
 from iam_jax.data.prepare import Prepared
-from iam_jax.devices.memory import keep_freed_memory
 from iam_jax.devices.mesh import batch_shards, make_mesh
 from iam_jax.errors import InputError
 from iam_jax.kernels.range_attention import choose_implementation
@@ -69,7 +68,6 @@ def make_run(config: Config, prepared: Prepared, devices: Sequence[jax.Device] |
 
     Raises InputError if there is nothing to train on, or if the config does not suit the devices or an objective.
     """
-    keep_freed_memory()
     catalogue, data = prepared.catalogue, config.data
     objectives.check(config)
     _check_attention(config, jax.default_backend() if devices is None else devices[0].platform)

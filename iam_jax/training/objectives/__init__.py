@@ -14,6 +14,7 @@ import jax
 
 from iam_jax.config import Config
 from iam_jax.data.item_rows import chunks
+from iam_jax.devices.mesh import current_platform
 from iam_jax.model.network import Network
 from iam_jax.registry import Registry
 from iam_jax.training.objectives.item import ITEM, TrainingItems, draw, make_training_items, summed_up
@@ -95,7 +96,15 @@ def _leading(network: Network, config: Config, batch: dict, key: jax.Array | Non
         return None
     parts = config.optimizer.accumulate
     key = None if key is None else jax.random.fold_in(key, 0)
-    return network.leading_states(batch["leading"], chunks(parts), key, recompute=parts > 1)
+    return network.leading_states(batch["leading"], chunks(parts), key, recompute=recomputes_items(parts))
+
+
+def recomputes_items(parts: int) -> bool:
+    """Whether the backward pass computes the leading layers of a batch's items again. parts: `optimizer.accumulate`.
+
+    On a CPU it always does: to store and read the activations of all items takes longer there than to compute them again.
+    """
+    return parts > 1 or current_platform() == "cpu"
 
 
 def counts(batch: dict) -> dict:

@@ -17,7 +17,7 @@ FEW = ("--config.eval.test=false", "--config.eval.baselines=false", "--config.ev
 # Fields that this launcher sets, beside those of the search spaces. A flag for them would make budgets unequal.
 SET_HERE = (
     "train.steps", "train.seed", "train.eval_every", "train.save_every", "train.patience", "train.max_minutes", "optimizer.decay_steps",
-    "optimizer.warmup_steps", "eval.test", "eval.metric",
+    "optimizer.warmup_steps", "eval.test", "eval.metric", "eval.fusion",
 )  # fmt: skip
 
 
@@ -38,7 +38,8 @@ def command(
     """Returns (working folder, flags) of a trial or a run."""
     file, changes = models.config_of(plan, data, model)
     fields = changes | setting | schedule(steps) | {"train.seed": seed}
-    return workdir, commands.command(workdir, file, [*overrides(fields), *(FEW if trial else ()), *plan.rest])
+    more = FEW if trial else (f"--config.eval.fusion={models.FUSION}",)
+    return workdir, commands.command(workdir, file, [*overrides(fields), *more, *plan.rest])
 
 
 def schedule(steps: int) -> dict[str, object]:

@@ -172,6 +172,7 @@ MODELS = {
     "hybrid_smollm": Model("hybrid (SmolLM2)", "tower", TOWER_SPACE, needs="pretrained"),
 }
 BASE, SASREC = "ordinary", "sasrec"  # every row is compared with these two
+FUSION = "transitions"  # eval.fusion of every run: the baseline whose score is added, with a weight that is chosen on validation
 
 
 def config_of(plan: Plan, data: str, model: str) -> tuple[str, dict[str, Any]]:

@@ -13,8 +13,8 @@ one of the two, both comparisons use this search.
 Epochs and minutes become steps by a calibration at the start, in which the models take turns. A run then has a fixed number of steps, also
 on a busy machine. Minutes are training steps only, without compilation and validations. Warm-up, decay and eight validations are at the
 same fractions of a run for every model. Text vectors are taken after the leading intra layers if the schedule has any, else after all
-layers (`-- --config.objective.text_layers=all` makes all models over tokens alike). The best step by validation is evaluated. Baselines
-need no training; they are those of the first finished run.
+layers (`-- --config.objective.text_layers=all` makes all models over tokens alike). The best step by validation is evaluated, alone and
+fused with smoothed transitions (eval.fusion). Baselines need no training; they are those of the first finished run.
 
 After an interruption, or for other models, more seeds or more trials, run the command again: it keeps finished runs and trials and
 continues the others. The table is written after every search and run, and by --table without running anything. It contains all data sets,

@@ -9,7 +9,7 @@ import budgets
 import commands
 import models
 import numpy as np
-from models import BASE, DATASETS, MODELS, SASREC, VALIDATIONS, Budget, Plan
+from models import BASE, DATASETS, FUSION, MODELS, SASREC, VALIDATIONS, Budget, Plan
 from search import METRIC, Search
 
 from iam_jax.errors import InputError
@@ -26,6 +26,7 @@ COST = {  # name in the table -> format
     "minutes measured": ".1f",
     "s per step": ".3f",
 }
+FUSED = f" + {FUSION}"  # after the name of a model: its runs, fused with the baseline
 ORACLE = "oracle"  # the best possible score of the synthetic shop, which is not a baseline
 MARK = "†"  # of rows with another number of trials, seeds or steps than the budget says
 
@@ -74,7 +75,8 @@ class Results:
           {data set: {"split_sha256", "protocol", "best_baseline", "searches": {budget of a trial: {model: trials}},
           "comparisons": {budget of a run: {model or baseline: row}}}}. The row of a model contains its setting, seeds, diverged seeds, test
           metrics by seed, mean and sd over seeds, the paired differences over common seeds, its cost by seed, and reasons why its
-          budget is not that of the comparison. The row is None if nothing has been run.
+          budget is not that of the comparison. The row is None if nothing has been run. The row of a model and FUSED has the metrics of its
+          fused runs, and the difference to the model as well.
         """
         out = {}
         for data in (data for data in DATASETS if data in self.plan.data or (self.plan.folder / data).is_dir()):
@@ -136,7 +138,8 @@ class Results:
             if row:
                 found = part[model][0] and budgets.measured(self.plan, data, model, part[model][0]["setting"])
                 row["unequal"] = unequal(self.plan, budget, row, trials[model], seeds, found)
-        for name in [name for name in source.evaluation["results"] if name != "model"] if source else []:
+        rows |= {f"{model}{FUSED}": row for model in MODELS if (row := self._fused_row(rows.get(model), runs.get(model, {}), against))}
+        for name in [name for name in source.evaluation["results"] if name not in ("model", "fusion")] if source else []:
             test, own = source.evaluation["results"][name].get("test"), source.baseline(name)
             if test:
                 differences = {
@@ -149,15 +152,10 @@ class Results:
 
     def _row(self, data: str, model: str, trial: dict, runs: dict[int, compare.Finished]) -> dict:
         found = budgets.measured(self.plan, data, model, trial["setting"])
-        by_seed = {seed: run.evaluation["results"]["model"]["test"] for seed, run in runs.items()}
-        values = {metric: np.array([test[metric] for test in by_seed.values()]) for metric in METRICS}
         return {
             "chosen": trial["trial"],
             "setting": trial["setting"],
-            "seeds": list(by_seed),
-            "test": by_seed,
-            "mean": {metric: float(value.mean()) for metric, value in values.items()},
-            "sd": {metric: float(value.std(ddof=1)) if len(value) > 1 else None for metric, value in values.items()},
+            **_metrics(runs, "model"),
             "cost": {
                 seed: {
                     "parameters": run.cost["parameters"],
@@ -172,6 +170,14 @@ class Results:
             },
         }
 
+    def _fused_row(self, own: dict | None, runs: Runs, against: dict[str, Any]) -> dict | None:
+        """The row of a model's runs that are fused with a baseline; None without one. own: the row of the model."""
+        fused = {seed: ranked for seed, run in runs.items() if (ranked := run.baseline("fusion"))}
+        if not fused:
+            return None
+        difference = {name: self._compare(fused, other) for name, other in (against | {"model": runs}).items() if other}
+        return _metrics(fused, "fusion") | {"diverged": [], "difference": difference, "unequal": (own or {}).get("unequal")}
+
     def _open(self, workdir: Path) -> compare.Finished:
         key = workdir, (workdir / "evaluation.json").stat().st_mtime_ns
         if key not in self._read:
@@ -185,6 +191,18 @@ class Results:
         if key not in self._compared:
             self._compared[key] = compare.over_seeds(one, other)
         return self._compared[key]
+
+
+def _metrics(runs: Runs, name: str) -> dict:
+    """Seeds, test metrics by seed, and their mean and deviation. name: model | fusion."""
+    by_seed = {seed: run.evaluation["results"][name]["test"] for seed, run in runs.items()}
+    values = {metric: np.array([test[metric] for test in by_seed.values()]) for metric in METRICS}
+    return {
+        "seeds": list(by_seed),
+        "test": by_seed,
+        "mean": {metric: float(value.mean()) for metric, value in values.items()},
+        "sd": {metric: float(value.std(ddof=1)) if len(value) > 1 else None for metric, value in values.items()},
+    }
 
 
 def _column(run: compare.Finished) -> int:
@@ -249,9 +267,10 @@ def _comparison(rows: dict, best: str | None) -> list[str]:
     head += [*(f"{METRIC.upper()} minus {other}" for other in others.values()), *COST]
     lines, notes = _table(head), []
     for name, row in rows.items():
-        title = MODELS[name].title if name in MODELS else name
+        model, fused = name.removesuffix(FUSED), FUSED * name.endswith(FUSED)
+        title = MODELS[model].title + fused if model in MODELS else name
         if row and row.get("unequal"):
-            notes.append(f"{title}: {'; '.join(row['unequal'])}.")
+            notes += [] if fused else [f"{title}: {'; '.join(row['unequal'])}."]
             title = f"{title} {MARK}"
         lines.append("| " + " | ".join([title, *_cells(row, others)]) + " |")
     if notes:
@@ -274,10 +293,10 @@ def _cells(row: dict | None, others: dict) -> list[str]:
     if "seeds" not in row:  # a baseline
         return ["", "", *(f"{row['mean'][metric]:.4f}" for metric in METRICS), *between, *[""] * len(COST)]
     shown = [f"{row['mean'][m]:.4f}" + (f" ± {row['sd'][m]:.4f}" if row["sd"][m] is not None else "") for m in METRICS]
-    cost = list(row["cost"].values())
-    costs = [format(float(np.mean([one[name] for one in cost])), form) for name, form in COST.items()]
+    cost = list(row.get("cost", {}).values())
+    costs = [format(float(np.mean([one[name] for one in cost])), form) if cost else "" for name, form in COST.items()]
     seeds = ", ".join(map(str, row["seeds"])) + f"; {lost}" * bool(lost)
-    return [setting_text(row["setting"]), seeds, *shown, *between, *costs]
+    return [setting_text(row.get("setting", {})), seeds, *shown, *between, *costs]
 
 
 def _trials(result: dict, plan: Plan, budget: Budget) -> list[str]:

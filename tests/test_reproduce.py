@@ -79,14 +79,15 @@ class Runner:
         text = log.read_text()
         shutil.rmtree(workdir)
         cost = {"parameters": 10, "trained": 10, "steps": int(steps), "tokens_seen": 100 * (seed + 1), "minutes": 0.5}
-        # Two users: the first at rank 1, or 2 for SASRec; the second at rank 1 + seed.
+        # Two users: the first at rank 1, or 2 for SASRec; the second at rank 1 + seed. Fused, both are at rank 1.
+        fused = {"fusion": [1, 1]} if "config.eval.fusion" in values else {}
         write_run(
             workdir,
             [2 if model == "sasrec" else 1, 1 + seed],
             protocol=SAME,
             cost=cost,
             ks=(1, 10),
-            baselines={"far": [9, 1], "top": [2, 1]},
+            baselines={"far": [9, 1], "top": [2, 1]} | fused,
         )
         log.write_text(text)
         path = workdir / "evaluation.json"
@@ -94,7 +95,8 @@ class Runner:
         results = evaluation["results"]
         results["model"]["validation"]["ndcg@10"] = quality
         del results["popularity"]
-        for name, value, ranks in (("far", 0.2, [9, 1]), ("top", 0.4, [2, 1]), ("oracle", 0.9, [1, 1])):
+        ranked = (("far", 0.2, [9, 1]), ("top", 0.4, [2, 1]), ("oracle", 0.9, [1, 1]))
+        for name, value, ranks in (*((name, 0.95, ranks) for name, ranks in fused.items()), *ranked):
             summary = metrics.summarize(np.arange(2), np.array(ranks), np.zeros(2, int), np.zeros(2, bool), (1, 10), 200, 7)
             results[name] = {"validation": {"ndcg@10": value}, "test": summary}
         path.write_text(json.dumps(evaluation))
@@ -157,7 +159,7 @@ def test_equal_minutes(launch, runner, tmp_path):
     rows = table(tmp_path)
     assert list(rows)[1:] == [
         *(launch.models.MODELS[model].title for model in launch.models.MODELS if not launch.models.MODELS[model].needs),
-        "far", "top", "oracle",
+        "ordinary attention + transitions", "SASRec + transitions", "far", "top", "oracle",
     ]  # fmt: skip
     for name, values in {"ordinary attention": [1, (1 + GAIN) / 2], "SASRec": [(GAIN + 1) / 2, GAIN]}.items():
         assert rows[name][2] == f"{np.mean(values):.4f} ± {np.std(values, ddof=1):.4f}"
@@ -174,6 +176,13 @@ def test_equal_minutes(launch, runner, tmp_path):
     low, high = FAR - 1, (1 - GAIN) / 2
     assert rows["far"][4] == f"{(low + high) / 2:+.4f} [{low:+.4f}, {high:+.4f}]" and rows["far"][:2] == ["", ""]
     assert rows["far"][5] == f"{(FAR - GAIN) / 2:+.4f} [{FAR - GAIN:+.4f}, +0.0000]" and rows["top"][5] == ""
+    # Fused, the second user is at rank 1 with both seeds, instead of 1 and 2; the first does not change.
+    low, high = 0, (1 - GAIN) / 2
+    fused = rows["ordinary attention + transitions"]
+    assert fused[:3] == ["", "0, 1", "1.0000 ± 0.0000"] and fused[7:] == [""] * 7
+    assert fused[4] == f"{(low + high) / 2:+.4f} [{low:+.4f}, {high:+.4f}]"
+    stored = saved(tmp_path)["comparisons"]["8minutes"]
+    assert stored["ordinary + transitions"]["difference"]["model"]["ndcg@10"] == pytest.approx((low + high) / 2)
     assert rows["item-aware attention"] == [""] * 14 and saved(tmp_path)["comparisons"]["8minutes"]["iam"] is None
 
     trials = saved(tmp_path)["searches"]["2minutes"]["sasrec"]
@@ -432,7 +441,8 @@ def test_unequal_rows_are_marked(launch, runner, tmp_path):
     assert launch.reproduce.main(arguments(tmp_path, "--minutes=8", "--seeds", "0", models=["no_inter"])) == 75
     markdown = (tmp_path / "runs" / "reproduction.md").read_text()
     assert "- item-aware attention: 1 of 2 seeds." in markdown and "- without inter: 1 of 2 trials." in markdown
-    assert [name for name in table(tmp_path) if "†" in name] == ["item-aware attention †", "without inter †"]
+    marked = ["item-aware attention †", "without inter †", "item-aware attention + transitions †"]
+    assert [name for name in table(tmp_path) if "†" in name] == marked
     # A run whose number of steps is not that of the budget, and trials of an epoch that is shorter than eight steps.
     run = next((tmp_path / "runs" / "demo" / "sasrec").glob("8minutes-*-seed1")) / "run.json"
     run.write_text(json.dumps(json.loads(run.read_text()) | {"steps": 480}))

@@ -50,7 +50,7 @@ class DataConfig:
     prompt: str = ""  # text before the first item of every history
     separator: str = ""  # text before every item; it belongs to that item
     suffix: str = ""  # text after the last item of a history; the next item is predicted from its end
-    vectors: str = ""  # content vectors of the items: a Parquet file (item, vector) or a folder of them | tfidf (of their text)
+    vectors: str = ""  # content vectors of the items: a Parquet file (item, vector) or folder of them | tfidf (of text) | tfidf+FILE
     vector_size: int = 256  # tfidf: length of a vector
     vector_transform: str = "none"  # none | center | whiten: zero mean, and identity covariance, over the items with a training event
     row_tokens: int = 512  # token slots in a row; several users share one row
@@ -326,11 +326,18 @@ FREE_FIELDS = (
 )  # fmt: skip
 
 
+def vector_sources(vectors: str) -> tuple[bool, str]:
+    """What `data.vectors` names: whether vectors are computed from the items' text, and the path of given vectors, or ""."""
+    words = vectors == "tfidf" or vectors.startswith("tfidf+")
+    return words, vectors.removeprefix("tfidf").removeprefix("+") if words else vectors
+
+
 def run_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
     """The fields that are equal in all runs of a working folder, given all fields (`flatten`): without FREE_FIELDS and the number of steps,
     and with "a path" for the path of vectors."""
     kept = {name: value for name, value in fields.items() if not name.startswith(FREE_FIELDS) and name != "train.steps"}
-    return kept | ({} if kept["data.vectors"] in ("", "tfidf") else {"data.vectors": "a path"})
+    words, path = vector_sources(kept["data.vectors"])
+    return kept | ({"data.vectors": "tfidf+a path" if words else "a path"} if path else {})
 
 
 def default_config() -> ml_collections.ConfigDict:

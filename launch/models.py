@@ -44,7 +44,7 @@ class Plan:
     trials: int
     comparisons: dict[Budget, Budget]  # budget of a run -> budget of a trial
     paths: dict[str, str] = dataclasses.field(default_factory=dict)  # data set -> data.path
-    vectors: dict[str, str] = dataclasses.field(default_factory=dict)  # data set -> data.vectors of hybrid_minilm
+    vectors: dict[str, str] = dataclasses.field(default_factory=dict)  # data set -> file of data.vectors of hybrid_minilm, hybrid_both
     pretrained: str = ""  # model.pretrained of hybrid_smollm
     rest: tuple[str, ...] = ()  # flags of every training command
     dry_run: bool = False
@@ -169,6 +169,14 @@ MODELS = {
     "hybrid_full": Model("hybrid (tf-idf), ordinary attention", "item", ITEM_SPACE, "| full*2", {**TFIDF, **BOTH}),
     "hybrid_text": Model("hybrid (text from scratch)", "item", ITEM_SPACE, "intra*2 | inter*2", BOTH),
     "hybrid_minilm": Model("hybrid (MiniLM)", "item", VECTOR_SPACE, "| inter*2", BOTH, needs="vectors"),
+    "hybrid_both": Model(
+        "hybrid (tf-idf and MiniLM)",
+        "item",
+        ITEM_SPACE,
+        "| inter*2",
+        {"data.vectors": "tfidf+", "data.vector_transform": "center", **BOTH},
+        needs="vectors",
+    ),
     "hybrid_smollm": Model("hybrid (SmolLM2)", "tower", TOWER_SPACE, needs="pretrained"),
 }
 BASE, SASREC = "ordinary", "sasrec"  # every row is compared with these two
@@ -206,7 +214,7 @@ def _config_of(plan: Plan, data: str, model: str) -> tuple[str, dict[str, Any], 
     elif chosen.kind == "item":
         changes |= {**ITEM_LEVEL, **dataset.item_level, "model.schedule": chosen.schedule, **chosen.changes}
         if chosen.needs == "vectors":
-            changes["data.vectors"] = plan.vectors.get(data, "")
+            changes["data.vectors"] = chosen.changes.get("data.vectors", "") + plan.vectors.get(data, "")
     elif chosen.kind == "sasrec":
         file, width = "amazon_toys_sasrec.py", base["model.width"]
         changes |= {name: base[name] for name in SHARED} | {"data.row_tokens": dataset.row_tokens}

@@ -72,7 +72,7 @@ def parse(argv: list[str]) -> tuple[Plan, bool]:
     parser.add_argument("--trial_epochs", type=float, help="epochs per trial; default: a quarter of --epochs")
     parser.add_argument("--trial_minutes", type=float, help="minutes of training steps per trial; default: a quarter of --minutes")
     parser.add_argument("--path", nargs="*", default=[], help="DATA=DIR: --config.data.path of a data set")
-    parser.add_argument("--vectors", nargs="*", default=[], help="DATA=FILE: content vectors for hybrid_minilm")
+    parser.add_argument("--vectors", nargs="*", default=[], help="DATA=FILE: content vectors for hybrid_minilm and hybrid_both")
     parser.add_argument("--pretrained", default="", help="the Hugging Face folder for hybrid_smollm")
     parser.add_argument("--folder", type=Path, default=Path("runs") / "reproduce", help="folder of all runs and of the table")
     parser.add_argument("--dry-run", action="store_true", help="print the commands without running them")

@@ -334,8 +334,8 @@ def test_tfidf_of_the_catalogue(config, tmp_path, tokenizer):
     prepared.content.save(tmp_path)
     stored = Vectors.load(tmp_path)
     same(stored, prepared.content)
-    np.testing.assert_allclose(stored.of_texts(texts[:2]), prepared.vectors[:2], atol=1e-6)
-    longer = stored.extended(stored.of_texts(["red lamp"]))
+    np.testing.assert_allclose(stored.of_new(texts[:2], None, ""), prepared.vectors[:2], atol=1e-6)
+    longer = stored.extended(stored.of_new(["red lamp"], None, ""))
     assert longer.of_items.shape == (5, 2) and (longer.of_items[:4] == prepared.vectors).all()
     same(prepare(config).content, prepared.content)
     for change in ({"vector_size": 1}, {"text": "{title} by {brand}"}):
@@ -416,12 +416,47 @@ def test_vectors_of_new_texts(config, tmp_path):
     pl.DataFrame(NEW).drop("vector").write_csv(tmp_path / "new.csv")
     added, _ = add_items(stored, config, tmp_path / "new.csv")
     np.testing.assert_array_equal(added.vectors[:4], prepare(config).vectors)
-    np.testing.assert_array_equal(added.vectors[4:], stored.content.of_texts(["blue lantern", "red lamp"]))
+    np.testing.assert_array_equal(added.vectors[4:], stored.content.of_new(["blue lantern", "red lamp"], None, ""))
     reader = Reader(dataclasses.replace(make_config(), data=config), stored)
     read = reader.histories([["a", {"text": " red  lamp"}], [{"text": "blue lantern"}]])
     assert read.users.events.item.tolist() == [1, 4, 5]
     np.testing.assert_allclose(read.new_vectors, added.vectors[[5, 4]], atol=1e-6)
     assert reader.histories([["a"]]).new_vectors is None
+
+
+def test_computed_and_given_vectors_in_a_row(config, tmp_path):
+    """Each part has the variance 1 over the items with a training event, so that neither outweighs the other."""
+    texts = ["blue lamp", "red lantern", "blue kettle", "red & blue lantern lamp"]
+    titled = dict(zip(IDS, texts, strict=True))
+    write(tmp_path / "data", "items", COLUMNS["items"], [(item, titled[item], brand) for item, _, brand in ITEMS])
+    both = dataclasses.replace(config, vectors=f"tfidf+{config.vectors}", vector_size=2, vector_transform="center")
+    prepared, parts = prepare(both), []
+    trained = prepared.events.train_counts > 0
+    for part in (fit_words(texts, 2)[0].vectors(texts).astype(np.float64), X.astype(np.float64)):
+        part -= part[trained].mean(0)
+        parts.append(part / np.sqrt((part[trained] ** 2).sum(1).mean()))
+    np.testing.assert_allclose(prepared.vectors, np.concatenate(parts, axis=1), atol=1e-6)
+    assert prepared.content.given == 3 and prepare(config).content.given == 3
+    assert len({prepare(dataclasses.replace(both, vectors=one)).content.sha256 for one in (both.vectors, config.vectors, "tfidf")}) == 3
+
+    stored = stored_of(both, tmp_path / "run")
+    same(stored.content, prepared.content)
+    pl.DataFrame(NEW).write_parquet(tmp_path / "new.parquet")
+    added, _ = add_items(stored, both, tmp_path / "new.parquet")
+    assert added.item_ids[4:].to_list() == ["c", "z"]
+    expected = stored.content.of_new(["blue lantern", "red lamp"], np.array([[4, 5, 6.5], [1, 2, 3]], np.float32), "")
+    np.testing.assert_array_equal(added.vectors[4:], expected)
+    alone = stored.content.of_new(["red lamp"], np.array([[4, 5, 6.5]], np.float32), "")[0]  # each part depends on its own source
+    np.testing.assert_allclose(alone, [*expected[1, :2], *expected[0, 2:]], atol=1e-6)
+    reader = Reader(dataclasses.replace(make_config(), data=both), stored)
+    read = reader.histories([["a", {"text": "blue lantern", "vector": [4.0, 5.0, 6.5]}]])
+    np.testing.assert_allclose(read.new_vectors[0], expected[0], atol=1e-6)
+    with pytest.raises(InputError, match=r"its vector has 2 numbers, but the vectors of the model's items have 3$"):
+        reader.histories([[{"text": "lamp", "vector": [1, 2]}]])
+    with pytest.raises(InputError, match=r"^new\.csv: new items of this model need a column 'vector'"):
+        add_items(stored, both, "new.csv")
+    with pytest.raises(InputError, match=r"config\.data\.vectors = 'absent\.parquet': no such file"):
+        prepare(dataclasses.replace(config, vectors="tfidf+absent.parquet"))
 
 
 def test_histories_with_new_vectors(config, tmp_path):
@@ -448,7 +483,7 @@ def test_histories_with_new_vectors(config, tmp_path):
 
 def test_lengths_of_assumed_data(config, tmp_path):
     assumption = Assumption(items=1000, item_length=5, users=10, events=5)
-    for vectors, size in ((config.vectors, 3), ("tfidf", 256), ("", None)):
+    for vectors, size in ((config.vectors, 3), ("tfidf", 256), (f"tfidf+{config.vectors}", 259), ("", None)):
         prepared, _ = assume(dataclasses.replace(config, vectors=vectors), assumption, 300)
         assert (None if prepared.vectors is None else prepared.vectors.shape) == (size and (1000, size))
 

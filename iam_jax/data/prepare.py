@@ -11,14 +11,14 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from iam_jax.config import DataConfig
+from iam_jax.config import DataConfig, vector_sources
 from iam_jax.data import tables as tables_lib
 from iam_jax.data.cache import cache_root, cached_folder
 from iam_jax.data.catalogue import Catalogue, catalogue_texts, has_text, make_catalogue
 from iam_jax.data.sources import SOURCES, Source
 from iam_jax.data.splits import Events, Split, as_strings, facts_of, make_split, note_of, shuffle_training
 from iam_jax.data.tokenizer import Vocabulary, load_given
-from iam_jax.data.vectors import TFIDF, Vectors, item_vectors, vector_files
+from iam_jax.data.vectors import Vectors, item_vectors, vector_files
 from iam_jax.errors import InputError
 
 _VERSION = 2  # of the cached files
@@ -52,8 +52,9 @@ def prepare(config: DataConfig, given: Vocabulary | None = None) -> Prepared:
     """
     cache = cache_root(config.cache)
     load_given(config.tokenizer, given)  # a wrong path is found before the data is read and anything is written
-    if config.vectors not in ("", TFIDF):
-        vector_files(config.vectors)
+    from_text, path = vector_sources(config.vectors)
+    if path:
+        vector_files(path)
     split = read_split(config)
     catalogue = make_catalogue(split.items, config, cache, given)
     longest = int(catalogue.item_lengths.max(initial=0))
@@ -65,7 +66,7 @@ def prepare(config: DataConfig, given: Vocabulary | None = None) -> Prepared:
         )
     content = None
     if config.vectors:
-        texts = catalogue_texts(split.items, config) if config.vectors == TFIDF else []
+        texts = catalogue_texts(split.items, config) if from_text else []
         content = item_vectors(config, split.items["item"], texts, split.events.train_counts > 0, cache)
         split = dataclasses.replace(split, notes=(*split.notes, *content.notes))
     return Prepared(split, catalogue, content)

@@ -96,15 +96,15 @@ def _read_vectors(workdir: Path, config: DataConfig, items: int, sha256: str | N
 def add_items(stored: Stored, config: DataConfig, path: str | Path) -> tuple[Stored, list[str]]:
     """The catalogue with the items of a table (`item`, then text columns) added, and notes to print.
 
-    If the vectors of the catalogue's items are from a file, the table is a Parquet file with a column `vector`, too; vectors that were
-    computed from text are computed from the new items' texts.
+    If the vectors of the catalogue's items are from a file, the table is a Parquet file with a column `vector`, too; vectors, or parts of
+    them, that were computed from text are computed from the new items' texts.
 
     Raises InputError for items that are in the catalogue already, for repeated items, for items without text (data.untitled), for vectors
     that `read_vectors` refuses or that have another length, and if the model reads ids.
     """
     if not stored.catalogue.tokenizer_json:
         raise InputError(f"{path}: the model reads item ids (config.data.tokenizer = 'id'), and a new item has none")
-    given = stored.content is not None and stored.content.words is None
+    given = stored.content is not None and stored.content.given > 0
     if given and Path(path).suffix != ".parquet":
         raise InputError(f"{path}: new items of this model need a column 'vector' (config.data.vectors), which only .parquet files have")
     table, notes = read_table(path, ("item",), others=True, without=["vector"] if given else []), []
@@ -136,11 +136,9 @@ def add_items(stored: Stored, config: DataConfig, path: str | Path) -> tuple[Sto
     item_ids = pl.concat([stored.item_ids, ids.gather(chosen)])
     trained = np.append(stored.trained, np.zeros(len(entries), bool))
     content = stored.content
-    if content is not None and given:
-        raw, _ = read_vectors([Path(path)], ids.gather(chosen))
-        content = content.extended(content.of_raw(raw, f"{path}: column 'vector'"))
-    elif content is not None:
-        content = content.extended(content.of_texts([texts[row] for row in chosen]))
+    if content is not None:
+        vectors = read_vectors([Path(path)], ids.gather(chosen))[0] if given else None
+        content = content.extended(content.of_new([texts[row] for row in chosen], vectors, f"{path}: column 'vector'"))
     return Stored(item_ids, stored.catalogue.extended(entries), trained, stored.known, content), notes
 
 

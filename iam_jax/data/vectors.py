@@ -1,6 +1,7 @@
-"""Content vectors of items (`data.vectors`): given in a Parquet file by any encoder, or computed from the catalogue's text.
+"""Content vectors of items (`data.vectors`): given in a Parquet file by any encoder, computed from the catalogue's text, or both.
 
-A file has the columns `item` and `vector`, and `--mode=score --vectors` writes such files.
+A file has the columns `item` and `vector`, and `--mode=score --vectors` writes such files. With both, a vector is the computed one and the
+given one in a row, each divided by its standard deviation, (E |x - m|^2)^(1/2) over the items that have a training event.
 
 The vectors can be centred or whitened (`data.vector_transform`). With the mean m and the covariance C = Q diag(l) Q^T of the items that
 have a training event, a vector x becomes
@@ -26,7 +27,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from iam_jax.config import DataConfig
+from iam_jax.config import DataConfig, vector_sources
 from iam_jax.data.cache import cached_folder
 from iam_jax.data.catalogue import shuffled_rows
 from iam_jax.data.splits import codes
@@ -39,7 +40,6 @@ from iam_jax.storage.files import write_atomically
 _VERSION = 1  # of the cached files
 VECTORS_FILE = "vectors.npy"  # [I, P] float32
 TRANSFORM_FILE = "vectors.npz"  # everything else of `Vectors`
-TFIDF = "tfidf"
 FLOOR = 1e-5
 _PART = re.compile(r"part-\d+-of-(\d+)\.parquet")
 _FLOATS = tuple(getattr(pl, name) for name in ("Float16", "Float32", "Float64") if hasattr(pl, name))
@@ -55,7 +55,13 @@ class Vectors:
     notes: tuple[str, ...] = ()  # printed lines
     mean_P: np.ndarray | None = None  # float64; None: neither centred nor whitened
     matrix_PP: np.ndarray | None = None  # float64; None: not whitened
-    words: Words | None = None  # None: from a file
+    words: Words | None = None  # None: from a file alone
+    scale_2: np.ndarray | None = None  # float64, of the computed and of the given part; None: there is one part only
+
+    @property
+    def given(self) -> int:
+        """Number of numbers that a file must have for each item; 0: vectors are computed from text alone."""
+        return self.of_items.shape[1] - (0 if self.words is None else self.words.right_WP.shape[1])
 
     def transform(self, raw: np.ndarray) -> np.ndarray:
         """[n, P] float32: vectors as a file has them, centred or whitened as those of the catalogue."""
@@ -67,17 +73,16 @@ class Vectors:
             out[rows] = x if self.matrix_PP is None else x @ self.matrix_PP
         return out
 
-    def of_texts(self, texts: Sequence[str]) -> np.ndarray:
-        """[n, P] float32: the vectors of items with these texts. Only if the vectors are computed from text (`words`)."""
-        assert self.words is not None
-        return self.transform(self.words.vectors(texts))
+    def of_new(self, texts: Sequence[str], given: np.ndarray | None, name: str) -> np.ndarray:
+        """[n, P] float32: the vectors of new items.
 
-    def of_raw(self, raw: np.ndarray, name: str) -> np.ndarray:
-        """`transform`, after a check of the length. name: of the vectors, for the error. Raises InputError."""
-        size = self.of_items.shape[1]
-        if raw.shape[1] != size:
-            raise InputError(f"{name} has {raw.shape[1]:,} numbers, but the vectors of the model's items have {size:,}")
-        return self.transform(raw)
+        texts: theirs; ignored if no vector is computed from text. given: their vectors [n, `given`] from a file; None without any. name: of
+        the given vectors, for the error. Raises InputError if their length is wrong.
+        """
+        if given is not None and given.shape[1] != self.given:
+            raise InputError(f"{name} has {given.shape[1]:,} numbers, but the vectors of the model's items have {self.given:,}")
+        computed = [] if self.words is None else [self.words.vectors(texts)]
+        return self.transform(_joined([*computed, *([] if given is None else [given])], self.scale_2))
 
     def extended(self, new: np.ndarray) -> "Vectors":
         """With the vectors of further items [n, P], already transformed, after those of the catalogue."""
@@ -87,7 +92,13 @@ class Vectors:
         """Writes VECTORS_FILE and TRANSFORM_FILE. Each is complete or absent."""
         words = self.words
         facts = {"sha256": self.sha256, "notes": self.notes, "words": words and words.words}
-        arrays = {"mean": self.mean_P, "matrix": self.matrix_PP, "idf": words and words.idf_W, "right": words and words.right_WP}
+        arrays = {
+            "mean": self.mean_P,
+            "matrix": self.matrix_PP,
+            "scale": self.scale_2,
+            "idf": words and words.idf_W,
+            "right": words and words.right_WP,
+        }
         arrays["facts"] = np.frombuffer(json.dumps(facts).encode(), np.uint8)
 
         def write(path: Path, save, *args, **kwargs) -> None:
@@ -108,7 +119,8 @@ class Vectors:
             of_items = np.load(_source(path), mmap_mode=None if remote.is_remote(path) else "r")
             facts = json.loads(found["facts"].tobytes())
             words = None if facts["words"] is None else Words(facts["words"], found["idf"], found["right"])
-            return cls(of_items, facts["sha256"], tuple(facts["notes"]), found.get("mean"), found.get("matrix"), words)
+            notes, arrays = tuple(facts["notes"]), (found.get("mean"), found.get("matrix"))
+            return cls(of_items, facts["sha256"], notes, *arrays, words, found.get("scale"))
         except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
             reason = str(getattr(error, "strerror", None) or error).partition("\n")[0]
             raise InputError(f"{folder}: {VECTORS_FILE} or {TRANSFORM_FILE} cannot be read: {reason}") from error
@@ -124,7 +136,7 @@ def item_vectors(config: DataConfig, ids: pl.Series, texts: Sequence[str], train
     Args:
       config: the section `data`, with `vectors` set.
       ids: [I] String, the ids of the items in the order of the catalogue.
-      texts: the items' texts, if config.vectors = "tfidf".
+      texts: the items' texts, if vectors are computed from them.
       trained: [I] bool, whether an item has a training event: `center` and `whiten` use the statistics of these items.
       cache: the folder of prepared data.
 
@@ -133,36 +145,56 @@ def item_vectors(config: DataConfig, ids: pl.Series, texts: Sequence[str], train
         the file or the field, and the first items.
     """
     order = shuffled_rows(len(ids)) if config.shuffled_titles else None
-    if config.vectors == TFIDF:
-        source, files = [TFIDF, config.vector_size, list(texts)], []  # the caller has permuted the texts
-    else:
-        files = vector_files(config.vectors)
-        source = ["file", [_file_hash(path) for path in files], order is not None]
+    from_text, path = vector_sources(config.vectors)
+    files = vector_files(path) if path else []
+    sources: list[list] = []
+    if from_text:
+        sources.append(["tfidf", config.vector_size, list(texts)])  # the caller has permuted the texts
+    if path:
+        sources.append(["file", [_file_hash(file) for file in files], order is not None])
     trained_hash = hashlib.sha256(np.ascontiguousarray(trained, bool).tobytes()).hexdigest()
-    identity = [_VERSION, source, config.vector_transform, ids.to_list(), trained_hash]
+    identity = [_VERSION, sources if len(sources) > 1 else sources[0], config.vector_transform, ids.to_list(), trained_hash]
     digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
 
     def make():
-        words = None
-        if config.vectors == TFIDF:
+        words, parts, notes = None, [], []
+        if from_text:
             words, notes = fit_words(texts, config.vector_size)
-            raw = words.vectors(texts)
-        else:
-            raw, notes = read_vectors(files, ids)
-            raw = raw if order is None else raw[order]
-            notes = [f"data.vectors: {raw.shape[1]:,} numbers per item", *notes]
+            parts.append(words.vectors(texts))
+        if path:
+            given, more = read_vectors(files, ids)
+            parts.append(given if order is None else given[order])
+            notes += [f"data.vectors: {given.shape[1]:,} numbers per item", *more]
+        scale_2 = np.array([_scale(part, trained) for part in parts]) if len(parts) > 1 else None
+        raw = _joined(parts, scale_2)
         mean_P, matrix_PP, more = statistics(raw, trained, config.vector_transform)
-        vectors = Vectors(raw, digest, (*notes, *more), mean_P, matrix_PP, words)
+        vectors = Vectors(raw, digest, (*notes, *more), mean_P, matrix_PP, words, scale_2)
         return dataclasses.replace(vectors, of_items=vectors.transform(raw)).save
 
     return Vectors.load(cached_folder(cache / f"vectors-{digest[:32]}", make))
+
+
+def _joined(parts: Sequence[np.ndarray], scales: np.ndarray | None) -> np.ndarray:
+    """[n, P] float32: the parts of vectors in a row, times their scales; a single part as it is."""
+    if scales is None:
+        (single,) = parts
+        return single
+    return np.concatenate([part * np.float32(scale) for part, scale in zip(parts, scales, strict=True)], axis=1)
+
+
+def _scale(part: np.ndarray, trained: np.ndarray) -> float:
+    """1 / (E |x - m|^2)^(1/2) over the items with a training event; 1 if their vectors are equal."""
+    rows, size = np.flatnonzero(trained), part.shape[1]
+    mean_P = sum((part[block].sum(0, dtype=np.float64) for block in _parts(rows, size)), np.zeros(size)) / len(rows)
+    variance = sum(float(np.square(part[block] - mean_P).sum()) for block in _parts(rows, size)) / len(rows)
+    return variance**-0.5 if variance > 0 else 1.0
 
 
 # ---- files
 
 
 def vector_files(given: str) -> list[Path]:
-    """The Parquet files of config.data.vectors, a file or a folder. Raises InputError if there is none, or if parts are missing."""
+    """The Parquet files of a path in config.data.vectors, a file or a folder. Raises InputError if one is missing."""
     path, field = Path(given).expanduser(), f"config.data.vectors = {given!r}"
     if path.is_dir():
         files = sorted(file for file in path.glob("*.parquet") if not file.name.startswith("."))
@@ -183,12 +215,14 @@ def vector_files(given: str) -> list[Path]:
 
 def vector_length(config: DataConfig) -> int:
     """The length of the items' vectors, without reading them all. Raises InputError if there is no file or no vector."""
-    if config.vectors == TFIDF:
-        return config.vector_size
-    path = vector_files(config.vectors)[0]
+    from_text, given = vector_sources(config.vectors)
+    computed = config.vector_size if from_text else 0
+    if not given:
+        return computed
+    path = vector_files(given)[0]
     for _, vectors in _vector_blocks(_scan(path), path, 1):
         if len(vectors) and vectors[0] is not None:
-            return len(vectors[0])
+            return computed + len(vectors[0])
     raise InputError(f"{path}: column 'vector': no vector in the first row")
 
 

@@ -31,7 +31,7 @@ class Reader:
 
     def __init__(self, config: Config, stored: Stored):
         self._config, self._stored = config, stored
-        self._given = stored.content is not None and stored.content.words is None
+        self._given = stored.content is not None and stored.content.given > 0
         self._row = {item: row for row, item in enumerate(stored.item_ids.to_list())}
 
     def row(self, item: object, name: str = "item") -> int:
@@ -78,15 +78,16 @@ class Reader:
         content = self._stored.content
         if content is None:
             return None
-        if content.words is not None:
-            return content.of_texts([" ".join(item["text"].split()) for item in items])
         vectors = np.empty((len(items), content.of_items.shape[1]), np.float32)
         for n, (name, item) in enumerate(zip(names, items, strict=True)):
-            raw = np.asarray(item["vector"]) if is_list(item["vector"]) else np.zeros(0, object)
-            if raw.ndim != 1 or raw.dtype.kind not in "iuf":
-                raise TypeError(f"{name}: its vector must be a list of numbers")
-            with np.errstate(over="ignore"):  # a number beyond float32 becomes infinite
-                vectors[n] = content.of_raw(raw[None].astype(np.float32), f"{name}: its vector")
+            given = None
+            if self._given:
+                raw = np.asarray(item["vector"]) if is_list(item["vector"]) else np.zeros(0, object)
+                if raw.ndim != 1 or raw.dtype.kind not in "iuf":
+                    raise TypeError(f"{name}: its vector must be a list of numbers")
+                with np.errstate(over="ignore"):  # a number beyond float32 becomes infinite
+                    given = raw[None].astype(np.float32)
+            vectors[n] = content.of_new([" ".join(item["text"].split())], given, f"{name}: its vector")
             if not np.isfinite(vectors[n]).all():
                 raise InputError(f"{name}: its vector has a number that is not finite in float32")
         return vectors

@@ -1,30 +1,35 @@
-"""Your own two tables: item-aware attention over the items' text.
+"""Your own two tables: a hybrid of content and identity, or item-aware attention over the tokens of the items' text.
 
     python -m iam_jax.main --config=configs/table.py --config.data.path=DIR --workdir=runs/mine
+    python -m iam_jax.main --config=configs/table.py:iam --config.data.path=DIR --workdir=runs/mine-iam
 
 DIR holds `interactions.csv` (user, item, timestamp) and `items.csv` (item, then text columns); .tsv, .csv.gz, .tsv.gz and
-.parquet work, too. `--config.data.text="{title} | {brand}"` chooses the columns that make an item's text, and
-`--config.data.item_tokens` how many tokens of it are kept. docs/tutorial.md goes through it step by step.
+.parquet work, too. `--config.data.text="{title} | {brand}"` chooses the columns that make an item's text. docs/tutorial.md goes through it
+step by step.
 
-Cost: grows with the number of tokens in all histories. Result: depends on your data; amazon_toys.py (19,124 users, 11,758 items with
-short titles, a smaller model) gives an idea of both.
+`hybrid` (the default): inter layers over one state per item, tf-idf of the text plus a table row. Vectors of an encoder of your own are
+better than, or a good addition to, tf-idf: --config.data.vectors=FILE, or tfidf+FILE. `iam`: item-aware attention over tokens, as in the
+paper; `--config.data.item_tokens` is how many tokens of a text are kept.
+
+Cost: grows with the number of events; amazon_toys.py (19,124 users, 11,758 items) and ml1m.py (a million events) give an idea. Result:
+depends on your data. The hybrid was better than the variant over tokens on all data sets that were measured (docs/results.md).
 """
 
 from iam_jax.config import default_config
+from iam_jax.errors import InputError
 
 
-def get_config():
+def get_config(variant: str = "hybrid"):
+    if variant not in ("hybrid", "iam"):
+        raise InputError(f"table.py:{variant}: the variants are hybrid, iam")
     config = default_config()
     config.data.source = "table"
     config.data.text = "{title}"
     config.data.item_tokens = 16
     config.data.row_tokens = 256
     config.data.context_items = 5
-    config.model.schedule = "intra inter"
     config.model.width = 64
-    config.model.heads = 4
     config.objective.vectors = "both"
-    config.optimizer.learning_rate = 2e-3
     config.optimizer.decay_steps = 4000
     config.train.steps = 4000
     config.train.batch_rows = 16
@@ -32,4 +37,19 @@ def get_config():
     config.train.save_every = 400
     config.train.patience = 3
     config.eval.validation_users = 5000
+    if variant == "iam":
+        config.model.schedule = "intra inter"
+        config.model.heads = 4
+        config.optimizer.learning_rate = 2e-3
+        return config
+    config.data.vectors = "tfidf"
+    config.data.row_items = 64
+    config.model.schedule = "| inter*2"
+    config.model.item_input = "table"
+    config.model.content_input = "vector"
+    config.model.heads = 1
+    config.model.dropout = 0.5
+    config.objective.chunk = 128  # logits that stay in a CPU's cache
+    config.optimizer.learning_rate = 3e-3
+    config.optimizer.weight_decay = 0.3
     return config

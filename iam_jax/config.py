@@ -51,7 +51,7 @@ class DataConfig:
     separator: str = ""  # text before every item; it belongs to that item
     suffix: str = ""  # text after the last item of a history; the next item is predicted from its end
     vectors: str = ""  # content vectors of the items: a Parquet file (item, vector) or folder of them | tfidf (of text) | tfidf+FILE
-    vector_size: int = 256  # tfidf: length of a vector
+    vector_size: int = 256  # tfidf: length of a vector, at most what the catalogue allows
     vector_transform: str = "none"  # none | center | whiten: zero mean, and identity covariance, over the items with a training event
     row_tokens: int = 512  # token slots in a row; several users share one row
     row_items: int = 256  # with item-level layers (the mark | in model.schedule): item slots in a row of histories

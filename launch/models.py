@@ -84,11 +84,11 @@ class DataSet(NamedTuple):
 
 DATASETS = {
     "toys": DataSet("amazon_toys.py:iam", 1),
-    "scientific": DataSet("amazon_scientific.py", 1, 64, SMALL, SMALL),
+    "scientific": DataSet("amazon_scientific.py:iam", 1, 64, SMALL, SMALL),
     "arts": DataSet("amazon_arts.py", 2),
     "grocery": DataSet("amazon_grocery.py", 2),
     "cellphones": DataSet("amazon_cellphones.py", 2),
-    "ml1m": DataSet("ml1m.py", 2, 256, LONG, {"model.dropout": 0.2}),  # the published dropout of SASRec on ML-1M
+    "ml1m": DataSet("ml1m.py:iam", 2, 256, LONG, {"model.dropout": 0.2}),  # the published dropout of SASRec on ML-1M
     "demo": DataSet("demo.py", 1, item_level={"data.vector_size": 32}),  # its titles have few words
 }
 # Fields that SASRec and the tower take from the config of a data set: the protocol and the sizes of evaluation.

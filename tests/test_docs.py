@@ -284,7 +284,12 @@ def test_python_of_a_page_runs(page, request, tmp_path, monkeypatch, registries)
         shutil.copytree(request.getfixturevalue("demo"), tmp_path / "runs" / "demo")
     if any("iam_jax.train" in code for _, code in blocks):
         train = iam_jax.train
-        monkeypatch.setattr(iam_jax, "train", lambda config, workdir, overrides=None: train(config, workdir, SMALL | (overrides or {})))
+
+        def small_train(config, workdir, overrides=None):
+            states = {"model.item_states": "auto"} if config == "table" else {}  # item-level layers need them
+            return train(config, workdir, SMALL | states | (overrides or {}))
+
+        monkeypatch.setattr(iam_jax, "train", small_train)
     monkeypatch.chdir(tmp_path)
     names = {"__name__": page}
     for line, code in blocks:

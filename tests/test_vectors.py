@@ -312,12 +312,13 @@ def test_tfidf_equals_a_slow_twin(titles):
     assert not words.vectors(new)[2:].any()
     again, _ = fit_words(texts, 5)
     np.testing.assert_array_equal(words.right_WP, again.right_WP)
-    with pytest.raises(
-        InputError,
-        match=r"^config\.data\.vector_size = 61: the catalogue's 61 items with \d+ words of two .* most \d+$",
-    ):
-        fit_words(texts, 61)
-    with pytest.raises(InputError, match=r"1 items with 0 words of two or more items allow at most 0$"):
+    most, notes = fit_words(texts, 61)
+    found = re.fullmatch(
+        r"data\.vectors: (\d+) instead of 61 singular vectors: the catalogue's 61 items with (\d+) words .* most (\d+)", notes[1]
+    )
+    count, of_words, limit = map(int, found.groups())
+    assert count == limit == min(61, of_words) - 1 and most.right_WP.shape == (of_words, count) and len(most.words) == of_words
+    with pytest.raises(InputError, match=r"^config\.data\.vectors = 'tfidf': .*1 items with 0 words of two or more items allow at most 0$"):
         fit_words(["lamp !"], 1)
 
 

@@ -43,11 +43,11 @@ def words_of(text: str) -> list[str]:
 
 
 def fit_words(texts: Sequence[str], size: int) -> tuple[Words, list[str]]:
-    """The words of a catalogue with `size` right singular vectors, and notes to print.
+    """The words of a catalogue with `size` right singular vectors, or all that there are, and notes to print.
 
     Words of one item alone are left out: they do not affect its similarity to others, and would be half of the vocabulary.
 
-    Raises InputError if the matrix has too few rows or columns.
+    Raises InputError if there is none.
     """
     lists = [words_of(text) for text in texts]
     items_with = Counter(word for text in lists for word in set(text))
@@ -55,15 +55,19 @@ def fit_words(texts: Sequence[str], size: int) -> tuple[Words, list[str]]:
     row = {word: n for n, word in enumerate(words)}
     counts = _counts([[row[word] for word in text if word in row] for text in lists], len(words))
     most = min(counts.shape) - 1
+    notes = []
     if size > most:
         few = f"the catalogue's {len(texts):,} items with {len(words):,} words of two or more items allow at most {max(most, 0):,}"
-        raise InputError(f"config.data.vector_size = {size}: {few}")
+        if most < 1:
+            raise InputError(f"config.data.vectors = 'tfidf': no singular vector: {few}")
+        notes.append(f"data.vectors: {most:,} instead of {size:,} singular vectors: {few}")
+        size = most
     idf_W = _idf(counts)
     matrix = _tfidf(counts, idf_W)
     values, right_WP = _right_vectors(matrix, size)
     share = (values**2).sum() / (matrix.data**2).sum()
     note = f"data.vectors: tf-idf of {len(words):,} words; {size:,} singular vectors hold {share:.0%} of its squared norm"
-    return Words(words, idf_W, right_WP.astype(np.float32)), [note]
+    return Words(words, idf_W, right_WP.astype(np.float32)), [note, *notes]
 
 
 def token_svd(catalogue: Catalogue, width: int, seed: int = 0) -> np.ndarray:

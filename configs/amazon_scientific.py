@@ -9,7 +9,7 @@ Variants with a state per item: `hybrid` (the default), inter layers over tf-idf
 ordinary attention. Variant over tokens, as in the paper: `iam`.
 
 Cost: half a minute on one CPU core. Result (2026-11-30, mean of seeds 0, 1, 2 of launch/reproduce.py), 2,928 users, 1,585 items: test
-NDCG@10 0.1104, and 0.1137 with `--mode=evaluate --config.eval.fusion=transitions` after it; smoothed transitions 0.1028, item-kNN 0.1014.
+NDCG@10 0.1104, and 0.1136 with `--mode=evaluate --config.eval.fusion=transitions` after it; smoothed transitions 0.1028, item-kNN 0.1014.
 """
 
 from iam_jax.config import default_config

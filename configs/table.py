@@ -7,12 +7,12 @@ DIR holds `interactions.csv` (user, item, timestamp) and `items.csv` (item, then
 .parquet work, too. `--config.data.text="{title} | {brand}"` chooses the columns that make an item's text. docs/tutorial.md goes through it
 step by step.
 
-`hybrid` (the default): inter layers over one state per item, tf-idf of the text plus a table row. Vectors of an encoder of your own are
-better than, or a good addition to, tf-idf: --config.data.vectors=FILE, or tfidf+FILE. `iam`: item-aware attention over tokens, as in the
-paper; `--config.data.item_tokens` is how many tokens of a text are kept.
+`hybrid` (the default): inter layers over one state per item, tf-idf of the text plus a table row. An encoder's vectors can replace tf-idf
+(--config.data.vectors=FILE) or be added to it (tfidf+FILE); on two data sets they were not better. `iam`: item-aware attention over tokens,
+as in the paper; `--config.data.item_tokens` is how many tokens of a text are kept.
 
 Cost: grows with the number of events; amazon_toys.py (19,124 users, 11,758 items) and ml1m.py (a million events) give an idea. Result:
-depends on your data. The hybrid was better than the variant over tokens on all data sets that were measured (docs/results.md).
+depends on your data. On Amazon Toys and on the synthetic shop the hybrid is better than the variant over tokens (docs/results.md).
 """
 
 from iam_jax.config import default_config

@@ -44,6 +44,7 @@ def check(config: "Config") -> None:
     require(data.context_items >= 1, "data.context_items", "must be 1 or more, because a target is predicted from the item before it")
     require(data.vector_size >= 1, "data.vector_size", "must be 1 or more")
     choice("data.vector_transform", data.vector_transform, "none", "center", "whiten")
+    require(data.vectors != "tfidf+", "data.vectors", "a path must follow tfidf+")
     transform = bool(data.vectors) or data.vector_transform == "none"
     require(transform, "data.vector_transform", "needs data.vectors")
     require(data.row_tokens >= 2, "data.row_tokens", "must be 2 or more")

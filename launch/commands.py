@@ -57,8 +57,9 @@ def _has(workdir: Path, end: str) -> bool:
 
 
 def _relevant(flags: list[str]) -> list[str]:
-    """Sorts the flags, without those for the location of the data and for logging, which do not change the results."""
-    return sorted(flag for flag in flags if not flag.startswith(("--config.data.path=", "--config.data.cache=", "--config.log.")))
+    """Sorts the flags, without those that do not change a model's results: for the location of the data, logging and fusion."""
+    free = ("--config.data.path=", "--config.data.cache=", "--config.log.", "--config.eval.fusion=")
+    return sorted(flag for flag in flags if not flag.startswith(free))
 
 
 def shell_line(flags: list[str]) -> str:

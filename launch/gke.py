@@ -1,7 +1,7 @@
 """Starts a run on a TPU slice of a GKE cluster, as a JobSet (gke/jobset.yaml) or with xpk.
 
     docker build -f launch/gke/Dockerfile -t IMAGE . && docker push IMAGE
-    python launch/gke.py NAME --image=IMAGE --topology=v5e:4x4 [--spot] -- --config=configs/ml1m.py --workdir=gs://BUCKET/ml1m
+    python launch/gke.py NAME --image=IMAGE --topology=v5e:4x4 [--spot] -- --config=configs/ml1m.py:iam --workdir=gs://BUCKET/ml1m
     kubectl logs -f -l jobset.sigs.k8s.io/jobset-name=NAME,batch.kubernetes.io/job-completion-index=0
     kubectl delete jobset NAME                                      # SIGTERM: the run saves and ends
 

@@ -214,7 +214,7 @@ def _config_of(plan: Plan, data: str, model: str) -> tuple[str, dict[str, Any], 
     elif chosen.kind == "item":
         changes |= {**ITEM_LEVEL, **dataset.item_level, "model.schedule": chosen.schedule, **chosen.changes}
         if chosen.needs == "vectors":
-            changes["data.vectors"] = chosen.changes.get("data.vectors", "") + plan.vectors.get(data, "")
+            changes["data.vectors"] = chosen.changes.get("data.vectors", "") + plan.vectors.get(data, "FILE")
     elif chosen.kind == "sasrec":
         file, width = "amazon_toys_sasrec.py", base["model.width"]
         changes |= {name: base[name] for name in SHARED} | {"data.row_tokens": dataset.row_tokens}

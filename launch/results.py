@@ -176,7 +176,11 @@ class Results:
         if not fused:
             return None
         difference = {name: self._compare(fused, other) for name, other in (against | {"model": runs}).items() if other}
-        return _metrics(fused, "fusion") | {"diverged": [], "difference": difference, "unequal": (own or {}).get("unequal")}
+        return _metrics(fused, "fusion") | {
+            "diverged": (own or {}).get("diverged", []),
+            "difference": difference,
+            "unequal": (own or {}).get("unequal"),
+        }
 
     def _open(self, workdir: Path) -> compare.Finished:
         key = workdir, (workdir / "evaluation.json").stat().st_mtime_ns

@@ -1,6 +1,6 @@
 """Runs a job on a Cloud TPU VM slice: requests the slice, installs the source, starts all workers, and restarts after a preemption.
 
-    python launch/tpu_vm.py run NAME --zone=ZONE --topology=v5e:4x4 --spot -- --config=configs/ml1m.py --workdir=gs://BUCKET/ml1m
+    python launch/tpu_vm.py run NAME --zone=ZONE --topology=v5e:4x4 --spot -- --config=configs/ml1m.py:iam --workdir=gs://BUCKET/ml1m
     python launch/tpu_vm.py {create,install,logs,status,stop,delete} NAME --zone=ZONE [...]
 
 The slice is a queued resource: the platform provides it when there is capacity, and may preempt a spot slice. `run` requests the slice if

@@ -13,7 +13,7 @@ from pretrained_models import MODELS, complete, config_of, flat, load, model_of,
 
 from iam_jax.config import LoraConfig
 from iam_jax.errors import InputError
-from iam_jax.model import pretrained
+from iam_jax.model import lora, pretrained
 from iam_jax.model.lora import merge, unmerge
 
 RANK = 3
@@ -52,6 +52,23 @@ def logits_of(config):
 def logits(config, params):
     """The logits for all parameters, or for the given ones completed with random ones."""
     return np.asarray(logits_of(config)(nested(flat(complete(config, {})) | flat(params))))
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [((16,), (2, 8)), ((2, 8), (16,)), ((16,), (24,))])
+def test_products_on_a_cpu_are_those_elsewhere(monkeypatch, inputs, outputs):
+    """Value and both gradients, in which only the order of a sum may differ."""
+    x, w, g = (
+        jax.random.normal(jax.random.key(n), shape) for n, shape in enumerate(((3, 5, *inputs), (*inputs, *outputs), (3, 5, *outputs)))
+    )
+
+    def results(platform: str):
+        monkeypatch.setattr(lora, "current_platform", lambda: platform)
+        y, pullback = jax.vjp(lambda x, w: lora._product(x, w, len(inputs)), x, w)
+        return y, *pullback(g)
+
+    for here, there in zip(results("cpu"), results("tpu"), strict=True):
+        assert here.shape == there.shape
+        np.testing.assert_allclose(here, there, rtol=1e-5, atol=1e-5)
 
 
 def test_an_adapter_adds_a_product_of_two_matrices(folder):

@@ -56,5 +56,8 @@ def test_only_where_there_are_only_cpus(monkeypatch):
     assert not memory.keep_freed_memory() and not calls
     monkeypatch.setattr(memory.importlib.util, "find_spec", lambda name: None)
     assert memory.keep_freed_memory() and len(calls) == 3
+    assert all(-(2**31) <= value < 2**31 for _, value in calls)  # C integers
+    monkeypatch.setattr(memory.ctypes, "CDLL", lambda _: type("Library", (), {"mallopt": staticmethod(lambda *a: calls.append(a) or 0)}))
+    assert not memory.keep_freed_memory() and len(calls) == 4  # after a refusal nothing else is changed
     monkeypatch.setattr(memory.ctypes, "CDLL", lambda _: object())  # another C library
     assert not memory.keep_freed_memory()

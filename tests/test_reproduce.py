@@ -270,8 +270,17 @@ def test_every_models_config_resolves_and_shares_the_protocol(launch, tmp_path):
     toys = configs_of("amazon_toys.py")
     for variant, model in {"iam": "iam", "full": "ordinary", "no_intra": "no_intra", "no_inter": "no_inter", "hatllm": "hatllm"}.items():
         assert resolve(toys(variant)).schedule.relations == parse_schedule(models.MODELS[model].schedule(1)).relations
-    for variant in ("hybrid", "hybrid_full"):
-        assert resolve(toys(variant)).schedule.relations == parse_schedule(models.MODELS[variant].schedule).relations
+    for data, file in (("toys", "amazon_toys.py"), ("ml1m", "ml1m.py"), ("scientific", "amazon_scientific.py")):
+        for variant in ("hybrid", "hybrid_full"):  # the config has the fields with which its figures are reproduced
+            _, fields = models.config_of(plan, data, variant)
+            own = models.own_setting(plan, data, variant)
+            variant_of_file = flatten(configs_of(file)(variant).to_dict())
+            wanted = {name: value for name, value in (fields | own).items() if name not in ("data.context_items", "objective.text_layers")}
+            assert {name: variant_of_file[name] for name in wanted} == wanted
+        with pytest.raises(InputError, match=rf"^{file}:half: the variants are hybrid, hybrid_full, iam"):
+            configs_of(file)("half")
+    with pytest.raises(InputError, match=r"^table\.py:half: the variants are hybrid, iam$"):
+        configs_of("table.py")("half")
     assert toys() == toys("hybrid")
     with pytest.raises(InputError, match=r"amazon_toys\.py:half: the variants are hybrid, hybrid_full, iam, full"):
         toys("half")
@@ -523,11 +532,12 @@ def test_wrong_flags_give_one_line(launch, runner, tmp_path, capsys, flags, erro
 def test_rows_of_models_that_need_files(launch, tmp_path):
     command = ["demo", "toys", "--epochs=1", f"--folder={tmp_path}"]
     plan, _ = launch.reproduce.parse(command)
-    assert not [model for model in ("hybrid_minilm", "hybrid_smollm") if plan.available("toys", model)]
+    assert not [model for model in ("hybrid_minilm", "hybrid_both", "hybrid_smollm") if plan.available("toys", model)]
     plan, _ = launch.reproduce.parse([*command, "--vectors", "toys=V", "--pretrained=M"])
     assert plan.available("toys", "hybrid_minilm") and not plan.available("demo", "hybrid_minilm")
     assert plan.available("demo", "hybrid_smollm")
     assert launch.models.config_of(plan, "toys", "hybrid_minilm")[1]["data.vectors"] == "V"
+    assert launch.models.config_of(plan, "toys", "hybrid_both")[1]["data.vectors"] == "tfidf+V"
     assert launch.models.config_of(plan, "toys", "hybrid_smollm")[1]["model.pretrained"] == "M"
 
 

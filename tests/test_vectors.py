@@ -175,7 +175,7 @@ def test_paths_that_are_refused(tmp_path, config):
     (tmp_path / "v.csv").write_text("item,vector\n")
     (tmp_path / "bad.parquet").write_text("no Parquet")
     for name, message in {
-        "absent": r"config\.data\.vectors = '.*absent': no such file \(.*; or tfidf\)",
+        "absent": r"config\.data\.vectors = '.*absent': no such file \(.*; or tfidf; or tfidf\+FILE\)",
         "v.csv": r"config\.data\.vectors = '.*v\.csv': must be a \.parquet file with .*",
         "empty": r"config\.data\.vectors = '.*empty': no \.parquet file in this folder",
         "bad.parquet": r".*bad\.parquet: not a readable Parquet file: .*",
@@ -318,7 +318,10 @@ def test_tfidf_equals_a_slow_twin(titles):
     )
     count, of_words, limit = map(int, found.groups())
     assert count == limit == min(61, of_words) - 1 and most.right_WP.shape == (of_words, count) and len(most.words) == of_words
-    with pytest.raises(InputError, match=r"^config\.data\.vectors = 'tfidf': .*1 items with 0 words of two or more items allow at most 0$"):
+    with pytest.raises(
+        InputError,
+        match=r"^config\.data\.vectors: tf-idf has no singular vector: .*1 items with 0 words of two or more items allow at most 0$",
+    ):
         fit_words(["lamp !"], 1)
 
 
@@ -335,8 +338,8 @@ def test_tfidf_of_the_catalogue(config, tmp_path, tokenizer):
     prepared.content.save(tmp_path)
     stored = Vectors.load(tmp_path)
     same(stored, prepared.content)
-    np.testing.assert_allclose(stored.of_new(texts[:2], None, ""), prepared.vectors[:2], atol=1e-6)
-    longer = stored.extended(stored.of_new(["red lamp"], None, ""))
+    np.testing.assert_allclose(stored.of_new(texts[:2], None), prepared.vectors[:2], atol=1e-6)
+    longer = stored.extended(stored.of_new(["red lamp"], None))
     assert longer.of_items.shape == (5, 2) and (longer.of_items[:4] == prepared.vectors).all()
     same(prepare(config).content, prepared.content)
     for change in ({"vector_size": 1}, {"text": "{title} by {brand}"}):
@@ -417,7 +420,7 @@ def test_vectors_of_new_texts(config, tmp_path):
     pl.DataFrame(NEW).drop("vector").write_csv(tmp_path / "new.csv")
     added, _ = add_items(stored, config, tmp_path / "new.csv")
     np.testing.assert_array_equal(added.vectors[:4], prepare(config).vectors)
-    np.testing.assert_array_equal(added.vectors[4:], stored.content.of_new(["blue lantern", "red lamp"], None, ""))
+    np.testing.assert_array_equal(added.vectors[4:], stored.content.of_new(["blue lantern", "red lamp"], None))
     reader = Reader(dataclasses.replace(make_config(), data=config), stored)
     read = reader.histories([["a", {"text": " red  lamp"}], [{"text": "blue lantern"}]])
     assert read.users.events.item.tolist() == [1, 4, 5]
@@ -445,9 +448,9 @@ def test_computed_and_given_vectors_in_a_row(config, tmp_path):
     pl.DataFrame(NEW).write_parquet(tmp_path / "new.parquet")
     added, _ = add_items(stored, both, tmp_path / "new.parquet")
     assert added.item_ids[4:].to_list() == ["c", "z"]
-    expected = stored.content.of_new(["blue lantern", "red lamp"], np.array([[4, 5, 6.5], [1, 2, 3]], np.float32), "")
+    expected = stored.content.of_new(["blue lantern", "red lamp"], np.array([[4, 5, 6.5], [1, 2, 3]], np.float32))
     np.testing.assert_array_equal(added.vectors[4:], expected)
-    alone = stored.content.of_new(["red lamp"], np.array([[4, 5, 6.5]], np.float32), "")[0]  # each part depends on its own source
+    alone = stored.content.of_new(["red lamp"], np.array([[4, 5, 6.5]], np.float32))[0]  # each part depends on its own source
     np.testing.assert_allclose(alone, [*expected[1, :2], *expected[0, 2:]], atol=1e-6)
     reader = Reader(dataclasses.replace(make_config(), data=both), stored)
     read = reader.histories([["a", {"text": "blue lantern", "vector": [4.0, 5.0, 6.5]}]])

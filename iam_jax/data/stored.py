@@ -138,7 +138,9 @@ def add_items(stored: Stored, config: DataConfig, path: str | Path) -> tuple[Sto
     content = stored.content
     if content is not None:
         vectors = read_vectors([Path(path)], ids.gather(chosen))[0] if given else None
-        content = content.extended(content.of_new([texts[row] for row in chosen], vectors, f"{path}: column 'vector'"))
+        if vectors is not None:
+            content.check_length(vectors.shape[1], f"{path}: column 'vector'")
+        content = content.extended(content.of_new([texts[row] for row in chosen], vectors))
     return Stored(item_ids, stored.catalogue.extended(entries), trained, stored.known, content), notes
 
 

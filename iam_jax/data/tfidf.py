@@ -47,7 +47,7 @@ def fit_words(texts: Sequence[str], size: int) -> tuple[Words, list[str]]:
 
     Words of one item alone are left out: they do not affect its similarity to others, and would be half of the vocabulary.
 
-    Raises InputError if there is none.
+    Raises InputError if there is no singular vector.
     """
     lists = [words_of(text) for text in texts]
     items_with = Counter(word for text in lists for word in set(text))
@@ -59,7 +59,7 @@ def fit_words(texts: Sequence[str], size: int) -> tuple[Words, list[str]]:
     if size > most:
         few = f"the catalogue's {len(texts):,} items with {len(words):,} words of two or more items allow at most {max(most, 0):,}"
         if most < 1:
-            raise InputError(f"config.data.vectors = 'tfidf': no singular vector: {few}")
+            raise InputError(f"config.data.vectors: tf-idf has no singular vector: {few}")
         notes.append(f"data.vectors: {most:,} instead of {size:,} singular vectors: {few}")
         size = most
     idf_W = _idf(counts)

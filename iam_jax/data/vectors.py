@@ -73,14 +73,17 @@ class Vectors:
             out[rows] = x if self.matrix_PP is None else x @ self.matrix_PP
         return out
 
-    def of_new(self, texts: Sequence[str], given: np.ndarray | None, name: str) -> np.ndarray:
+    def check_length(self, size: int, name: str) -> None:
+        """Raises InputError if a given vector must not have this length. name: of the vector, for the error."""
+        if size != self.given:
+            raise InputError(f"{name} has {size:,} numbers, but the vectors of the model's items have {self.given:,}")
+
+    def of_new(self, texts: Sequence[str], given: np.ndarray | None) -> np.ndarray:
         """[n, P] float32: the vectors of new items.
 
-        texts: theirs; ignored if no vector is computed from text. given: their vectors [n, `given`] from a file; None without any. name: of
-        the given vectors, for the error. Raises InputError if their length is wrong.
+        texts: theirs; ignored if no vector is computed from text. given: their vectors [n, `given`], as a file has them; None if vectors
+        come from text alone.
         """
-        if given is not None and given.shape[1] != self.given:
-            raise InputError(f"{name} has {given.shape[1]:,} numbers, but the vectors of the model's items have {self.given:,}")
         computed = [] if self.words is None else [self.words.vectors(texts)]
         return self.transform(_joined([*computed, *([] if given is None else [given])], self.scale_2))
 
@@ -141,8 +144,8 @@ def item_vectors(config: DataConfig, ids: pl.Series, texts: Sequence[str], train
       cache: the folder of prepared data.
 
     Raises:
-      InputError: for a file that cannot be read as it is, an item without a vector, or a size that the texts do not allow. The error names
-        the file or the field, and the first items.
+      InputError: for a file that cannot be read as it is, an item without a vector, or texts without a common word. The error names the
+        file or the field, and the first items.
     """
     order = shuffled_rows(len(ids)) if config.shuffled_titles else None
     from_text, path = vector_sources(config.vectors)
@@ -194,7 +197,8 @@ def _scale(part: np.ndarray, trained: np.ndarray) -> float:
 
 
 def vector_files(given: str) -> list[Path]:
-    """The Parquet files of a path in config.data.vectors, a file or a folder. Raises InputError if one is missing."""
+    """The Parquet files of a path in config.data.vectors, a file or a folder. Raises InputError if there is none, or if parts of an output
+    are missing."""
     path, field = Path(given).expanduser(), f"config.data.vectors = {given!r}"
     if path.is_dir():
         files = sorted(file for file in path.glob("*.parquet") if not file.name.startswith("."))
@@ -207,14 +211,16 @@ def vector_files(given: str) -> list[Path]:
             )
         return files
     if not path.exists():
-        raise InputError(f"{field}: no such file (a Parquet file or a folder of them, with the columns item and vector; or tfidf)")
+        raise InputError(
+            f"{field}: no such file (a Parquet file or a folder of them, with the columns item and vector; or tfidf; or tfidf+FILE)"
+        )
     if path.suffix != ".parquet":
-        raise InputError(f"{field}: must be a .parquet file with the columns item and vector, a folder of them, or tfidf")
+        raise InputError(f"{field}: must be a .parquet file with the columns item and vector, a folder of them, tfidf, or tfidf+FILE")
     return [path]
 
 
 def vector_length(config: DataConfig) -> int:
-    """The length of the items' vectors, without reading them all. Raises InputError if there is no file or no vector."""
+    """The length of the items' vectors (with tf-idf, at most), from the first row of a file. Raises InputError if there is none."""
     from_text, given = vector_sources(config.vectors)
     computed = config.vector_size if from_text else 0
     if not given:

@@ -122,8 +122,8 @@ class Network(nnx.Module):
 
     def leading_states(self, rows: dict, chunks: int, key: jax.Array | None = None, recompute: bool = False) -> jax.Array:
         """x_XD: states of all slots of items packed into rows (data/item_rows.py), after the leading intra layers. The rows are computed in
-        `chunks` parts, one after another; a part without a token is skipped. recompute: whether the backward pass computes each part again,
-        so that only one part's activations are in memory."""
+        `chunks` parts, one after another; a part without a token is skipped. recompute: whether the backward pass computes each part again
+        instead of storing the activations of all parts."""
         layers = self.config.schedule.leading_intra
         parts = split_rows(jax.tree.map(lambda x: x.reshape(chunks, -1, *x.shape[1:]), rows), axis=1)
 

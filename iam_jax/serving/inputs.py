@@ -78,17 +78,18 @@ class Reader:
         content = self._stored.content
         if content is None:
             return None
-        vectors = np.empty((len(items), content.of_items.shape[1]), np.float32)
-        for n, (name, item) in enumerate(zip(names, items, strict=True)):
-            given = None
-            if self._given:
+        given = np.empty((len(items), content.given), np.float32) if self._given else None
+        if given is not None:
+            for n, (name, item) in enumerate(zip(names, items, strict=True)):
                 raw = np.asarray(item["vector"]) if is_list(item["vector"]) else np.zeros(0, object)
                 if raw.ndim != 1 or raw.dtype.kind not in "iuf":
                     raise TypeError(f"{name}: its vector must be a list of numbers")
+                content.check_length(len(raw), f"{name}: its vector")
                 with np.errstate(over="ignore"):  # a number beyond float32 becomes infinite
-                    given = raw[None].astype(np.float32)
-            vectors[n] = content.of_new([" ".join(item["text"].split())], given, f"{name}: its vector")
-            if not np.isfinite(vectors[n]).all():
+                    given[n] = raw
+        vectors = content.of_new([" ".join(item["text"].split()) for item in items], given)
+        for name, vector in zip(names, vectors, strict=True):
+            if not np.isfinite(vector).all():
                 raise InputError(f"{name}: its vector has a number that is not finite in float32")
         return vectors
 

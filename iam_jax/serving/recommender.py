@@ -46,7 +46,7 @@ class Recommendation(NamedTuple):
 
 
 def load(workdir: str | Path, step: str | int = "best", overrides: Mapping[str, Any] | None = None) -> "Recommender":
-    """Loads a trained model from a working folder.
+    """Loads a trained model from a working folder. On a CPU, the process keeps freed memory from then on (docs/devices.md).
 
     Args:
       workdir: the working folder of a trained run: a local path, gs:// or s3://.

@@ -39,7 +39,7 @@ class StepFlops:
     """FLOPs of one optimizer step, on all devices together."""
 
     model: Flops  # without recomputation
-    hardware: Flops  # with recomputation for the backward pass (model.remat, the chunks of logits)
+    hardware: Flops  # with recomputation for the backward pass (model.remat, items' states, the chunks of logits)
 
 
 # ---- matrix products
@@ -179,7 +179,7 @@ def step_flops(run: Run) -> StepFlops:
     if leading:
         item_rows = len(batch["leading"]["user"])
         calls.append(
-            (config.model, visible_pairs(batch["leading"]), item_rows, layers[:leading], again + objectives.recomputes_items(parts))
+            (config.model, visible_pairs(batch["leading"]), item_rows, layers[:leading], again + objectives.recomputes_items(config))
         )
     count, checkpointed = _texts(config, run.items, batch)
     if count:

@@ -96,15 +96,16 @@ def _leading(network: Network, config: Config, batch: dict, key: jax.Array | Non
         return None
     parts = config.optimizer.accumulate
     key = None if key is None else jax.random.fold_in(key, 0)
-    return network.leading_states(batch["leading"], chunks(parts), key, recompute=recomputes_items(parts))
+    return network.leading_states(batch["leading"], chunks(parts), key, recompute=recomputes_items(config))
 
 
-def recomputes_items(parts: int) -> bool:
-    """Whether the backward pass computes the leading layers of a batch's items again. parts: `optimizer.accumulate`.
+def recomputes_items(config: Config) -> bool:
+    """Whether the backward pass computes the leading layers of all items of a batch again, beside what `model.remat` does.
 
-    On a CPU it always does: to store and read the activations of all items takes longer there than to compute them again.
+    With micro-batches this bounds the memory. On a CPU it saves time: to store and read the activations of small models (measured at width
+    64) takes longer there than to compute them again.
     """
-    return parts > 1 or current_platform() == "cpu"
+    return config.optimizer.accumulate > 1 or (current_platform() == "cpu" and not config.model.remat)
 
 
 def counts(batch: dict) -> dict:

@@ -109,7 +109,8 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=Path("runs/benchmarks/item_level.json"))
     args = parser.parse_args()
 
-    results, counts = {}, {}
+    results: dict[str, dict[str, float]] = {way: {} for way in WAYS}
+    counts: dict[str, dict[str, float]] = {}
     for pair in RATIOS:  # only two ways are in memory at a time: others would slow them down
         steps, calls = {}, {}
         for way in pair:
@@ -120,7 +121,7 @@ def main() -> int:
                 step, targets = training(run, args.batches)
                 call, events = scoring(run, params, args.users)
             steps[way], calls[way] = on_mesh(step, run.mesh), on_mesh(call, run.mesh)
-            counts[way], results[way] = {"targets a step": targets, "events scored": events}, {}
+            counts[way] = {"targets a step": targets, "events scored": events}
         for what, functions, count in (("training", steps, "targets a step"), ("scoring", calls, "events scored")):
             for way, timed in harness.take_turns(functions, args.batches).items():
                 results[way][what] = counts[way][count] / timed.median

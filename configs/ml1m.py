@@ -11,9 +11,10 @@ genres plus a table row; `hybrid_full`, the same with ordinary attention.
 Variant over tokens, as in the paper: `iam`, with 38 items of context. On an accelerator, first try --config.data.row_tokens=2048 (150 items
 of context), --config.model.width=128 and --config.model.dtype=bfloat16.
 
-Cost: 25 minutes of training on one CPU core (0.153 s a step).
-Result (2026-11-30, seed 0, launch/reproduce.py with these settings), 6,040 users, 3,416 items: test NDCG@10 0.1742; smoothed transitions
-0.1582, last-item transitions 0.1057, popularity 0.0200. `iam` has not been trained to the end.
+Cost: the first command takes 18 minutes of one CPU core.
+Result (2026-11-30, seed 0), 6,040 users, 3,416 items: test NDCG@10 0.1725, and 0.1781 with `--mode=evaluate
+--config.eval.fusion=transitions` after it; smoothed transitions 0.1582, last-item transitions 0.1057, popularity 0.0200. `iam` has not been
+trained to the end.
 Measured on tables of the same data (split 025766db…) through --config.data.path, not on a download.
 """
 

@@ -17,12 +17,12 @@ print(keep_freed_memory())
 import jax, jax.numpy as jnp
 call = jax.jit(lambda x: jnp.sort(jnp.sort(jnp.sort(x, axis=0), axis=1), axis=0).sum())
 x = jnp.arange(2**23, dtype=jnp.float32).reshape(2**10, -1)
-for _ in range(5):  # the heap grows to the size of a call
+counts = []
+for _ in range(9):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     call(x).block_until_ready()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(3):
-    call(x).block_until_ready()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    counts.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(min(counts))
 """
 
 
@@ -39,8 +39,8 @@ def test_arrays_of_later_calls_take_freed_memory():
     kept, few = faults()
     own, many = faults(MALLOC_TRIM_THRESHOLD_="131072")
     assert kept and not own  # the user's choice counts
-    assert many > 3 * 2**25 / 4096  # an array of each call, page by page
-    assert few < many / 20
+    assert many > 2**25 / 4096  # in every call an array, page by page
+    assert few < many / 20  # in some call none; the heap grows to the size of a call in the others
 
 
 def test_only_where_there_are_only_cpus(monkeypatch):

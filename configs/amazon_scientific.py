@@ -12,7 +12,7 @@ Cost: half a minute on one CPU core. Result (2026-11-30, mean of seeds 0, 1, 2 o
 NDCG@10 0.1104, and 0.1136 with `--mode=evaluate --config.eval.fusion=transitions` after it; smoothed transitions 0.1028, item-kNN 0.1014.
 """
 
-from iam_jax.config import default_config
+from iam_jax.config import default_config, hybrid_config
 from iam_jax.errors import InputError
 
 ITEM_LEVEL = {"hybrid": "| inter*2", "hybrid_full": "| full*2"}
@@ -22,7 +22,7 @@ SCHEDULES = {"iam": "intra inter"}
 def get_config(variant: str = "hybrid"):
     if variant not in ITEM_LEVEL | SCHEDULES:
         raise InputError(f"amazon_scientific.py:{variant}: the variants are {', '.join(ITEM_LEVEL | SCHEDULES)}")
-    config = default_config()
+    config = hybrid_config(ITEM_LEVEL[variant]) if variant in ITEM_LEVEL else default_config()
     config.data.path = "amazon2018-scientific"
     config.data.text = "{text}"
     config.data.item_tokens = 24
@@ -33,18 +33,8 @@ def get_config(variant: str = "hybrid"):
     config.eval.validation_users = 4000
     if variant in ITEM_LEVEL:
         config.data.vocabulary = 512  # no layer reads the tokens
-        config.data.vectors = "tfidf"
-        config.data.row_items = 64
-        config.model.schedule = ITEM_LEVEL[variant]
-        config.model.item_input = "table"
-        config.model.content_input = "vector"
-        config.model.heads = 1
-        config.model.dropout = 0.5
-        config.objective.chunk = 128  # logits that stay in a CPU's cache
-        config.optimizer.learning_rate = 3e-3
         config.optimizer.warmup_steps = 172
         config.optimizer.decay_steps = 1720
-        config.optimizer.weight_decay = 0.3
         config.train.steps = 1720  # 20 epochs
         config.train.batch_rows = 2
         config.train.eval_every = 215

@@ -18,7 +18,7 @@ trained to the end.
 Measured on tables of the same data (split 025766db…) through --config.data.path, not on a download.
 """
 
-from iam_jax.config import default_config
+from iam_jax.config import default_config, hybrid_config
 from iam_jax.errors import InputError
 
 ITEM_LEVEL = {"hybrid": "| inter*2", "hybrid_full": "| full*2"}
@@ -28,7 +28,7 @@ SCHEDULES = {"iam": "(intra inter)*2"}
 def get_config(variant: str = "hybrid"):
     if variant not in ITEM_LEVEL | SCHEDULES:
         raise InputError(f"ml1m.py:{variant}: the variants are {', '.join(ITEM_LEVEL | SCHEDULES)}")
-    config = default_config()
+    config = hybrid_config(ITEM_LEVEL[variant]) if variant in ITEM_LEVEL else default_config()
     config.data.source = "ml1m"
     config.data.k_core = 5
     config.data.text = "{title} | {genres}"
@@ -40,16 +40,8 @@ def get_config(variant: str = "hybrid"):
     config.eval.validation_users = 2000
     if variant in ITEM_LEVEL:
         config.data.vocabulary = 512  # no layer reads the tokens
-        config.data.vectors = "tfidf"
         config.data.row_items = 256
-        config.model.schedule = ITEM_LEVEL[variant]
-        config.model.item_input = "table"
-        config.model.content_input = "vector"
-        config.model.heads = 1
         config.model.dropout = 0.2
-        config.objective.vectors = "both"
-        config.objective.chunk = 128  # logits that stay in a CPU's cache
-        config.optimizer.learning_rate = 3e-3
         config.optimizer.warmup_steps = 985
         config.optimizer.decay_steps = 9856
         config.optimizer.weight_decay = 0.1

@@ -15,14 +15,14 @@ Cost: grows with the number of events; amazon_toys.py (19,124 users, 11,758 item
 depends on your data. On Amazon Toys and on the synthetic shop the hybrid is better than the variant over tokens (docs/results.md).
 """
 
-from iam_jax.config import default_config
+from iam_jax.config import default_config, hybrid_config
 from iam_jax.errors import InputError
 
 
 def get_config(variant: str = "hybrid"):
     if variant not in ("hybrid", "iam"):
         raise InputError(f"table.py:{variant}: the variants are hybrid, iam")
-    config = default_config()
+    config = hybrid_config() if variant == "hybrid" else default_config()
     config.data.source = "table"
     config.data.text = "{title}"
     config.data.item_tokens = 16
@@ -41,15 +41,4 @@ def get_config(variant: str = "hybrid"):
         config.model.schedule = "intra inter"
         config.model.heads = 4
         config.optimizer.learning_rate = 2e-3
-        return config
-    config.data.vectors = "tfidf"
-    config.data.row_items = 64
-    config.model.schedule = "| inter*2"
-    config.model.item_input = "table"
-    config.model.content_input = "vector"
-    config.model.heads = 1
-    config.model.dropout = 0.5
-    config.objective.chunk = 128  # logits that stay in a CPU's cache
-    config.optimizer.learning_rate = 3e-3
-    config.optimizer.weight_decay = 0.3
     return config

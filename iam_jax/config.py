@@ -345,6 +345,22 @@ def default_config() -> ml_collections.ConfigDict:
     return ml_collections.ConfigDict(dataclasses.asdict(Config())).lock()
 
 
+def hybrid_config(schedule: str = "| inter*2") -> ml_collections.ConfigDict:
+    """Returns a starting point for configs of a hybrid of content and identity: layers over one state per item, which is tf-idf of the
+    item's text plus its row in the item table, at the input and in item vectors.
+
+    Args:
+      schedule: the item-level layers; its first character is the mark `|`.
+    """
+    config: Any = default_config()  # a ConfigDict, whose fields are known when it is made
+    config.data.update({"vectors": "tfidf", "row_items": 64})
+    config.model.update({"schedule": schedule, "width": 64, "heads": 1, "dropout": 0.5, "item_input": "table", "content_input": "vector"})
+    config.objective.update({"vectors": "both", "chunk": 128})  # logits that stay in a CPU's cache
+    config.optimizer.update({"learning_rate": 3e-3, "weight_decay": 0.3})
+    config.train.batch_rows = 16
+    return config
+
+
 def finetuning_config(variant: str) -> ml_collections.ConfigDict:
     """Returns a starting point for configs that fine-tune a pretrained language model, with an item-aware block after every four of sixteen
     layers, in bfloat16.

@@ -187,9 +187,8 @@ def _joined(parts: Sequence[np.ndarray], scales: np.ndarray | None) -> np.ndarra
 
 def _scale(part: np.ndarray, trained: np.ndarray) -> float:
     """1 / (E |x - m|^2)^(1/2) over the items with a training event; 1 if their vectors are equal."""
-    rows, size = np.flatnonzero(trained), part.shape[1]
-    mean_P = sum((part[block].sum(0, dtype=np.float64) for block in _parts(rows, size)), np.zeros(size)) / len(rows)
-    variance = sum(float(np.square(part[block] - mean_P).sum()) for block in _parts(rows, size)) / len(rows)
+    rows, (mean_P, *_) = np.flatnonzero(trained), statistics(part, trained, "center")
+    variance = sum(float(np.square(part[block] - mean_P).sum()) for block in _parts(rows, part.shape[1])) / len(rows)
     return variance**-0.5 if variance > 0 else 1.0
 
 

@@ -11,7 +11,7 @@ vectors; `hybrid_full`, the same with ordinary attention.
 Variants over tokens, as in the paper: `iam`; `full`, ordinary attention; `no_intra` and `no_inter`, the ablations, in which ordinary layers
 replace those of one kind; `hatllm`, HatLLM's order (arXiv 2510.10955), which has three layers because two cannot hold its three kinds.
 
-Cost: the first command takes four minutes on one CPU core; the variants over tokens train for 12 minutes on two (train.max_minutes).
+Cost: the first command takes three minutes on one CPU core; the variants over tokens train for 12 minutes on two (train.max_minutes).
 Result (2026-11-30, seed 0), test NDCG@10 over all 11,758 items: 0.0549, and 0.0616 with `--mode=evaluate
 --config.eval.fusion=transitions` after it; smoothed transitions 0.0504, item-kNN 0.0452. Mean of three seeds of launch/reproduce.py, with
 ten items of context: 0.0545; SASRec 0.0493 in 34 epochs. Over tokens, with 8 minutes on one core (2026-11-26): `iam` 0.0362, `full`
